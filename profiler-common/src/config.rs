@@ -1,0 +1,53 @@
+//! What the agent tells the programs before they load: one frozen, read-only value.
+
+/// Facts about the running kernel, set by the agent before the programs are loaded. A byte offset of 0 means
+/// "unknown": no field used here lies at the start of its structure.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KernelFacts {
+    /// 1 where `bpf_task_pt_regs` exists (5.15 and later).
+    pub has_task_pt_regs: u32,
+    /// Byte offset of `task_struct.stack`: the fallback for kernels without `bpf_task_pt_regs`.
+    pub task_stack_offset: u32,
+    /// Byte offset of `task_struct.mm`, null for kernel threads.
+    pub task_mm_offset: u32,
+    /// Byte offset of `task_struct.group_leader`.
+    pub task_group_leader_offset: u32,
+    /// Byte offset of `task_struct.start_boottime` (`real_start_time` before 5.5).
+    pub task_start_boottime_offset: u32,
+    /// Byte offset of `task_struct.comm`.
+    pub task_comm_offset: u32,
+    /// Bytes of a kernel stack: THREAD_SIZE.
+    pub thread_bytes: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<KernelFacts>() == 32);
+
+impl KernelFacts {
+    /// The fields in order: what the agent writes over the programs' read-only value.
+    #[must_use]
+    pub const fn words(self) -> [u32; 8] {
+        let Self {
+            has_task_pt_regs,
+            task_stack_offset,
+            task_mm_offset,
+            task_group_leader_offset,
+            task_start_boottime_offset,
+            task_comm_offset,
+            thread_bytes,
+            reserved,
+        } = self;
+        [
+            has_task_pt_regs,
+            task_stack_offset,
+            task_mm_offset,
+            task_group_leader_offset,
+            task_start_boottime_offset,
+            task_comm_offset,
+            thread_bytes,
+            reserved,
+        ]
+    }
+}

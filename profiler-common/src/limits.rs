@@ -1,0 +1,19 @@
+//! Every bound shared by both sides, with its unit and the sketch behind the number.
+
+/// User frames of one sample. 127 is `kernel.perf_event_max_stack`'s default: what users of perf expect at least.
+pub const USER_FRAMES_MAX: usize = 127;
+
+/// Kernel frames of one sample. Kernel stacks are 16 KiB; traces deeper than this were never seen outside recursion bugs.
+pub const KERNEL_FRAMES_MAX: usize = 127;
+
+/// Bytes of a task's `comm`, with the final NUL. Source: include/linux/sched.h: TASK_COMM_LEN.
+pub const COMM_BYTES: usize = 16;
+
+/// Sampling frequency accepted from users, in Hz per CPU.
+pub const FREQUENCY_HZ_MIN: u32 = 1;
+/// Sampling frequency accepted from users, in Hz per CPU.
+pub const FREQUENCY_HZ_MAX: u32 = 1000;
+
+/// Bytes of the ring buffer when the agent does not say otherwise. A 30-frame sample takes 312 bytes, so 1 MiB holds
+/// about 3,300 of them: 2.6 s of 64 CPUs at 19 Hz between drains.
+pub const EVENTS_BYTES: u32 = 1 << 20;
