@@ -1,0 +1,88 @@
+//! On-CPU samples: where every task that is not idle spends its time.
+
+use aya_ebpf::{EbpfContext, programs::PerfEventContext};
+use aya_log_ebpf::error;
+use profiler_common::{
+    limits::KERNEL_FRAMES_MAX,
+    stats::Counter,
+    wire::{FRAMES_MAX, RecordHead, RecordKind, SampleHeader, WIRE_VERSION},
+};
+
+use crate::{
+    helpers::{boot_time_ns, current_cgroup_id, current_ids, current_thread_name, kernel_stack},
+    maps::{CPU_SCRATCH, EVENTS, Scratch, count},
+    stack::{mask, walk_user},
+    task,
+};
+
+/// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no sample pays for a wake-up.
+const NO_WAKEUP: u64 = 1;
+
+/// Takes one sample and writes it to the ring buffer.
+#[inline(always)]
+pub fn sample(ctx: &PerfEventContext) {
+    count(Counter::CpuTaken);
+    let Some(scratch) = CPU_SCRATCH.get_ptr_mut(0) else {
+        count(Counter::CpuDroppedNoScratch);
+        error!(ctx, "no scratch value on this CPU: sample dropped");
+        return;
+    };
+    // SAFETY: the look-up gave this CPU's value; a perf event program is not interrupted by itself.
+    let scratch = unsafe { &mut *scratch };
+    walk_user(ctx, scratch);
+    let user_frames = scratch.frames;
+    let kernel_frames = append_kernel_stack(ctx, scratch, user_frames);
+    write_header(ctx, scratch, user_frames, kernel_frames);
+    submit(scratch, user_frames + kernel_frames);
+}
+
+/// Puts the kernel stack behind the user frames; gives the number of its frames.
+#[inline(always)]
+fn append_kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch, user_frames: u64) -> u64 {
+    const BYTES: u32 = 8 * KERNEL_FRAMES_MAX as u32;
+    let index = mask!(user_frames, 127) as usize;
+    let frames = (&raw mut scratch.sample.frames).cast::<u64>();
+    // SAFETY: index is at most 127, and FRAMES_MAX more slots lie behind the array.
+    let behind_user = unsafe { frames.add(index) };
+    kernel_stack(ctx, behind_user, BYTES).map_or(0, |bytes| bytes >> 3)
+}
+
+/// Fills in everything but the frames.
+#[inline(always)]
+fn write_header(ctx: &PerfEventContext, scratch: &mut Scratch, user_frames: u64, kernel_frames: u64) {
+    let leader = task::group_leader();
+    let (tgid, tid) = current_ids();
+    let context = ctx.as_ptr();
+    let header = &mut scratch.sample.header;
+    header.head = RecordHead {
+        version: WIRE_VERSION,
+        kind: RecordKind::CpuSample as u8,
+        user_end: scratch.end as u8,
+        flags: 0,
+        user_frames: user_frames as u16,
+        kernel_frames: kernel_frames as u16,
+        tgid,
+        tid,
+        time_ns: boot_time_ns(),
+    };
+    header.value = crate::arch::context_period!(context);
+    header.cgroup_id = current_cgroup_id();
+    header.start_ns = task::start_ns(leader);
+    header.thread_name = current_thread_name();
+    task::read_comm(leader, &raw mut header.comm);
+}
+
+/// Writes the header and the frames in use to the ring buffer.
+#[inline(always)]
+fn submit(scratch: &Scratch, frames: u64) {
+    const HEADER_BYTES: u64 = size_of::<SampleHeader>() as u64;
+    const BYTES_MAX: u64 = HEADER_BYTES + 8 * FRAMES_MAX as u64;
+    const { assert!(BYTES_MAX < 4096, "the mask below lets every size through") };
+    let bytes = mask!(HEADER_BYTES + 8 * frames, 4095);
+    // SAFETY: `bytes` is below 4096, and sample and slack together are larger.
+    let record = unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
+    match EVENTS.output::<[u8]>(record, NO_WAKEUP) {
+        Ok(()) => count(Counter::CpuSubmitted),
+        Err(_) => count(Counter::CpuDroppedRingFull),
+    }
+}

@@ -1,0 +1,44 @@
+//! The BPF programs. An entry point reads its context, calls on, and has counted something on every way out.
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+use aya_ebpf::{
+    macros::{perf_event, raw_tracepoint},
+    programs::{PerfEventContext, RawTracePointContext},
+};
+
+#[cfg_attr(bpf_target_arch = "x86_64", path = "arch/x86_64.rs")]
+#[cfg_attr(bpf_target_arch = "aarch64", path = "arch/aarch64.rs")]
+mod arch;
+mod cpu;
+mod helpers;
+mod maps;
+mod process;
+mod stack;
+mod task;
+
+/// On-CPU samples: attached to one clock event per CPU.
+#[perf_event]
+pub fn cpu_sample(ctx: PerfEventContext) -> u32 {
+    cpu::sample(&ctx);
+    0
+}
+
+/// A process has a new image.
+#[raw_tracepoint(tracepoint = "sched_process_exec")]
+pub fn process_exec(ctx: RawTracePointContext) -> i32 {
+    process::exec(&ctx);
+    0
+}
+
+/// GPL-only helpers (`bpf_probe_read_user`, `bpf_get_stack`) need it.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    loop {}
+}

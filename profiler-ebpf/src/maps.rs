@@ -1,0 +1,81 @@
+//! Every map and every value shared with the agent.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{PerCpuArray, RingBuf},
+};
+use profiler_common::{
+    config::KernelFacts,
+    limits::EVENTS_BYTES,
+    stats::Counter,
+    wire::{FRAMES_MAX, SampleBuffer},
+};
+
+/// Records to the agent (`profiler_common::wire`). Written by every program, read by the agent's drain thread. When it is
+/// full the record is dropped and counted. The agent sizes it before loading.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
+
+/// Counters: key `Counter`, value events on this CPU since load. Written here, summed by the agent.
+#[map]
+pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
+
+/// The state of one sample in the making: one value per CPU, because it is far larger than the 512 bytes of BPF stack and
+/// because the verifier then sees an almost empty state at the head of the unwind loop. Only `cpu_sample` uses it: a
+/// program that can interrupt another must never share its scratch.
+#[map]
+pub static CPU_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// Registers the walk needs, and the record under construction.
+#[repr(C)]
+pub struct Scratch {
+    /// Address of the frame being walked: instruction pointer, then return addresses.
+    pub ip: u64,
+    /// Frame pointer of the frame being walked.
+    pub fp: u64,
+    /// Frames written so far, user then kernel; at most `FRAMES_MAX`.
+    pub frames: u64,
+    /// `StackEnd` once the walk has ended, 0 before.
+    pub end: u64,
+    /// What the walk reads from the sampled task's stack: saved frame pointer, return address.
+    pub frame_record: [u64; 2],
+    /// User registers of a task sampled in kernel mode, as the kernel saved them.
+    pub user_regs: [u64; crate::arch::PT_REGS_WORDS],
+    /// The record.
+    pub sample: SampleBuffer,
+    /// Room behind the frames, so that a kernel stack of constant size may be asked for wherever the user frames end.
+    pub slack: [u64; FRAMES_MAX],
+}
+
+/// Set by the agent before loading, frozen by the kernel: the verifier follows only the branches it takes.
+#[unsafe(no_mangle)]
+pub static KERNEL_FACTS: KernelFacts = KernelFacts {
+    has_task_pt_regs: 0,
+    task_stack_offset: 0,
+    task_mm_offset: 0,
+    task_group_leader_offset: 0,
+    task_start_boottime_offset: 0,
+    task_comm_offset: 0,
+    thread_bytes: 0,
+    reserved: 0,
+};
+
+/// Reads one field of [`KERNEL_FACTS`]; a volatile load, since LLVM must not fold in the zeros above.
+macro_rules! kernel_fact {
+    ($field:ident) => {{
+        // SAFETY: a read-only static that is valid for ever; volatile only keeps the load in place.
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::KERNEL_FACTS.$field) }
+    }};
+}
+pub(crate) use kernel_fact;
+
+/// Adds one to a counter of this CPU.
+///
+/// A plain addition: a counter is raised by one program family, and a program is not interrupted by itself.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(slot) = STATS.get_ptr_mut(counter as u32) {
+        // SAFETY: the look-up gave a live value of this CPU's slot.
+        unsafe { *slot = (*slot).wrapping_add(1) };
+    }
+}

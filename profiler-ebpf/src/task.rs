@@ -1,0 +1,62 @@
+//! Fields of the current `task_struct`, read at offsets that the agent took from the kernel's BTF.
+
+use profiler_common::limits::COMM_BYTES;
+
+use crate::{
+    helpers::{current_task, read_kernel},
+    maps::kernel_fact,
+};
+
+/// Reads the 8 bytes at `task + offset`; `None` when the offset is unknown.
+#[inline(always)]
+fn read_field(task: u64, offset: u32) -> Option<u64> {
+    if offset == 0 {
+        return None;
+    }
+    let mut value = 0u64;
+    read_kernel(task.wrapping_add(u64::from(offset)), &raw mut value)?;
+    Some(value)
+}
+
+/// Whether the current task has user memory. Unknown counts as yes: the walk then ends at its first read.
+#[inline(always)]
+pub fn has_user_memory() -> bool {
+    read_field(current_task(), kernel_fact!(task_mm_offset)) != Some(0)
+}
+
+/// Address of the `task_struct` of the current process's main thread.
+#[inline(always)]
+pub fn group_leader() -> Option<u64> {
+    read_field(current_task(), kernel_fact!(task_group_leader_offset))
+}
+
+/// When the process started, on CLOCK_BOOTTIME in nanoseconds; 0 when unknown.
+#[inline(always)]
+pub fn start_ns(leader: Option<u64>) -> u64 {
+    let Some(leader) = leader else { return 0 };
+    read_field(leader, kernel_fact!(task_start_boottime_offset)).unwrap_or(0)
+}
+
+/// Copies the name of the process to `to`, or leaves zeros.
+#[inline(always)]
+pub fn read_comm(leader: Option<u64>, to: *mut [u8; COMM_BYTES]) {
+    let offset = kernel_fact!(task_comm_offset);
+    let read = match leader {
+        Some(leader) if offset != 0 => read_kernel(leader.wrapping_add(u64::from(offset)), to),
+        _ => None,
+    };
+    if read.is_none() {
+        // SAFETY: `to` points into this CPU's scratch value; two volatile words, since LLVM would call memset.
+        unsafe { to.cast::<u64>().write_volatile(0) };
+        // SAFETY: as above, the second of 16 bytes.
+        unsafe { to.cast::<u64>().add(1).write_volatile(0) };
+    }
+}
+
+/// Where the kernel saved the user registers on the current task's kernel stack: for kernels without
+/// `bpf_task_pt_regs`. The registers lie at the very top of the stack.
+#[inline(always)]
+pub fn saved_user_regs(regs_bytes: u64) -> Option<u64> {
+    let stack = read_field(current_task(), kernel_fact!(task_stack_offset))?;
+    Some(stack.wrapping_add(u64::from(kernel_fact!(thread_bytes))).wrapping_sub(regs_bytes))
+}
