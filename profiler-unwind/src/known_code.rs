@@ -1,0 +1,61 @@
+//! Code that no call frame information describes although its frames are known.
+
+use std::ops::Range;
+
+use profiler_common::unwind::x86_64::BaseReg;
+use profiler_common::unwind::{RuleKind, UnwindRule, aarch64};
+
+use crate::elf::{Architecture, Elf};
+
+/// The rule of code that has none of its own. Call frame information comes first.
+pub(crate) struct KnownCode {
+    /// As the ELF file states them.
+    pub(crate) addresses: Range<u64>,
+    pub(crate) rule: UnwindRule,
+}
+
+/// Stubs of the procedure linkage table. lld never describes them, binutils neither in static executables nor on
+/// aarch64.
+const PLT_SECTIONS: [&str; 4] = [".plt", ".plt.sec", ".plt.got", ".iplt"];
+
+/// Code behind an entry point that is taken to belong to it: glibc's dynamic linker has 70 bytes, musl's programs 22.
+const ENTRY_BYTES_MAX: u64 = 128;
+
+pub(crate) fn known_code(elf: &Elf<'_>) -> Vec<KnownCode> {
+    let rule = plt_stub(elf.architecture);
+    let stubs = PLT_SECTIONS.iter().filter_map(|name| elf.section(name));
+    let stubs = stubs.map(|plt| {
+        let end = plt.address.saturating_add(plt.bytes.len() as u64);
+        KnownCode { addresses: plt.address..end, rule }
+    });
+    stubs.chain(entry(elf)).collect()
+}
+
+/// Nothing has called the entry point. musl and glibc's dynamic linker do not say so.
+fn entry(elf: &Elf<'_>) -> Option<KnownCode> {
+    let addresses = elf.entry..elf.entry.checked_add(ENTRY_BYTES_MAX)?;
+    (elf.entry != 0).then_some(KnownCode { addresses, rule: UnwindRule::END })
+}
+
+/// A stub jumps with the stack as it was at the call; a lazy one of x86-64 pushes an index first, as binutils describes
+/// it: `ff 25 GOT, 68 INDEX, e9 PLT0`, where the push ends at byte 11.
+fn plt_stub(architecture: Architecture) -> UnwindRule {
+    match architecture {
+        Architecture::X86_64 => UnwindRule {
+            kind: RuleKind::Plt as u8,
+            base: BaseReg::Rsp as u8,
+            fp: 0,
+            scale: 11,
+            cfa_offset: 8,
+            fp_offset: 0,
+        },
+        Architecture::Aarch64 => UnwindRule {
+            kind: RuleKind::LinkRegister as u8,
+            base: aarch64::BaseReg::Sp as u8,
+            fp: 0,
+            scale: 0,
+            cfa_offset: 0,
+            fp_offset: 0,
+        },
+    }
+}
