@@ -1,0 +1,69 @@
+//! The backend as a program of its own.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context;
+use clap::Parser;
+use profiler_backend::{Options, Server, parse_retention};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Stores profiles and shows them: API and flame graphs on one port.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Address of API and UI.
+    #[arg(long, env = "PROFILER_BACKEND_LISTEN", default_value = "127.0.0.1:7700")]
+    listen: SocketAddr,
+    /// Directory of the store.
+    #[arg(long, env = "PROFILER_BACKEND_DATA_DIR", default_value = "/var/lib/profiler")]
+    data_dir: PathBuf,
+    /// How long profiles are kept: 36h, 7d, 4w; at least 1h.
+    #[arg(long, env = "PROFILER_BACKEND_RETENTION", default_value = "7d", value_parser = retention)]
+    retention: Duration,
+    /// A name clients call this backend by, besides localhost and addresses; repeatable.
+    #[arg(
+        long = "allowed-host",
+        env = "PROFILER_BACKEND_ALLOWED_HOSTS",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
+    allowed_hosts: Vec<String>,
+}
+
+fn retention(text: &str) -> Result<Duration, String> {
+    parse_retention(text).ok_or_else(|| "expected a duration of at least 1h, such as 36h or 7d".to_owned())
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing::Level::INFO.into())
+        .with_env_var("PROFILER_LOG")
+        .from_env_lossy();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(Arguments { listen, data_dir, retention, allowed_hosts }: Arguments) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
+        let options = Options { listen, retention, allowed_hosts, ..Options::new(data_dir) };
+        let server = Server::bind(options).await?;
+        tracing::info!("listening on http://{}/", server.local_addr());
+        let shutdown = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        Ok(server.run(shutdown).await?)
+    })
+}
