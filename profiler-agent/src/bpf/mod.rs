@@ -1,0 +1,8 @@
+//! The programs in the kernel: what this kernel can do, loading, attaching, counters.
+
+mod load;
+mod probe;
+mod stats;
+
+pub(crate) use load::{LoadOptions, Programs};
+pub(crate) use stats::KernelCounts;

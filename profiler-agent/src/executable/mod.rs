@@ -1,0 +1,207 @@
+//! Files that processes run code from: opened safely, told apart by content, kept open while anybody needs them.
+
+mod bounded;
+mod build_id;
+mod cache;
+mod elf;
+mod identity;
+mod open;
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::{fmt, io};
+
+pub(crate) use build_id::BuildId;
+pub(crate) use cache::ExecutableCache;
+pub(crate) use elf::{CompressedSection, Elf, ElfError, SectionBytes, SymbolSections};
+pub(crate) use identity::Identity;
+pub(crate) use open::MappedFile;
+
+use crate::addr::{ElfAddr, FileOffset};
+
+/// Number of an executable within one run of the agent; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ExecutableId(pub(crate) u32);
+
+/// A file with code, open for as long as this value lives: its bytes can be read after the process has exited and
+/// the file was deleted or replaced.
+#[derive(Debug)]
+pub(crate) struct Executable {
+    id: ExecutableId,
+    path: PathBuf,
+    identity: Identity,
+    file: File,
+    elf: Elf,
+    debug_is_safe: OnceLock<bool>,
+}
+
+impl Executable {
+    pub(crate) fn id(&self) -> ExecutableId {
+        self.id
+    }
+
+    /// The path as the first process seen with it names it; a hint, since other mount namespaces name it otherwise.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The last part of the path, for a frame without a symbol: `binary+0xADDR`.
+    pub(crate) fn name(&self) -> std::borrow::Cow<'_, str> {
+        self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy()
+    }
+
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The linker's id, as tools print it; `None` if it wrote none.
+    pub(crate) fn build_id(&self) -> Option<&BuildId> {
+        self.identity.build_ids.preferred()
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The address that the ELF gives to a byte of the file; `None` when nothing is mapped from there.
+    pub(crate) fn elf_addr(&self, offset: FileOffset) -> Option<ElfAddr> {
+        self.elf.segments.elf_addr(offset)
+    }
+
+    /// From the first code address to the end of the last, and where the first lies in the file.
+    pub(crate) fn code_range(&self) -> Option<(Range<ElfAddr>, FileOffset)> {
+        self.elf.segments.code_range()
+    }
+
+    pub(crate) fn symbols(&self) -> &SymbolSections {
+        &self.elf.symbols
+    }
+
+    /// What `check` said of the file's DWARF when it was asked first.
+    pub(crate) fn debug_is_safe(&self, check: impl FnOnce() -> bool) -> bool {
+        *self.debug_is_safe.get_or_init(check)
+    }
+
+    pub(crate) fn is_go(&self) -> bool {
+        self.elf.is_go
+    }
+
+    /// Reads the headers of an open regular file.
+    fn read(id: ExecutableId, path: &Path, file: File) -> Result<Self, ExecutableError> {
+        let read_error = |source| ExecutableError::Read { path: path.into(), source };
+        let file_bytes = file.metadata().map_err(read_error)?.len();
+        let elf = Elf::of(&file).map_err(|source| ExecutableError::Elf { path: path.into(), source })?;
+        let identity = Identity::read(&file, file_bytes, elf.build_ids.clone()).map_err(read_error)?;
+        let debug_is_safe = OnceLock::new();
+        Ok(Self { id, path: path.into(), identity, file, elf, debug_is_safe })
+    }
+}
+
+impl fmt::Display for Executable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())
+    }
+}
+
+/// Why a mapping's file is not an executable to the agent. One bad file never stops the rest: frames in it stay
+/// raw addresses.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ExecutableError {
+    /// The process or the file is gone, or the agent may not read it.
+    #[error("open {path} of pid {pid}")]
+    Open {
+        pid: u32,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// A device, pipe or directory: never opened for reading.
+    #[error("{path} of pid {pid} is not a regular file")]
+    NotRegular { pid: u32, path: PathBuf },
+    /// The path names another file by now than the one mapped.
+    #[error("{path} of pid {pid} was replaced: inode {found}, mapped is {mapped}")]
+    Replaced { pid: u32, path: PathBuf, mapped: u64, found: u64 },
+    #[error("read {path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{path}")]
+    Elf {
+        path: PathBuf,
+        #[source]
+        source: ElfError,
+    },
+    /// All places are held by executables in use.
+    #[error("{path}: {max} executables are in use, none can be closed")]
+    Full { path: PathBuf, max: usize },
+}
+
+/// Real executables for the tests of other modules.
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::fs;
+    use std::os::unix::fs::MetadataExt as _;
+    use std::path::Path;
+    use std::process::Command;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::{Executable, ExecutableCache, ExecutableError, ExecutableId, MappedFile};
+    use crate::addr::{Addr, ElfAddr, FileOffset};
+
+    /// Opens a file that nobody has mapped; each call gives a new id.
+    pub(crate) fn read(path: &Path) -> Result<Arc<Executable>, ExecutableError> {
+        static NEXT: AtomicU32 = AtomicU32::new(1 << 31);
+        let id = ExecutableId(NEXT.fetch_add(1, Ordering::Relaxed));
+        Executable::read(id, path, fs::File::open(path).unwrap()).map(Arc::new)
+    }
+
+    /// The file mapped at an address of this process, and the address as the file states it.
+    pub(crate) fn at(cache: &ExecutableCache, addr: u64) -> (Arc<Executable>, ElfAddr) {
+        let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
+        for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            let [range, _, offset, _, _, path] = fields.as_slice() else { continue };
+            let (start, end) = range.split_once('-').unwrap();
+            let range = hex(start)..hex(end);
+            if range.contains(&addr) {
+                let path = Path::new(path);
+                let inode = fs::metadata(path).unwrap().ino();
+                let mapped = MappedFile {
+                    pid: std::process::id(),
+                    range: Addr(range.start)..Addr(range.end),
+                    inode,
+                    path,
+                };
+                let executable = cache.open(Path::new("/proc"), &mapped).unwrap();
+                let elf_addr = executable.elf_addr(FileOffset(addr - range.start + hex(offset))).unwrap();
+                return (executable, elf_addr);
+            }
+        }
+        panic!("nothing is mapped at {addr:#x}");
+    }
+
+    /// Compiles C source to `dir/name` with debug information.
+    pub(crate) fn compile(dir: &Path, name: &str, source: &str, flags: &[&str]) -> std::path::PathBuf {
+        let input = dir.join(format!("{name}.c"));
+        let output = dir.join(name);
+        fs::write(&input, source).unwrap();
+        run(Command::new("cc")
+            .args(["-g", "-O1", "-Wl,--build-id"])
+            .args(flags)
+            .arg("-o")
+            .arg(&output)
+            .arg(&input));
+        output
+    }
+
+    #[track_caller]
+    pub(crate) fn run(command: &mut Command) {
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}

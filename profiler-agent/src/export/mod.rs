@@ -1,0 +1,9 @@
+//! Closed windows to destinations: encode, queue, upload.
+
+mod encode;
+mod queue;
+mod upload;
+
+pub(crate) use encode::{Losses, Quality, encode};
+pub(crate) use queue::{Batch, Queue};
+pub(crate) use upload::{Destination, UploadCounts, run as upload};

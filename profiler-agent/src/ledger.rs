@@ -1,0 +1,234 @@
+//! The account of every sample: taken = delivered + waiting(place) + dropped(cause), in events.
+//!
+//! Each term is counted where the thing happens and none is computed from others, so that the equation can fail: it is
+//! checked at exit, when nothing moves any more.
+
+use std::{
+    fmt,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+/// Why events were dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// Kernel side: the ring buffer was full.
+    RingFull,
+    /// Kernel side: no scratch value on this CPU.
+    NoScratch,
+    /// The agent fell behind: the channel between drain and worker was full.
+    DrainQueueFull,
+    /// A record that could not be decoded.
+    Malformed,
+    /// The window held as many different stacks as it may.
+    WindowFull,
+    /// Windows were closed faster than they could be encoded.
+    EncodeQueueFull,
+    /// A profile could not be encoded.
+    EncodeFailed,
+}
+
+impl Cause {
+    const COUNT: usize = 7;
+
+    /// Every cause.
+    pub(crate) const ALL: [Self; Self::COUNT] = [
+        Self::RingFull,
+        Self::NoScratch,
+        Self::DrainQueueFull,
+        Self::Malformed,
+        Self::WindowFull,
+        Self::EncodeQueueFull,
+        Self::EncodeFailed,
+    ];
+
+    /// The value of the metric label `reason`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::RingFull => "ring_full",
+            Self::NoScratch => "no_scratch",
+            Self::DrainQueueFull => "drain_queue_full",
+            Self::Malformed => "malformed",
+            Self::WindowFull => "window_full",
+            Self::EncodeQueueFull => "encode_queue_full",
+            Self::EncodeFailed => "encode_failed",
+        }
+    }
+}
+
+/// Where events wait inside the agent, before they belong to a destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Between drain and worker.
+    DrainQueue,
+    /// In an open window.
+    Window,
+    /// In a closed window that is being symbolized and encoded.
+    EncodeQueue,
+}
+
+impl Place {
+    const COUNT: usize = 3;
+
+    /// Every place.
+    pub(crate) const ALL: [Self; Self::COUNT] = [Self::DrainQueue, Self::Window, Self::EncodeQueue];
+
+    /// The value of the metric label `place`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::DrainQueue => "drain_queue",
+            Self::Window => "window",
+            Self::EncodeQueue => "encode_queue",
+        }
+    }
+}
+
+/// Counts of one agent, shared by its threads. Relaxed throughout: a reading while samples move is a little old, the one
+/// at exit is exact since the threads have been joined.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    drained: AtomicU64,
+    dropped: [AtomicU64; Cause::COUNT],
+    waiting: [AtomicU64; Place::COUNT],
+}
+
+impl Ledger {
+    /// Samples the drain has taken from the ring buffer.
+    pub(crate) fn add_drained(&self, events: u64) {
+        self.drained.fetch_add(events, Relaxed);
+    }
+
+    /// Samples the drain has taken from the ring buffer.
+    pub(crate) fn drained(&self) -> u64 {
+        self.drained.load(Relaxed)
+    }
+
+    /// Events that are gone for good.
+    pub(crate) fn drop_events(&self, cause: Cause, events: u64) {
+        self.dropped[cause as usize].fetch_add(events, Relaxed);
+    }
+
+    /// Takes over a count that the kernel side keeps.
+    pub(crate) fn set_dropped(&self, cause: Cause, events: u64) {
+        self.dropped[cause as usize].store(events, Relaxed);
+    }
+
+    /// Events have come to a place.
+    pub(crate) fn enter(&self, place: Place, events: u64) {
+        self.waiting[place as usize].fetch_add(events, Relaxed);
+    }
+
+    /// Events have left a place.
+    pub(crate) fn leave(&self, place: Place, events: u64) {
+        self.waiting[place as usize].fetch_sub(events, Relaxed);
+    }
+
+    /// Events dropped so far.
+    pub(crate) fn dropped(&self, cause: Cause) -> u64 {
+        self.dropped[cause as usize].load(Relaxed)
+    }
+
+    /// Events waiting now.
+    pub(crate) fn waiting(&self, place: Place) -> u64 {
+        self.waiting[place as usize].load(Relaxed)
+    }
+}
+
+/// What one destination did with the events it was given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct DestinationTotals {
+    /// Acknowledged.
+    pub(crate) delivered: u64,
+    /// In its queue.
+    pub(crate) waiting: u64,
+    /// Its queue was full, so the oldest batch went.
+    pub(crate) dropped_queue_full: u64,
+    /// It refused them for good.
+    pub(crate) dropped_refused: u64,
+    /// The agent stopped before it answered.
+    pub(crate) dropped_shutdown: u64,
+}
+
+/// Both sides of the equation for one destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Balance {
+    /// Destination, as the user named it.
+    pub(crate) destination: String,
+    /// Counted by the sampling program.
+    pub(crate) taken: u64,
+    /// Acknowledged by the destination.
+    pub(crate) delivered: u64,
+    /// Waiting, by place; places with none are left out.
+    pub(crate) waiting: Vec<(&'static str, u64)>,
+    /// Dropped, by cause; causes with none are left out.
+    pub(crate) dropped: Vec<(&'static str, u64)>,
+}
+
+impl Balance {
+    /// Puts the account of one destination together.
+    pub(crate) fn new(taken: u64, ledger: &Ledger, destination: &str, totals: DestinationTotals) -> Self {
+        let DestinationTotals { delivered, waiting, dropped_queue_full, dropped_refused, dropped_shutdown } =
+            totals;
+        let places = Place::ALL.map(|place| (place.name(), ledger.waiting(place)));
+        let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
+        let nonzero = |&(_, events): &(_, u64)| events > 0;
+        let own_causes = [
+            ("queue_full", dropped_queue_full),
+            ("refused", dropped_refused),
+            ("shutdown", dropped_shutdown),
+        ];
+        Self {
+            destination: destination.to_owned(),
+            taken,
+            delivered,
+            waiting: places.into_iter().chain([("upload_queue", waiting)]).filter(nonzero).collect(),
+            dropped: causes.into_iter().chain(own_causes).filter(nonzero).collect(),
+        }
+    }
+
+    /// Taken less everything that is accounted for. Zero when nothing moves; negative when something was counted twice.
+    pub(crate) fn unaccounted(&self) -> i128 {
+        let sum = |terms: &[(_, u64)]| terms.iter().map(|&(_, events)| i128::from(events)).sum::<i128>();
+        i128::from(self.taken) - i128::from(self.delivered) - sum(&self.waiting) - sum(&self.dropped)
+    }
+}
+
+impl fmt::Display for Balance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { destination, taken, delivered, waiting, dropped } = self;
+        let list = |terms: &[(&str, u64)]| {
+            let total: u64 = terms.iter().map(|(_, events)| events).sum();
+            let parts: Vec<_> = terms.iter().map(|(name, events)| format!("{name} {events}")).collect();
+            if parts.is_empty() { "0".to_owned() } else { format!("{total} ({})", parts.join(", ")) }
+        };
+        write!(
+            f,
+            "{destination}: taken {taken} = delivered {delivered} + waiting {} + dropped {}",
+            list(waiting),
+            list(dropped)
+        )?;
+        match self.unaccounted() {
+            0 => Ok(()),
+            events => write!(f, "; UNACCOUNTED {events}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_that_is_counted_nowhere_shows() {
+        let ledger = Ledger::default();
+        ledger.drop_events(Cause::RingFull, 3);
+        ledger.enter(Place::Window, 2);
+        let totals = DestinationTotals { delivered: 4, ..DestinationTotals::default() };
+        assert_eq!(Balance::new(9, &ledger, "here", totals).unaccounted(), 0);
+        let off_by_one = Balance::new(10, &ledger, "here", totals);
+        assert_eq!(off_by_one.unaccounted(), 1);
+        assert_eq!(
+            off_by_one.to_string(),
+            "here: taken 10 = delivered 4 + waiting 2 (window 2) + dropped 3 (ring_full 3); UNACCOUNTED 1"
+        );
+    }
+}

@@ -1,0 +1,49 @@
+//! Getting the privileges that sampling every process needs, or saying which are missing.
+
+use std::{
+    env,
+    io::{self, IsTerminal as _},
+    os::unix::process::CommandExt as _,
+    process::Command,
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::sys::capabilities::{self, Capability};
+
+/// Set for the child of `sudo`, so that a sudo that gives no privileges is not asked for ever.
+const UNDER_SUDO: &str = "PROFILER_UNDER_SUDO";
+
+/// Returns when the privileges are there. Without them and with a terminal to type a password at, becomes `sudo` with
+/// the same arguments; else an error that names what is missing.
+pub(crate) fn acquire() -> anyhow::Result<()> {
+    let missing = capabilities::missing().context("read own capabilities")?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names = missing.iter().map(Capability::to_string).collect::<Vec<_>>().join(", ");
+    if !io::stdin().is_terminal() || env::var_os(UNDER_SUDO).is_some() {
+        bail!(
+            "sampling every process needs {names}: run as root (sudo), or give the container these capabilities"
+        );
+    }
+    eprintln!("sampling every process needs {names}: asking sudo");
+    let error = sudo()?.exec();
+    Err(error).context("run sudo (is it installed?)")
+}
+
+/// `sudo --preserve-env=PROFILER_… this-program the-same-arguments`
+fn sudo() -> anyhow::Result<Command> {
+    let program = env::current_exe().context("find own executable")?;
+    let own_variables = env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let mut preserved: Vec<_> = own_variables.filter(|name| name.starts_with("PROFILER_")).collect();
+    preserved.push(UNDER_SUDO.to_owned());
+    let mut command = Command::new("sudo");
+    command
+        .env(UNDER_SUDO, "1")
+        .arg(format!("--preserve-env={}", preserved.join(",")))
+        .arg("--")
+        .arg(program)
+        .args(env::args_os().skip(1));
+    Ok(command)
+}

@@ -1,0 +1,340 @@
+//! Addresses to functions, files and lines, off the drain path.
+
+mod cache;
+mod demangle;
+mod inflate;
+mod kernel;
+mod native;
+mod nesting;
+mod queue;
+mod sigbus;
+
+use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use crate::addr::{Addr, ElfAddr};
+use crate::executable::{Executable, ExecutableId};
+use kernel::KernelSymbols;
+use native::NativeSymbols;
+use queue::{Lane, Queue, Source, Work};
+
+/// Bytes of symbolized locations kept by default.
+pub(crate) const CACHE_BYTES_MAX: usize = 64 << 20;
+
+/// Stack of a symbolizer thread: DWARF nests as deep as calls were inlined, and the parser recurses with it. Only
+/// touched pages cost memory.
+const STACK_BYTES: usize = 64 << 20;
+
+/// How long a thread waits for work before it looks for symbols to release.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// A code address, at the look-up position: one was subtracted from return addresses already.
+///
+/// Equal and hashed as its [`LocationId`].
+#[derive(Clone, Debug)]
+pub(crate) enum LocationKey {
+    /// In a file; holding the key keeps the file open.
+    Native { executable: Arc<Executable>, addr: ElfAddr },
+    /// In the kernel, a module or a BPF program.
+    Kernel(Addr),
+}
+
+/// The identity of a [`LocationKey`], without the hold on its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum LocationId {
+    Native(ExecutableId, ElfAddr),
+    Kernel(Addr),
+}
+
+impl LocationKey {
+    pub(crate) fn id(&self) -> LocationId {
+        match self {
+            Self::Native { executable, addr } => LocationId::Native(executable.id(), *addr),
+            Self::Kernel(addr) => LocationId::Kernel(*addr),
+        }
+    }
+}
+
+impl PartialEq for LocationKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.id() == other.id()
+    }
+}
+
+impl Eq for LocationKey {}
+
+impl Hash for LocationKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.id().hash(state);
+    }
+}
+
+/// What is known about an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Location {
+    /// At least one frame, innermost (most deeply inlined) first.
+    Resolved(Arc<[Frame]>),
+    Unresolved(Reason),
+}
+
+/// A function at an address: the one whose code it is, or one inlined into it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Frame {
+    /// Readable name.
+    pub(crate) function: Arc<str>,
+    /// Name as the linker or the kernel has it.
+    pub(crate) system_name: Arc<str>,
+    /// Kernel frames: `kernel`, the module, or `bpf`; else empty.
+    pub(crate) module: Arc<str>,
+    /// Source file; empty when unknown.
+    pub(crate) file: Arc<str>,
+    /// Line of the instruction, or of the call that was inlined; 0 when unknown.
+    pub(crate) line: u32,
+    /// Line of the function's first instruction, which is where its body begins; 0 when unknown, as for inlined ones.
+    pub(crate) start_line: u32,
+    /// Bytes from the function's start; 0 for inlined ones.
+    pub(crate) offset: u64,
+}
+
+/// A [`Frame`] whose strings are not shared yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct NewFrame {
+    function: String,
+    system_name: String,
+    module: String,
+    file: String,
+    line: u32,
+    start_line: u32,
+    offset: u64,
+}
+
+/// Why an address leaves without a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Reason {
+    /// The file, or the kernel, has no symbols: it was stripped.
+    NoSymbols,
+    /// The symbols there are do not cover the address.
+    NotInSymbols,
+    /// The file cannot be read as ELF or DWARF, or would take more memory than it may.
+    Malformed,
+    /// The file was shortened while it was read.
+    FileChanged,
+    /// The kernel shows no addresses: CAP_SYSLOG is missing, or kernel.kptr_restrict is 2.
+    KallsymsHidden,
+    /// Not ready when the window had to leave; it will be for the next.
+    Late,
+    /// Not asked for, since too many others wait.
+    QueueFull,
+}
+
+impl Reason {
+    /// Every reason, in the order of [`Counts::unresolved`].
+    pub(crate) const ALL: [Self; 7] = [
+        Self::NoSymbols,
+        Self::NotInSymbols,
+        Self::Malformed,
+        Self::FileChanged,
+        Self::KallsymsHidden,
+        Self::Late,
+        Self::QueueFull,
+    ];
+
+    /// The reason as a metric's label value.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::NoSymbols => "no_symbols",
+            Self::NotInSymbols => "not_in_symbols",
+            Self::Malformed => "malformed",
+            Self::FileChanged => "file_changed",
+            Self::KallsymsHidden => "kallsyms_hidden",
+            Self::Late => "late",
+            Self::QueueFull => "queue_full",
+        }
+    }
+}
+
+/// What happened since the start, in locations; `cache_bytes` and the two after it are of now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Look-ups answered at once, when a window closed.
+    pub(crate) hits: u64,
+    /// Look-ups that had to wait, when a window closed.
+    pub(crate) misses: u64,
+    /// Locations symbolized, with or without success.
+    pub(crate) symbolized: u64,
+    /// Locations dropped to keep the cache within its bound.
+    pub(crate) evictions: u64,
+    /// Prefetches not taken because the queue was full; the window's close asks again.
+    pub(crate) prefetch_refused: u64,
+    /// By [`Reason::ALL`]. `Late` and `QueueFull` count look-ups; the others what was symbolized.
+    pub(crate) unresolved: [u64; Reason::ALL.len()],
+    /// Panics of a parser that were caught.
+    pub(crate) parser_panics: u64,
+    pub(crate) cache_bytes: u64,
+    pub(crate) cached: u64,
+    pub(crate) waiting: u64,
+}
+
+/// Symbolizes each location once and remembers it within a bound.
+///
+/// Two threads do the work: one for files with large symbols, whose first look-up may take a second, and one for all
+/// others and the kernel, which therefore never wait behind those. Dropping ends both after the batch in hand.
+#[derive(Debug)]
+pub(crate) struct Symbols {
+    queue: Arc<Queue>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Symbols {
+    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered, see
+    /// [`CACHE_BYTES_MAX`].
+    ///
+    /// # Errors
+    /// A thread or the signal handler that guards it cannot be had.
+    pub(crate) fn start(proc_root: &Path, cache_bytes_max: usize) -> io::Result<Self> {
+        sigbus::install()?;
+        let queue = Arc::new(Queue::new(cache_bytes_max));
+        let mut symbols = Self { queue, threads: Vec::new() };
+        for (lane, name) in [(Lane::Quick, "symbolize"), (Lane::Large, "symbolize-large")] {
+            let queue = Arc::clone(&symbols.queue);
+            let kernel = KernelSymbols::new(proc_root);
+            let thread = thread::Builder::new()
+                .name(name.into())
+                .stack_size(STACK_BYTES)
+                .spawn(move || work(&queue, lane, kernel))?;
+            symbols.threads.push(thread);
+        }
+        Ok(symbols)
+    }
+
+    /// Asks for a location ahead of time. Never waits for a file: a full queue is counted, and the location is asked for
+    /// again when its window closes.
+    pub(crate) fn prefetch(&self, key: LocationKey) {
+        self.queue.prefetch(key);
+    }
+
+    /// What is known of each key by `deadline`; each key gets an answer. What is late is symbolized all the same, for
+    /// the next window.
+    pub(crate) fn resolve(
+        &self,
+        keys: impl IntoIterator<Item = LocationKey>,
+        deadline: Instant,
+    ) -> HashMap<LocationId, Location> {
+        self.queue.resolve(keys, deadline)
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        self.queue.counts()
+    }
+}
+
+impl Drop for Symbols {
+    fn drop(&mut self) {
+        self.queue.close();
+        for thread in self.threads.drain(..) {
+            // A panic of the thread was printed when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The life of a symbolizer thread.
+fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols) {
+    let mut native = NativeSymbols::new();
+    loop {
+        let Work { source, addrs } = match queue.take(lane, IDLE) {
+            queue::Next::Work(work) => work,
+            queue::Next::Idle => {
+                native.release_idle(Instant::now());
+                continue;
+            }
+            queue::Next::Closed => return,
+        };
+        match source {
+            Source::File(executable) => {
+                let ids = addrs.iter().map(|&addr| LocationId::Native(executable.id(), ElfAddr(addr)));
+                let found = native.symbolize(&executable, &addrs);
+                queue.finish(ids.zip(found), native.take_panics());
+            }
+            Source::Kernel => {
+                let addrs: Vec<Addr> = addrs.into_iter().map(Addr).collect();
+                // An unreadable kallsyms shows in the counts: every kernel frame is without a symbol.
+                if kernel.refresh(&addrs, Instant::now()).unwrap_or(false) {
+                    queue.forget_kernel();
+                }
+                queue.finish(addrs.iter().map(|&addr| (LocationId::Kernel(addr), kernel.frames(addr))), 0);
+            }
+        }
+        native.release_idle(Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executable::ExecutableCache;
+    use crate::executable::testing::at;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    fn names(location: &Location) -> Vec<&str> {
+        match location {
+            Location::Resolved(frames) => frames.iter().map(|frame| &*frame.function).collect(),
+            Location::Unresolved(reason) => panic!("{reason:?}"),
+        }
+    }
+
+    /// A function's line of kallsyms, as the kernel shows it to this process.
+    fn line_of_kallsyms(name: &str) -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/kallsyms").unwrap();
+        let mut lines = text.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+        let line = lines.find(|fields| matches!(fields.as_slice(), [_, "T", found] if *found == name));
+        line.and_then(|fields| u64::from_str_radix(fields[0], 16).ok())
+    }
+
+    #[test]
+    fn one_call_names_a_program_a_library_and_the_kernel() {
+        let cache = ExecutableCache::new(4);
+        let (executable, addr) = at(&cache, soon as *const () as u64);
+        let own = LocationKey::Native { executable, addr };
+        let (executable, addr) = at(&cache, libc::qsort as *const () as u64);
+        let library = LocationKey::Native { executable, addr };
+        let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
+        let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
+        let symbols = Symbols::start(Path::new("/proc"), CACHE_BYTES_MAX).unwrap();
+        symbols.prefetch(own.clone());
+
+        let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());
+
+        let own = names(&found[&own.id()]);
+        assert!(own.last().unwrap().ends_with("symbolize::tests::soon"), "{own:?}");
+        assert_eq!(names(&found[&library.id()]), ["qsort"]);
+        match &found[&kernel.id()] {
+            Location::Resolved(frames) => {
+                let [frame] = &**frames else { panic!("{frames:?}") };
+                assert_eq!((&*frame.module, &*frame.function, frame.offset), ("kernel", "vfs_read", 1));
+            }
+            Location::Unresolved(reason) => {
+                assert_eq!((*reason, kernel_addr), (Reason::KallsymsHidden, 0));
+            }
+        }
+        let counts = symbols.counts();
+        assert_eq!((counts.symbolized, counts.cached, counts.waiting), (3, 3, 0), "{counts:?}");
+    }
+
+    #[test]
+    fn keys_are_equal_by_executable_and_address() {
+        let cache = ExecutableCache::new(4);
+        let (executable, addr) = at(&cache, soon as *const () as u64);
+        let key = |addr| LocationKey::Native { executable: Arc::clone(&executable), addr };
+        assert_eq!(key(addr), key(addr));
+        assert_ne!(key(addr), key(ElfAddr(addr.0 + 1)));
+    }
+}

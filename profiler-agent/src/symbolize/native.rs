@@ -1,0 +1,668 @@
+//! Addresses of ELF files by their symbols and DWARF, through blazesym.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blazesym::symbolize::source::{Elf as ElfSource, Source};
+use blazesym::symbolize::{self, CodeInfo, Input, Sym, Symbolized, Symbolizer};
+use rustix::fs::{Mode, OFlags};
+
+use super::demangle::{cut, demangle, is_mangled};
+use super::inflate::is_honest;
+use super::{NewFrame, Reason, nesting, sigbus};
+use crate::executable::{BuildId, Elf, Executable, ExecutableId, SymbolSections};
+
+/// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them and the
+/// DWARF of units that were asked for are our own: 26 MB after 2000 addresses all over a 48 MB Rust program.
+const LOADED_MAX: usize = 32;
+
+/// Symbols of a file are released when nothing new was asked of it for so long: by then its locations are remembered.
+const IDLE_MAX: Duration = Duration::from_secs(30);
+
+/// Symbol and string tables larger than this are not read.
+const SYMBOL_BYTES_MAX: u64 = 1 << 30;
+
+/// DWARF larger than this is not read; the file's symbols still are.
+const DEBUG_BYTES_MAX: u64 = 4 << 30;
+
+/// DWARF that a compressed file may unfold to in our own memory.
+const INFLATED_BYTES_MAX: u64 = 256 << 20;
+
+/// Frames of one location; inlining deeper than this is cut at the outer end.
+const FRAMES_MAX: usize = 128;
+
+/// Functions remembered per loaded file.
+const FUNCTIONS_MAX: usize = 16 << 10;
+
+/// Where distributions put debug information by build id. Only root writes there.
+const DEBUG_DIR: &str = "/usr/lib/debug";
+
+/// A way to name a file's addresses, the best first.
+#[derive(Debug)]
+enum Symbols {
+    /// A file of the distribution with the same build id. It may name further files: its author is trusted.
+    DebugFile(File),
+    /// DWARF in the executable itself.
+    OwnDebug,
+    /// The symbol table, or the dynamic one.
+    OwnTable,
+}
+
+/// The ways that are worth trying for a file, the best last, so that the last is taken first.
+///
+/// An executable that names another file for its debug information is never followed: the name would be looked up with
+/// the agent's rights, in the agent's mount namespace, and opening it may block.
+fn ways(executable: &Executable, debug_dir: &Path) -> Vec<Symbols> {
+    let mut ways = Vec::with_capacity(3);
+    let symbols = executable.symbols();
+    if symbols.symbol_bytes <= SYMBOL_BYTES_MAX {
+        ways.push(Symbols::OwnTable);
+    }
+    let has_own_debug = symbols.has_debug_info && !symbols.names_other_file;
+    if has_own_debug && executable.debug_is_safe(|| is_safe(executable.file(), symbols)) {
+        ways.push(Symbols::OwnDebug);
+    }
+    if !symbols.has_debug_info
+        && let Some(file) = debug_file(executable, debug_dir)
+    {
+        ways.push(Symbols::DebugFile(file));
+    }
+    ways
+}
+
+/// Whether DWARF of an author nobody vouches for can be given to blazesym.
+fn is_safe(file: &File, symbols: &SymbolSections) -> bool {
+    fits(file, symbols) && nesting::is_bounded(file, symbols)
+}
+
+/// Whether DWARF can be read within the bounds. Unfolds what is compressed once.
+fn fits(file: &File, symbols: &SymbolSections) -> bool {
+    symbols.debug_bytes <= DEBUG_BYTES_MAX
+        && symbols.inflated_bytes <= INFLATED_BYTES_MAX
+        && symbols.symbol_bytes <= SYMBOL_BYTES_MAX
+        && symbols.compressed.iter().all(|section| is_honest(file, section))
+}
+
+/// `<debug dir>/.build-id/ab/cdef.debug` with the same build id inside.
+fn debug_file(executable: &Executable, debug_dir: &Path) -> Option<File> {
+    let build_id = executable.identity().build_ids.gnu.as_ref()?;
+    let hex = build_id.to_string();
+    let (first, rest) = hex.split_at_checked(2).filter(|(_, rest)| rest.len() >= 6)?;
+    let path: PathBuf = debug_dir.join(".build-id").join(first).join(format!("{rest}.debug"));
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let elf = Elf::of(&file).ok()?;
+    let same = |found: &BuildId| found == build_id;
+    (elf.build_ids.gnu.as_ref().is_some_and(same) && fits(&file, &elf.symbols)).then_some(file)
+}
+
+/// What is known of a function beside what an address in it gives.
+#[derive(Clone, Debug, Default)]
+struct Function {
+    /// Line of the first instruction; 0 when that is of a callee inlined there.
+    start_line: u32,
+    /// The linker's name, where DWARF has only the plain one (`-g1`, Rust's `line-tables-only`).
+    linkage_name: Option<Box<str>>,
+}
+
+/// blazesym's view of one file. It keeps files by path; here the path is a descriptor's, which names another file once
+/// it was closed. So each file has a `Symbolizer` of its own, which lives no longer than the descriptor.
+struct Loaded {
+    symbolizer: Symbolizer,
+    source: Source<'static>,
+    /// The same file without its DWARF; `None` when `source` is that already.
+    table: Option<Source<'static>>,
+    /// By the function's address.
+    functions: HashMap<u64, Function>,
+    _debug_file: Option<File>,
+}
+
+impl Loaded {
+    fn new(executable: &Executable, way: Symbols) -> Self {
+        let (fd, debug_file, has_lines) = match way {
+            Symbols::DebugFile(file) => (file.as_raw_fd(), Some(file), true),
+            Symbols::OwnDebug => (executable.file().as_raw_fd(), None, true),
+            Symbols::OwnTable => (executable.file().as_raw_fd(), None, false),
+        };
+        let symbolizer = Symbolizer::builder()
+            .enable_auto_reload(false)
+            .enable_code_info(true)
+            .enable_inlined_fns(true)
+            .enable_demangling(false)
+            .set_debug_dirs(Some([DEBUG_DIR]))
+            .build();
+        let source = |debug_syms| {
+            let mut source = ElfSource::new(format!("/proc/self/fd/{fd}"));
+            source.debug_syms = debug_syms;
+            Source::Elf(source)
+        };
+        Self {
+            symbolizer,
+            source: source(has_lines),
+            table: has_lines.then(|| source(false)),
+            functions: HashMap::new(),
+            _debug_file: debug_file,
+        }
+    }
+
+    /// One answer per address; an error means that the file as a whole is of no use this way.
+    fn symbolize(&mut self, addrs: &[u64]) -> Result<Vec<Result<Vec<NewFrame>, Reason>>, blazesym::Error> {
+        let found = self.symbolizer.symbolize(&self.source, Input::VirtOffset(addrs))?;
+        let mut functions = std::mem::take(&mut self.functions);
+        let frames = found
+            .iter()
+            .map(|symbolized| match symbolized {
+                Symbolized::Sym(sym) => Ok(frames(sym, self.function(sym, &mut functions))),
+                Symbolized::Unknown(reason) => Err(reason_of(*reason)),
+            })
+            .collect();
+        self.functions = functions;
+        Ok(frames)
+    }
+
+    fn function<'k>(&self, sym: &Sym<'_>, known: &'k mut HashMap<u64, Function>) -> &'k Function {
+        if known.len() >= FUNCTIONS_MAX {
+            known.clear();
+        }
+        known.entry(sym.addr).or_insert_with(|| {
+            self.table.as_ref().map_or_else(Function::default, |table| Function {
+                start_line: self.start_line(sym.addr),
+                linkage_name: self.linkage_name(sym, table),
+            })
+        })
+    }
+
+    fn start_line(&self, start: u64) -> u32 {
+        match self.symbolizer.symbolize_single(&self.source, Input::VirtOffset(start)) {
+            Ok(Symbolized::Sym(sym)) if sym.inlined.is_empty() => line(sym.code_info.as_deref()),
+            _ => 0,
+        }
+    }
+
+    /// The mangled name of the symbol that begins where the function does.
+    fn linkage_name(&self, sym: &Sym<'_>, table: &Source<'_>) -> Option<Box<str>> {
+        if is_mangled(&sym.name) {
+            return None;
+        }
+        match self.symbolizer.symbolize_single(table, Input::VirtOffset(sym.addr)) {
+            Ok(Symbolized::Sym(linked)) if linked.offset == 0 && is_mangled(&linked.name) => {
+                Some(linked.name.into())
+            }
+            _ => None,
+        }
+    }
+}
+
+fn reason_of(reason: symbolize::Reason) -> Reason {
+    match reason {
+        symbolize::Reason::MissingSyms => Reason::NoSymbols,
+        symbolize::Reason::IgnoredError => Reason::Malformed,
+        _ => Reason::NotInSymbols,
+    }
+}
+
+/// blazesym lists inlined calls outermost first; a stack is innermost first.
+fn frames(sym: &Sym<'_>, function: &Function) -> Vec<NewFrame> {
+    let inlined = sym.inlined.iter().rev().map(|inlined| frame(&inlined.name, inlined.code_info.as_ref()));
+    let outer = NewFrame {
+        start_line: function.start_line,
+        offset: offset(sym),
+        ..frame(function.linkage_name.as_deref().unwrap_or(&sym.name), sym.code_info.as_deref())
+    };
+    inlined.take(FRAMES_MAX - 1).chain([outer]).collect()
+}
+
+/// 0 in a part of the function that was moved in front of its start (`.text.unlikely`), where blazesym's wraps around.
+fn offset(sym: &Sym<'_>) -> u64 {
+    u64::try_from(sym.offset.cast_signed()).unwrap_or(0)
+}
+
+fn frame(name: &str, code: Option<&CodeInfo<'_>>) -> NewFrame {
+    NewFrame {
+        function: demangle(name).into_owned(),
+        system_name: cut(name).into_owned(),
+        file: code.map(|code| cut(&path(code)).into_owned()).unwrap_or_default(),
+        line: line(code),
+        ..NewFrame::default()
+    }
+}
+
+fn path(code: &CodeInfo<'_>) -> String {
+    match code.to_path() {
+        Cow::Borrowed(path) => path.to_string_lossy().into_owned(),
+        Cow::Owned(path) => path.to_string_lossy().into_owned(),
+    }
+}
+
+fn line(code: Option<&CodeInfo<'_>>) -> u32 {
+    code.and_then(|code| code.line).unwrap_or(0)
+}
+
+/// The symbols of one executable: loaded one way, with the ways left should that fail.
+struct Entry {
+    executable: Arc<Executable>,
+    loaded: Option<Loaded>,
+    ways: Vec<Symbols>,
+    used_at: Instant,
+}
+
+impl Entry {
+    fn new(executable: &Arc<Executable>, now: Instant, debug_dir: &Path) -> Self {
+        // Looking for ways unfolds compressed sections: a decoder that panics over them costs the file, not the thread.
+        let ways = catch_unwind(|| ways(executable, debug_dir)).unwrap_or_default();
+        Self { executable: Arc::clone(executable), loaded: None, ways, used_at: now }
+    }
+
+    /// Goes on to the next way; false when there is none.
+    fn load_next(&mut self) -> bool {
+        self.loaded = None;
+        self.loaded = self.ways.pop().map(|way| Loaded::new(&self.executable, way));
+        self.loaded.is_some()
+    }
+}
+
+/// The symbols of the files asked for last. One thread's own: blazesym shares nothing between threads.
+pub(super) struct NativeSymbols {
+    entries: HashMap<ExecutableId, Entry>,
+    debug_dir: PathBuf,
+    panics: u64,
+}
+
+impl NativeSymbols {
+    pub(super) fn new() -> Self {
+        Self { entries: HashMap::new(), debug_dir: DEBUG_DIR.into(), panics: 0 }
+    }
+
+    /// One answer per address of `executable`, in their order. Reads the file, so this may take seconds.
+    ///
+    /// A file that makes the parser fail or panic is tried the next simpler way, and at last is [`Reason::Malformed`].
+    pub(super) fn symbolize(
+        &mut self,
+        executable: &Arc<Executable>,
+        addrs: &[u64],
+    ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let now = Instant::now();
+        self.make_room(executable.id());
+        let debug_dir = &self.debug_dir;
+        let entry =
+            self.entries.entry(executable.id()).or_insert_with(|| Entry::new(executable, now, debug_dir));
+        entry.used_at = now;
+        let mut usable = entry.loaded.is_some() || entry.load_next();
+        while usable {
+            match attempt(entry.loaded.as_mut().expect("a way was loaded"), addrs) {
+                Attempt::Found(found) => return found,
+                Attempt::Shrank => {
+                    self.entries.remove(&executable.id());
+                    return vec![Err(Reason::FileChanged); addrs.len()];
+                }
+                Attempt::Panicked => self.panics += 1,
+                Attempt::Failed => {}
+            }
+            usable = entry.load_next();
+        }
+        vec![Err(Reason::Malformed); addrs.len()]
+    }
+
+    /// Releases the symbols of files that nothing was asked of for a while.
+    pub(super) fn release_idle(&mut self, now: Instant) {
+        self.entries.retain(|_, entry| now.saturating_duration_since(entry.used_at) < IDLE_MAX);
+    }
+
+    /// How often a parser panicked since this was asked last.
+    pub(super) fn take_panics(&mut self) -> u64 {
+        std::mem::take(&mut self.panics)
+    }
+
+    fn make_room(&mut self, for_id: ExecutableId) {
+        if self.entries.len() < LOADED_MAX || self.entries.contains_key(&for_id) {
+            return;
+        }
+        let longest_unused = self.entries.iter().min_by_key(|(_, entry)| entry.used_at).map(|(&id, _)| id);
+        if let Some(id) = longest_unused {
+            self.entries.remove(&id);
+        }
+    }
+}
+
+enum Attempt {
+    Found(Vec<Result<Vec<NewFrame>, Reason>>),
+    Failed,
+    Panicked,
+    Shrank,
+}
+
+/// One call of blazesym over bytes that nobody vouches for. A panic leaves `loaded` in an unknown state: drop it.
+fn attempt(loaded: &mut Loaded, addrs: &[u64]) -> Attempt {
+    match sigbus::guard(|| catch_unwind(AssertUnwindSafe(|| loaded.symbolize(addrs)))) {
+        Err(sigbus::FileShrank) => Attempt::Shrank,
+        Ok(Err(_panic)) => Attempt::Panicked,
+        Ok(Ok(Err(_error))) => Attempt::Failed,
+        Ok(Ok(Ok(found))) => Attempt::Found(found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::FileExt as _;
+    use std::process::Command;
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+    use proptest::test_runner::Config;
+
+    use super::*;
+    use crate::executable::testing::{at, compile, read, run};
+    use crate::executable::{ExecutableCache, ExecutableError};
+
+    const PROGRAM: &str = "
+        static inline __attribute__((always_inline)) int inlined(int x) {
+            __asm__ volatile (\"nop; nop; nop; nop; nop; nop; nop; nop\");
+            return x * 3;
+        }
+        __attribute__((noinline)) int hot(int x) { __asm__ volatile (\"nop\");
+            x = x + 1;
+            return inlined(x);
+        }
+        int main(int argc, char **argv) { return hot(argc); }
+    ";
+
+    /// A program whose `main` has two million inlined calls in each other.
+    const DEEP: &str = r#"
+        .text
+        .globl main
+        .type main,%function
+        .file 1 "deep.c"
+        main:
+        .loc 1 5 0
+        .Lbegin:
+        .byte 0,0,0,0,0,0,0,0
+        .Lend:
+        .size main,.-main
+        .section .debug_abbrev,"",%progbits
+        .byte 1,0x11,1, 0x11,1, 0x12,7, 0x10,0x17, 0,0
+        .byte 2,0x2e,1, 0x11,1, 0x12,7, 0,0
+        .byte 3,0x1d,1, 0,0, 0
+        .section .debug_info,"",%progbits
+        .4byte .Lunit_end-.Lunit
+        .Lunit:
+        .2byte 4
+        .4byte 0
+        .byte 8
+        .byte 1
+        .8byte .Lbegin
+        .8byte .Lend-.Lbegin
+        .4byte 0
+        .byte 2
+        .8byte .Lbegin
+        .8byte .Lend-.Lbegin
+        .fill 2000000,1,3
+        .fill 2000002,1,0
+        .Lunit_end:
+        .section .note.GNU-stack,"",%progbits
+    "#;
+
+    /// Lines of `PROGRAM`.
+    const ASM_LINE: u32 = 3;
+    const HOT_LINE: u32 = 6;
+    const CALL_LINE: u32 = 8;
+
+    /// Eight bytes of `nop`, x86-64, or two instructions of them, aarch64, show where `inlined` is.
+    fn asm_addr(path: &Path) -> u64 {
+        let elf = fs::read(path).unwrap();
+        let nop: &[u8] =
+            if cfg!(target_arch = "x86_64") { &[0x90; 8] } else { &[0x1f, 0x20, 0x03, 0xd5].repeat(2) };
+        let offset = elf.windows(8).position(|window| window == nop).unwrap();
+        let executable = read(path).unwrap();
+        executable.elf_addr(crate::addr::FileOffset(offset as u64 + 4)).unwrap().0
+    }
+
+    fn one(
+        symbols: &mut NativeSymbols,
+        executable: &Arc<Executable>,
+        addr: u64,
+    ) -> Result<Vec<NewFrame>, Reason> {
+        let found: [_; 1] = symbols.symbolize(executable, &[addr]).try_into().unwrap();
+        let [found] = found;
+        found
+    }
+
+    #[track_caller]
+    fn check(found: Result<Vec<NewFrame>, Reason>, names: &[&str]) {
+        let found: Vec<String> = found.unwrap().into_iter().map(|frame| frame.function).collect();
+        assert_eq!(found, names);
+    }
+
+    #[inline(always)]
+    fn inlined_callee() -> u64 {
+        let pc: u64;
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: reads the instruction pointer, nothing else.
+        unsafe {
+            std::arch::asm!("lea {}, [rip]", out(reg) pc, options(nomem, nostack));
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: reads the instruction pointer, nothing else.
+        unsafe {
+            std::arch::asm!("adr {}, .", out(reg) pc, options(nomem, nostack));
+        }
+        pc
+    }
+
+    #[inline(never)]
+    fn caller_of_inlined() -> u64 {
+        std::hint::black_box(inlined_callee())
+    }
+
+    #[test]
+    fn a_function_of_this_program_is_found_with_what_is_inlined_into_it() {
+        let cache = ExecutableCache::new(4);
+        let (executable, addr) = at(&cache, caller_of_inlined() - 1);
+        let frames = one(&mut NativeSymbols::new(), &executable, addr.0).unwrap();
+        let [inner, outer] = frames.as_slice() else { panic!("{frames:?}") };
+        // `line-tables-only` has no more of an inlined function than its last name.
+        assert!(inner.function.ends_with("inlined_callee"), "{frames:?}");
+        assert!(outer.function.ends_with("native::tests::caller_of_inlined"), "{frames:?}");
+        assert!(outer.system_name.starts_with("_R") || outer.system_name.starts_with("_ZN"), "{frames:?}");
+        assert!(frames.iter().all(|frame| frame.file.ends_with("native.rs") && frame.line > 0), "{frames:?}");
+        assert!(outer.offset > 0 && inner.offset == 0, "{frames:?}");
+    }
+
+    #[test]
+    fn a_c_program_gives_files_call_lines_and_start_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let executable = read(&path).unwrap();
+        let frames = one(&mut NativeSymbols::new(), &executable, asm_addr(&path)).unwrap();
+        let [inner, outer] = frames.as_slice() else { panic!("{frames:?}") };
+        assert_eq!((inner.function.as_str(), inner.line, inner.start_line), ("inlined", ASM_LINE, 0));
+        assert_eq!((outer.function.as_str(), outer.line, outer.start_line), ("hot", CALL_LINE, HOT_LINE));
+        assert_eq!(outer.file, dir.path().join("program.c").to_str().unwrap());
+    }
+
+    #[test]
+    fn libc_is_named_by_its_dynamic_symbols() {
+        let cache = ExecutableCache::new(4);
+        let (executable, addr) = at(&cache, libc::qsort as *const () as u64);
+        let frames = one(&mut NativeSymbols::new(), &executable, addr.0 + 1).unwrap();
+        let [frame] = frames.as_slice() else { panic!("{frames:?}") };
+        assert_eq!((frame.function.as_str(), frame.offset), ("qsort", 1));
+    }
+
+    #[test]
+    fn a_deleted_and_a_replaced_file_keep_their_own_symbols() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
+        fs::remove_file(&path).unwrap();
+        check(one(&mut NativeSymbols::new(), &executable, addr), &["inlined", "hot"]);
+        compile(dir.path(), "program", &PROGRAM.replace("hot", "other"), &[]);
+        check(one(&mut NativeSymbols::new(), &executable, addr), &["inlined", "hot"]);
+    }
+
+    #[test]
+    fn a_descriptor_used_again_never_gives_the_symbols_of_the_file_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut symbols = NativeSymbols::new();
+        for name in ["first", "second", "third"] {
+            let path = compile(dir.path(), name, &PROGRAM.replace("hot", name), &[]);
+            let addr = asm_addr(&path);
+            let executable = read(&path).unwrap();
+            check(one(&mut symbols, &executable, addr), &["inlined", name]);
+            symbols.release_idle(Instant::now() + IDLE_MAX);
+            assert_eq!(Arc::strong_count(&executable), 1, "released symbols hold no file");
+        }
+    }
+
+    #[test]
+    fn at_most_so_many_files_are_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let addr = asm_addr(&path);
+        let mut symbols = NativeSymbols::new();
+        let executables: Vec<_> = (0..LOADED_MAX + 3).map(|_| read(&path).unwrap()).collect();
+        for executable in &executables {
+            check(one(&mut symbols, executable, addr), &["inlined", "hot"]);
+        }
+        assert_eq!(symbols.entries.len(), LOADED_MAX);
+    }
+
+    #[test]
+    fn a_stripped_file_has_no_symbols_and_finds_those_of_its_build_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &["-static"]);
+        let addr = asm_addr(&path);
+        let build_id = read(&path).unwrap().build_id().unwrap().to_string();
+        let debug =
+            dir.path().join(".build-id").join(&build_id[..2]).join(format!("{}.debug", &build_id[2..]));
+        fs::create_dir_all(debug.parent().unwrap()).unwrap();
+        let stripped = dir.path().join("stripped");
+        run(Command::new("objcopy").arg("--strip-all").args([&path, &stripped]));
+        let executable = read(&stripped).unwrap();
+        assert_eq!(one(&mut NativeSymbols::new(), &executable, addr), Err(Reason::NoSymbols));
+
+        run(Command::new("objcopy").arg("--only-keep-debug").args([&path, &debug]));
+        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new() };
+        let frames = one(&mut symbols, &executable, addr).unwrap();
+        assert_eq!((frames[0].line, frames[1].function.as_str()), (ASM_LINE, "hot"));
+
+        // Another program's debug information under this build id is not taken.
+        let other = compile(dir.path(), "other", &PROGRAM.replace("hot", "other"), &["-static"]);
+        fs::copy(other, &debug).unwrap();
+        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new() };
+        assert_eq!(one(&mut symbols, &executable, addr), Err(Reason::NoSymbols));
+    }
+
+    #[test]
+    fn a_debug_link_is_not_followed_even_when_opening_it_would_block() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let debug = dir.path().join("link.debug");
+        fs::copy(&path, &debug).unwrap();
+        run(Command::new("objcopy").arg("--add-gnu-debuglink").arg(&debug).arg(&path));
+        fs::remove_file(&debug).unwrap();
+        run(Command::new("mkfifo").arg(&debug));
+        check(one(&mut NativeSymbols::new(), &read(&path).unwrap(), asm_addr(&path)), &["hot"]);
+    }
+
+    #[test]
+    fn compressed_debug_information_is_read_and_a_bomb_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let addr = asm_addr(&path);
+        let compressed = dir.path().join("compressed");
+        run(Command::new("objcopy").arg("--compress-debug-sections=zlib").args([&path, &compressed]));
+        let executable = read(&compressed).unwrap();
+        assert!(executable.symbols().inflated_bytes > 0);
+        check(one(&mut NativeSymbols::new(), &executable, addr), &["inlined", "hot"]);
+
+        // One byte less in a header than what unfolds.
+        let section =
+            executable.symbols().compressed.iter().max_by_key(|section| section.inflated_bytes).unwrap();
+        let size_at = section.file_range.start - 16;
+        let file = fs::OpenOptions::new().write(true).open(&compressed).unwrap();
+        file.write_all_at(&(section.inflated_bytes - 1).to_le_bytes(), size_at).unwrap();
+        check(one(&mut NativeSymbols::new(), &read(&compressed).unwrap(), addr), &["hot"]);
+    }
+
+    /// blazesym would recurse into each inlined call and overflow its stack, which ends the process.
+    #[test]
+    fn debug_information_without_end_of_nesting_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("deep.s");
+        fs::write(&source, DEEP).unwrap();
+        let path = dir.path().join("deep");
+        run(Command::new("cc").arg("-no-pie").arg("-o").arg(&path).arg(&source));
+        let executable = read(&path).unwrap();
+        assert!(executable.symbols().has_debug_info);
+        let elf = blazesym::inspect::Inspector::new();
+        let elf_source = blazesym::inspect::source::Source::Elf(blazesym::inspect::source::Elf::new(&path));
+        let main = elf.lookup(&elf_source, &["main"]).unwrap()[0][0].addr;
+        check(one(&mut NativeSymbols::new(), &executable, main), &["main"]);
+    }
+
+    #[test]
+    fn a_file_that_shrinks_while_it_is_loaded_is_said_to_have_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &["-static"]);
+        let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
+        let mut symbols = NativeSymbols::new();
+        sigbus::install().unwrap();
+        check(one(&mut symbols, &executable, addr), &["inlined", "hot"]);
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
+        // Another function, in a unit that was not read yet.
+        let found = symbols.symbolize(&executable, &[addr - 64, addr + 4096, addr + 65536]);
+        assert!(found.contains(&Err(Reason::FileChanged)), "{found:?}");
+    }
+
+    #[test]
+    fn a_file_cut_anywhere_gives_an_error_or_an_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let (addr, whole) = (asm_addr(&path), fs::read(&path).unwrap());
+        let cut = dir.path().join("cut");
+        for bytes in (0..whole.len()).step_by(61) {
+            fs::write(&cut, &whole[..bytes]).unwrap();
+            match read(&cut) {
+                Ok(executable) => drop(one(&mut NativeSymbols::new(), &executable, addr)),
+                Err(error) => assert!(matches!(error, ExecutableError::Elf { .. }), "{error} at {bytes}"),
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(Config { cases: 512, ..Config::default() })]
+
+        #[test]
+        fn a_file_with_wrong_bytes_gives_an_error_or_an_answer(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..200)
+        ) {
+            static COMPILED: LazyLock<(u64, Vec<u8>)> = LazyLock::new(|| {
+                let dir = tempfile::tempdir().unwrap();
+                let path = compile(dir.path(), "program", PROGRAM, &[]);
+                (asm_addr(&path), fs::read(&path).unwrap())
+            });
+            let (addr, mut bytes) = COMPILED.clone();
+            for (at, with) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = with;
+            }
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), &bytes).unwrap();
+            if let Ok(executable) = read(file.path()) {
+                let mut symbols = NativeSymbols::new();
+                let _ = symbols.symbolize(&executable, &[addr, addr - 4, 0, u64::MAX]);
+                prop_assert!(symbols.entries.len() <= 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! What waits to be symbolized, what is known, and who waits for it. No lock is held while a file is read.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::cache::LocationCache;
+use super::{Counts, Location, LocationId, LocationKey, NewFrame, Reason};
+use crate::executable::{Executable, ExecutableId};
+
+/// Locations that may wait at a time: what a busy machine of 64 cores finds new in its first second.
+const WAITING_MAX: usize = 64 << 10;
+
+/// Addresses of one file in a batch; between batches another file gets its turn.
+const BATCH_MAX: usize = 64;
+
+/// Symbols and DWARF above this many bytes go to the large lane. Reading 16 MiB takes about 30 ms.
+const QUICK_BYTES_MAX: u64 = 16 << 20;
+
+/// Who symbolizes a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    Quick,
+    Large,
+}
+
+impl Lane {
+    fn of(source: &Source) -> Self {
+        match source {
+            Source::File(executable) => {
+                let symbols = executable.symbols();
+                let bytes = symbols.symbol_bytes.saturating_add(symbols.debug_bytes);
+                if bytes > QUICK_BYTES_MAX { Self::Large } else { Self::Quick }
+            }
+            Source::Kernel => Self::Quick,
+        }
+    }
+}
+
+/// Where the addresses of a batch lie.
+#[derive(Clone, Debug)]
+pub(super) enum Source {
+    File(Arc<Executable>),
+    Kernel,
+}
+
+impl Source {
+    fn id(&self) -> Option<ExecutableId> {
+        match self {
+            Self::File(executable) => Some(executable.id()),
+            Self::Kernel => None,
+        }
+    }
+}
+
+/// A batch: at most `BATCH_MAX` addresses, as their source counts them.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) source: Source,
+    pub(super) addrs: Vec<u64>,
+}
+
+/// What a symbolizer thread does next.
+#[derive(Debug)]
+pub(super) enum Next {
+    Work(Work),
+    Idle,
+    Closed,
+}
+
+/// What became of a location that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    /// It waits in this lane now.
+    New(Lane),
+    /// It waited or was in work already, or there is nothing to symbolize.
+    Before,
+    Refused,
+}
+
+#[derive(Debug)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    /// One call of `resolve` at a time.
+    resolving: Mutex<()>,
+    /// Work came to a lane, or the queue was closed.
+    quick_work: Condvar,
+    large_work: Condvar,
+    /// A batch is done.
+    done: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    cache: LocationCache,
+    quick: Waiting,
+    large: Waiting,
+    /// Waiting or in work, so that a location is symbolized once.
+    asked: HashSet<LocationId>,
+    /// What `resolve` waits for; `None` until it is there. Kept apart from the cache, which may drop it.
+    awaited: HashMap<LocationId, Option<Location>>,
+    counts: Counts,
+    closed: bool,
+}
+
+/// The waiting addresses of one lane by source, sources in turn.
+#[derive(Debug, Default)]
+struct Waiting {
+    turns: VecDeque<Option<ExecutableId>>,
+    by_source: HashMap<Option<ExecutableId>, Work>,
+}
+
+impl Waiting {
+    fn push(&mut self, source: Source, addr: u64) {
+        let id = source.id();
+        let work = self.by_source.entry(id).or_insert_with(|| {
+            self.turns.push_back(id);
+            Work { source, addrs: Vec::new() }
+        });
+        work.addrs.push(addr);
+    }
+
+    fn take(&mut self) -> Option<Work> {
+        let id = self.turns.pop_front()?;
+        let mut work = self.by_source.remove(&id)?;
+        if work.addrs.len() > BATCH_MAX {
+            let addrs = work.addrs.split_off(BATCH_MAX);
+            self.by_source.insert(id, Work { source: work.source.clone(), addrs });
+            self.turns.push_back(id);
+        }
+        Some(work)
+    }
+}
+
+impl State {
+    fn waiting(&mut self, lane: Lane) -> &mut Waiting {
+        match lane {
+            Lane::Quick => &mut self.quick,
+            Lane::Large => &mut self.large,
+        }
+    }
+
+    /// Puts a location in the queue unless it is there or there is no room.
+    fn ask(&mut self, key: LocationKey) -> Asked {
+        let id = key.id();
+        let (source, addr) = match key {
+            LocationKey::Native { executable, addr } => (Source::File(executable), addr.0),
+            LocationKey::Kernel(addr) => (Source::Kernel, addr.0),
+        };
+        if self.asked.contains(&id) {
+            return Asked::Before;
+        }
+        if self.asked.len() >= WAITING_MAX {
+            return Asked::Refused;
+        }
+        let lane = Lane::of(&source);
+        self.asked.insert(id);
+        self.waiting(lane).push(source, addr);
+        Asked::New(lane)
+    }
+
+    fn unresolved(&mut self, reason: Reason) -> Location {
+        let counted =
+            Reason::ALL.iter().zip(&mut self.counts.unresolved).find(|(known, _)| **known == reason);
+        let (_, count) = counted.expect("Reason::ALL has every reason");
+        *count += 1;
+        Location::Unresolved(reason)
+    }
+
+    /// The answer that is there at once; else the location is asked for and awaited.
+    fn answer(&mut self, key: LocationKey) -> Option<Location> {
+        let id = key.id();
+        if let Some(known) = self.cache.get(id) {
+            self.counts.hits += 1;
+            return Some(known);
+        }
+        self.counts.misses += 1;
+        if self.ask(key) == Asked::Refused {
+            return Some(self.unresolved(Reason::QueueFull));
+        }
+        self.awaited.insert(id, None);
+        None
+    }
+
+    fn store(&mut self, id: LocationId, found: Result<Vec<NewFrame>, Reason>) {
+        self.counts.symbolized += 1;
+        if let Err(reason) = found {
+            self.unresolved(reason);
+        }
+        let location = self.cache.insert(id, found);
+        self.asked.remove(&id);
+        if let Some(awaited) = self.awaited.get_mut(&id) {
+            *awaited = Some(location);
+        }
+    }
+}
+
+impl Queue {
+    pub(super) fn new(cache_bytes_max: usize) -> Self {
+        Self {
+            state: Mutex::new(State {
+                cache: LocationCache::new(cache_bytes_max),
+                quick: Waiting::default(),
+                large: Waiting::default(),
+                asked: HashSet::new(),
+                awaited: HashMap::new(),
+                counts: Counts::default(),
+                closed: false,
+            }),
+            resolving: Mutex::new(()),
+            quick_work: Condvar::new(),
+            large_work: Condvar::new(),
+            done: Condvar::new(),
+        }
+    }
+
+    pub(super) fn prefetch(&self, key: LocationKey) {
+        let mut state = self.lock();
+        if state.cache.contains(key.id()) {
+            return;
+        }
+        match state.ask(key) {
+            Asked::New(lane) => self.work(lane).notify_one(),
+            Asked::Before => {}
+            Asked::Refused => state.counts.prefetch_refused += 1,
+        }
+    }
+
+    pub(super) fn resolve(
+        &self,
+        keys: impl IntoIterator<Item = LocationKey>,
+        deadline: Instant,
+    ) -> HashMap<LocationId, Location> {
+        let _turn = self.resolving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        let mut answers = HashMap::new();
+        for key in keys {
+            let id = key.id();
+            if answers.contains_key(&id) || state.awaited.contains_key(&id) {
+                continue;
+            }
+            if let Some(answer) = state.answer(key) {
+                answers.insert(id, answer);
+            }
+        }
+        self.quick_work.notify_one();
+        self.large_work.notify_one();
+        let mut state = self.wait(state, deadline);
+        for (id, answer) in std::mem::take(&mut state.awaited) {
+            let answer = answer.unwrap_or_else(|| state.unresolved(Reason::Late));
+            answers.insert(id, answer);
+        }
+        answers
+    }
+
+    /// Waits until everything awaited is there, the deadline has passed, or the queue is closed.
+    fn wait<'s>(&'s self, mut state: MutexGuard<'s, State>, deadline: Instant) -> MutexGuard<'s, State> {
+        while !state.closed && state.awaited.values().any(Option::is_none) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            (state, _) = self.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        state
+    }
+
+    /// The next batch of a lane, waiting for one at most `idle`.
+    pub(super) fn take(&self, lane: Lane, idle: Duration) -> Next {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                return Next::Closed;
+            }
+            if let Some(work) = state.waiting(lane).take() {
+                return Next::Work(work);
+            }
+            let waited;
+            (state, waited) =
+                self.work(lane).wait_timeout(state, idle).unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() {
+                return Next::Idle;
+            }
+        }
+    }
+
+    /// Takes the results of a batch, and how often a parser panicked over it.
+    pub(super) fn finish(
+        &self,
+        found: impl Iterator<Item = (LocationId, Result<Vec<NewFrame>, Reason>)>,
+        panics: u64,
+    ) {
+        let found: Vec<_> = found.collect();
+        let mut state = self.lock();
+        for (id, found) in found {
+            state.store(id, found);
+        }
+        state.counts.parser_panics += panics;
+        self.done.notify_all();
+    }
+
+    pub(super) fn forget_kernel(&self) {
+        self.lock().cache.forget_kernel();
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        let state = self.lock();
+        Counts {
+            evictions: state.cache.evictions(),
+            cache_bytes: state.cache.bytes() as u64,
+            cached: state.cache.len() as u64,
+            waiting: state.asked.len() as u64,
+            ..state.counts
+        }
+    }
+
+    /// Ends the threads; whoever waits gets what is there.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.quick_work.notify_all();
+        self.large_work.notify_all();
+        self.done.notify_all();
+    }
+
+    fn work(&self, lane: Lane) -> &Condvar {
+        match lane {
+            Lane::Quick => &self.quick_work,
+            Lane::Large => &self.large_work,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change to the state is complete before anything that could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Addr;
+
+    fn kernel(addr: u64) -> LocationKey {
+        LocationKey::Kernel(Addr(addr))
+    }
+
+    fn named(name: &str) -> Result<Vec<NewFrame>, Reason> {
+        Ok(vec![NewFrame { function: name.into(), ..NewFrame::default() }])
+    }
+
+    /// Symbolizes what waits in the quick lane, on this thread.
+    fn work_once(queue: &Queue) -> Vec<u64> {
+        let Next::Work(work) = queue.take(Lane::Quick, Duration::ZERO) else { return Vec::new() };
+        let ids = work.addrs.iter().map(|&addr| (LocationId::Kernel(Addr(addr)), named("found")));
+        queue.finish(ids, 0);
+        work.addrs
+    }
+
+    #[test]
+    fn a_location_is_symbolized_once_however_often_it_is_asked_for() {
+        let queue = Queue::new(1 << 20);
+        for _ in 0..3 {
+            queue.prefetch(kernel(1));
+        }
+        assert_eq!(work_once(&queue), [1]);
+        queue.prefetch(kernel(1));
+        assert!(work_once(&queue).is_empty());
+        let answers = queue.resolve([kernel(1), kernel(1)], Instant::now());
+        assert!(matches!(answers[&kernel(1).id()], Location::Resolved(_)));
+        let counts = queue.counts();
+        assert_eq!((counts.symbolized, counts.hits, counts.misses), (1, 1, 0));
+    }
+
+    #[test]
+    fn what_is_late_is_said_to_be_and_is_there_for_the_next_window() {
+        let queue = Queue::new(1 << 20);
+        let id = kernel(1).id();
+        assert_eq!(queue.resolve([kernel(1)], Instant::now())[&id], Location::Unresolved(Reason::Late));
+        assert_eq!(work_once(&queue), [1]);
+        assert!(matches!(queue.resolve([kernel(1)], Instant::now())[&id], Location::Resolved(_)));
+        assert_eq!(queue.counts().unresolved[6], 1, "{:?}", Reason::ALL[6]);
+    }
+
+    #[test]
+    fn answers_outlive_a_cache_too_small_for_them() {
+        let queue = Queue::new(1);
+        let far = Instant::now() + Duration::from_secs(60);
+        let answers = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| queue.resolve((1..=200).map(kernel), far));
+            while !waiting.is_finished() {
+                work_once(&queue);
+                std::thread::yield_now();
+            }
+            waiting.join().unwrap()
+        });
+        assert_eq!(answers.len(), 200);
+        assert!(answers.values().all(|answer| matches!(answer, Location::Resolved(_))));
+    }
+
+    #[test]
+    fn a_full_queue_refuses_and_counts() {
+        let queue = Queue::new(1 << 20);
+        for addr in 0..WAITING_MAX as u64 + 5 {
+            queue.prefetch(kernel(addr));
+        }
+        let new = kernel(u64::MAX);
+        let answers = queue.resolve([new.clone()], Instant::now());
+        assert_eq!(answers[&new.id()], Location::Unresolved(Reason::QueueFull));
+        let counts = queue.counts();
+        assert_eq!((counts.prefetch_refused, counts.waiting), (5, WAITING_MAX as u64));
+        assert_eq!(work_once(&queue).len(), BATCH_MAX);
+    }
+
+    #[test]
+    fn closing_frees_who_waits() {
+        let queue = Queue::new(1 << 20);
+        let far = Instant::now() + Duration::from_secs(3600);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| queue.resolve([kernel(1)], far));
+            queue.close();
+            let answers = waiting.join().unwrap();
+            assert_eq!(answers[&kernel(1).id()], Location::Unresolved(Reason::Late));
+        });
+        assert!(matches!(queue.take(Lane::Large, Duration::ZERO), Next::Closed));
+    }
+}

@@ -1,0 +1,10 @@
+//! Raw system calls and kernel formats. With `profiler-ebpf`, the only place where `unsafe` lives.
+
+pub(crate) mod btf;
+pub(crate) mod capabilities;
+pub(crate) mod clock;
+pub(crate) mod cpu;
+pub(crate) mod limits;
+pub(crate) mod perf_event;
+pub(crate) mod random;
+pub(crate) mod usage;

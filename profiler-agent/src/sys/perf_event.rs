@@ -1,0 +1,120 @@
+//! One clock event per CPU, with the sampling program on it.
+//!
+//! aya opens perf events too, but without `exclude_idle`, without a period in nanoseconds that can be changed later, and
+//! it enables them at once.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+/// `perf_event_attr` up to the fields used here. Source: include/uapi/linux/perf_event.h, PERF_ATTR_SIZE_VER0.
+#[repr(C)]
+#[derive(Default)]
+struct Attr {
+    kind: u32,
+    size: u32,
+    config: u64,
+    sample_period: u64,
+    sample_type: u64,
+    read_format: u64,
+    flags: u64,
+    wakeup_events: u32,
+    bp_type: u32,
+    config1: u64,
+}
+
+const _: () = assert!(size_of::<Attr>() == 64, "PERF_ATTR_SIZE_VER0");
+
+const PERF_TYPE_SOFTWARE: u32 = 1;
+const PERF_COUNT_SW_CPU_CLOCK: u64 = 0;
+/// Bit of `perf_event_attr.disabled`.
+const DISABLED: u64 = 1 << 0;
+/// Bit of `perf_event_attr.exclude_idle`.
+const EXCLUDE_IDLE: u64 = 1 << 7;
+const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
+
+const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
+const PERF_EVENT_IOC_DISABLE: libc::Ioctl = 0x2401;
+const PERF_EVENT_IOC_PERIOD: libc::Ioctl = 0x4008_2404u32 as libc::Ioctl;
+const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408u32 as libc::Ioctl;
+
+/// A clock event of one CPU. Closing it detaches the program.
+#[derive(Debug)]
+pub(crate) struct CpuClock {
+    fd: OwnedFd,
+}
+
+impl CpuClock {
+    /// Opens the event on `cpu`, disabled, firing each `period_ns` of time that is not idle.
+    #[doc(alias = "PERF_COUNT_SW_CPU_CLOCK")]
+    pub(crate) fn open(cpu: u32, period_ns: u64) -> io::Result<Self> {
+        let attr = Attr {
+            kind: PERF_TYPE_SOFTWARE,
+            size: size_of::<Attr>() as u32,
+            config: PERF_COUNT_SW_CPU_CLOCK,
+            sample_period: period_ns,
+            flags: DISABLED | EXCLUDE_IDLE,
+            ..Attr::default()
+        };
+        // SAFETY: `attr` is a valid perf_event_attr of the size it states; the kernel copies it.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_perf_event_open,
+                &raw const attr,
+                -1 as libc::pid_t,
+                cpu.cast_signed(),
+                -1 as libc::c_int,
+                PERF_FLAG_FD_CLOEXEC,
+            )
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call has just given us this descriptor, nobody else knows it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Ok(Self { fd })
+    }
+
+    /// Runs a loaded perf event program at each event.
+    pub(crate) fn set_program(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        self.ioctl(PERF_EVENT_IOC_SET_BPF, program.as_raw_fd() as libc::c_ulong)
+    }
+
+    /// Starts the event.
+    pub(crate) fn enable(&self) -> io::Result<()> {
+        self.ioctl(PERF_EVENT_IOC_ENABLE, 0)
+    }
+
+    /// Stops the event; the program stays attached.
+    pub(crate) fn disable(&self) -> io::Result<()> {
+        self.ioctl(PERF_EVENT_IOC_DISABLE, 0)
+    }
+
+    /// Changes the period, in nanoseconds; samples carry the new one from then on.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for rates changed at run time"))]
+    pub(crate) fn set_period(&self, period_ns: u64) -> io::Result<()> {
+        self.ioctl(PERF_EVENT_IOC_PERIOD, (&raw const period_ns) as libc::c_ulong)
+    }
+
+    fn ioctl(&self, request: libc::Ioctl, argument: libc::c_ulong) -> io::Result<()> {
+        // SAFETY: the descriptor is a perf event of ours; the argument is what each request documents: nothing, a
+        // program's descriptor, or the address of a u64 that lives through the call.
+        let status = unsafe { libc::ioctl(self.fd.as_fd().as_raw_fd(), request, argument) };
+        if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs root and BPF"]
+    fn an_event_opens_changes_its_period_and_stops() {
+        let event = CpuClock::open(0, 52_631_578).expect("CPU 0 has a clock");
+        event.enable().expect("enable");
+        event.set_period(10_000_000).expect("new period");
+        event.disable().expect("disable");
+    }
+}

@@ -1,0 +1,334 @@
+//! What the agent says about itself: log lines, metrics, the status line.
+
+use std::{
+    fmt::Write as _,
+    io::{self, IsTerminal as _, Write as _},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use profiler_common::wire::StackEnd;
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    config::{ConfigError, LogFormat},
+    export::Quality,
+    ledger::Balance,
+    pipeline::{Shared, View},
+    process::Processes,
+    symbolize,
+    sys::usage,
+};
+
+/// Starts logging to standard error.
+pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), ConfigError> {
+    let parsed = EnvFilter::try_new(filter).map_err(|error| {
+        ConfigError::new(
+            "log",
+            filter,
+            format!("{error}; accepted: error, warn, info, debug, trace, or a tracing filter"),
+        )
+    })?;
+    let logs = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(io::stderr);
+    match format {
+        LogFormat::Text => logs.with_ansi(io::stderr().is_terminal()).with_target(false).init(),
+        LogFormat::Json => logs.json().init(),
+    }
+    Ok(())
+}
+
+/// Sizes and rates of now, written by the stages.
+#[derive(Debug, Default)]
+pub(crate) struct Gauges {
+    stacks: [AtomicU64; StackEnd::ALL.len()],
+    processes: AtomicU64,
+    containers: AtomicU64,
+    executables: AtomicU64,
+    processes_gone: AtomicU64,
+    unusable_files: AtomicU64,
+    late: AtomicU64,
+    named: AtomicU64,
+    unnamed: AtomicU64,
+}
+
+impl Gauges {
+    /// One stack, by its end.
+    pub(crate) fn count_stack(&self, end: StackEnd) {
+        let slot = StackEnd::ALL.iter().position(|&known| known == end).expect("ALL holds every end");
+        self.stacks[slot].fetch_add(1, Relaxed);
+    }
+
+    /// The state of the process table.
+    pub(crate) fn set_processes(&self, processes: &Processes) {
+        self.processes.store(processes.len() as u64, Relaxed);
+        self.containers.store(processes.containers() as u64, Relaxed);
+        self.executables.store(processes.executables() as u64, Relaxed);
+        self.processes_gone.store(processes.gone(), Relaxed);
+        self.unusable_files.store(processes.unusable_files(), Relaxed);
+    }
+
+    /// Samples that came after their window had closed.
+    pub(crate) fn set_late(&self, late: u64) {
+        self.late.store(late, Relaxed);
+    }
+
+    /// Names in the last window.
+    pub(crate) fn set_quality(&self, quality: Quality) {
+        self.named.store(quality.named, Relaxed);
+        self.unnamed.store(quality.unnamed, Relaxed);
+    }
+
+    fn stacks(&self) -> impl Iterator<Item = (StackEnd, u64)> {
+        StackEnd::ALL.into_iter().zip(self.stacks.iter().map(|count| count.load(Relaxed)))
+    }
+}
+
+/// The Prometheus text format, version 0.0.4.
+pub(crate) fn metrics(view: &View) -> String {
+    let mut text = Text::default();
+    let shared = &view.shared;
+    samples(&mut text, view);
+    stacks(&mut text, shared);
+    symbols(&mut text, &shared.symbols.counts());
+    uploads(&mut text, shared);
+    let gauges = &shared.gauges;
+    text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
+    text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
+    text.gauge("profiler_agent_executables", "Executables open now.", gauges.executables.load(Relaxed));
+    let gone = gauges.processes_gone.load(Relaxed);
+    text.counter("profiler_agent_processes_gone_total", "Processes gone before they could be read.", gone);
+    let unusable = gauges.unusable_files.load(Relaxed);
+    text.counter("profiler_agent_unusable_files_total", "Mappings whose file could not be used.", unusable);
+    text.gauge("profiler_agent_resident_bytes", "Resident memory of the agent.", usage::resident_bytes());
+    text.head("profiler_agent_cpu_seconds_total", "CPU time of the agent, user and system.", "counter");
+    text.line(format_args!("profiler_agent_cpu_seconds_total {}", usage::cpu_time().as_secs_f64()));
+    text.0
+}
+
+fn samples(text: &mut Text, view: &View) {
+    let View { shared, kernel: _ } = view;
+    let balances = view.balances();
+    let taken = "profiler_agent_samples_taken_total";
+    text.head(taken, "Samples taken by the kernel side.", "counter");
+    text.line(format_args!("{taken}{{type=\"cpu\"}} {}", view.taken()));
+    let delivered = "profiler_agent_samples_delivered_total";
+    text.head(delivered, "Samples a destination has acknowledged.", "counter");
+    for Balance { destination, delivered: events, .. } in &balances {
+        text.line(format_args!("{delivered}{{type=\"cpu\",destination={}}} {events}", quoted(destination)));
+    }
+    let dropped = "profiler_agent_samples_dropped_total";
+    text.head(dropped, "Samples dropped, by reason.", "counter");
+    for balance in &balances {
+        terms(text, dropped, "reason", &balance.destination, &balance.dropped);
+    }
+    let waiting = "profiler_agent_samples_waiting";
+    text.head(waiting, "Samples on their way, by place.", "gauge");
+    for balance in &balances {
+        terms(text, waiting, "place", &balance.destination, &balance.waiting);
+    }
+    text.counter(
+        "profiler_agent_samples_drained_total",
+        "Samples read from the ring buffer.",
+        shared.ledger.drained(),
+    );
+    let late = shared.gauges.late.load(Relaxed);
+    text.counter(
+        "profiler_agent_samples_late_total",
+        "Samples put into a later window than their own.",
+        late,
+    );
+}
+
+fn terms(text: &mut Text, metric: &str, label: &str, destination: &str, terms: &[(&str, u64)]) {
+    let destination = quoted(destination);
+    for (name, events) in terms {
+        text.line(format_args!(
+            "{metric}{{type=\"cpu\",destination={destination},{label}=\"{name}\"}} {events}"
+        ));
+    }
+}
+
+fn stacks(text: &mut Text, shared: &Shared) {
+    let metric = "profiler_agent_stacks_total";
+    text.head(metric, "User stacks, by why they have no further frame.", "counter");
+    for (end, count) in shared.gauges.stacks() {
+        text.line(format_args!("{metric}{{end=\"{}\"}} {count}", end.name()));
+    }
+}
+
+fn symbols(text: &mut Text, counts: &symbolize::Counts) {
+    text.counter(
+        "profiler_agent_symbol_hits_total",
+        "Locations known when their window closed.",
+        counts.hits,
+    );
+    text.counter(
+        "profiler_agent_symbol_misses_total",
+        "Locations waited for at a window's close.",
+        counts.misses,
+    );
+    text.counter("profiler_agent_symbolized_total", "Locations symbolized.", counts.symbolized);
+    text.counter(
+        "profiler_agent_symbol_evictions_total",
+        "Locations dropped from the cache.",
+        counts.evictions,
+    );
+    text.counter(
+        "profiler_agent_symbol_prefetch_refused_total",
+        "Prefetches not taken because the queue was full.",
+        counts.prefetch_refused,
+    );
+    text.counter(
+        "profiler_agent_symbol_parser_panics_total",
+        "Panics of a parser that were caught.",
+        counts.parser_panics,
+    );
+    text.gauge("profiler_agent_symbol_cache_bytes", "Bytes of symbolized locations.", counts.cache_bytes);
+    text.gauge("profiler_agent_symbol_cache_entries", "Symbolized locations.", counts.cached);
+    text.gauge(
+        "profiler_agent_symbol_queue_entries",
+        "Locations waiting for the symbolizer.",
+        counts.waiting,
+    );
+    let metric = "profiler_agent_symbols_unresolved_total";
+    text.head(metric, "Locations without a function, by reason.", "counter");
+    for (reason, count) in symbolize::Reason::ALL.iter().zip(counts.unresolved) {
+        text.line(format_args!("{metric}{{reason=\"{}\"}} {count}", reason.as_str()));
+    }
+}
+
+fn uploads(text: &mut Text, shared: &Shared) {
+    let gauges: [(&str, &str, &str, fn(&crate::pipeline::Exporter) -> u64); 3] = [
+        ("profiler_agent_upload_queue_bytes", "Bytes waiting for a destination.", "gauge", |exporter| {
+            exporter.queue.bytes() as u64
+        }),
+        ("profiler_agent_upload_retries_total", "Uploads that were tried again.", "counter", |exporter| {
+            exporter.counts.retries.load(Relaxed)
+        }),
+        (
+            "profiler_agent_upload_bytes_total",
+            "Bytes a destination has acknowledged.",
+            "counter",
+            |exporter| exporter.counts.bytes.load(Relaxed),
+        ),
+    ];
+    for (metric, help, kind, value) in gauges {
+        text.head(metric, help, kind);
+        for exporter in shared.exporters.iter() {
+            text.line(format_args!("{metric}{{destination={}}} {}", quoted(&exporter.name), value(exporter)));
+        }
+    }
+}
+
+/// A label value in quotes, escaped.
+fn quoted(value: &str) -> String {
+    format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))
+}
+
+/// Metrics text under construction.
+#[derive(Default)]
+struct Text(String);
+
+impl Text {
+    fn line(&mut self, line: std::fmt::Arguments<'_>) {
+        writeln!(self.0, "{line}").expect("a String takes every write");
+    }
+
+    fn head(&mut self, metric: &str, help: &str, kind: &str) {
+        self.line(format_args!("# HELP {metric} {help}\n# TYPE {metric} {kind}"));
+    }
+
+    fn counter(&mut self, metric: &str, help: &str, value: u64) {
+        self.head(metric, help, "counter");
+        self.line(format_args!("{metric} {value}"));
+    }
+
+    fn gauge(&mut self, metric: &str, help: &str, value: u64) {
+        self.head(metric, help, "gauge");
+        self.line(format_args!("{metric} {value}"));
+    }
+}
+
+/// What has happened since the last status line.
+pub(crate) struct Status {
+    view: View,
+    at: Instant,
+    taken: u64,
+    cpu: Duration,
+    is_terminal: bool,
+}
+
+impl Status {
+    /// A status that counts from now.
+    pub(crate) fn new(view: View) -> Self {
+        let is_terminal = io::stderr().is_terminal();
+        Self { view, at: Instant::now(), taken: 0, cpu: usage::cpu_time(), is_terminal }
+    }
+
+    /// Time between two status lines: a second where the line is overwritten, a minute in a log.
+    pub(crate) fn interval(&self) -> Duration {
+        if self.is_terminal { Duration::from_secs(1) } else { Duration::from_secs(60) }
+    }
+
+    /// Prints the line: over the last one on a terminal, as a log line otherwise.
+    pub(crate) fn print(&mut self) {
+        let line = self.line();
+        if self.is_terminal {
+            // A terminal that is gone is no reason to stop profiling.
+            let _ = write!(io::stderr(), "\r\x1b[K{line}");
+        } else {
+            tracing::info!("{line}");
+        }
+    }
+
+    /// Ends the overwritten line.
+    pub(crate) fn end_line(&self) {
+        if self.is_terminal {
+            let _ = writeln!(io::stderr());
+        }
+    }
+
+    /// `38 samples/s, 3 containers, 99% to the root, 98% named, 0 dropped, 0.4% CPU, 31 MiB`
+    fn line(&mut self) -> String {
+        let (now, cpu) = (Instant::now(), usage::cpu_time());
+        let seconds = now.duration_since(self.at).as_secs_f64().max(1e-3);
+        let taken = self.view.taken();
+        let rate = taken.saturating_sub(self.taken) as f64 / seconds;
+        let own_cpu = cpu.saturating_sub(self.cpu).as_secs_f64() / seconds * 100.0;
+        (self.at, self.cpu, self.taken) = (now, cpu, taken);
+
+        let gauges = &self.view.shared.gauges;
+        let (complete, all) = gauges.stacks().fold((0, 0), |(complete, all), (end, count)| {
+            (complete + if end.is_complete() { count } else { 0 }, all + count)
+        });
+        let (named, unnamed) = (gauges.named.load(Relaxed), gauges.unnamed.load(Relaxed));
+        let dropped: u64 =
+            self.view.balances().iter().flat_map(|balance| &balance.dropped).map(|&(_, n)| n).sum();
+        format!(
+            "{rate:.0} samples/s, {} containers, {} to the root, {} named, {dropped} dropped, {own_cpu:.1}% CPU, {} MiB",
+            gauges.containers.load(Relaxed),
+            percent(complete, all),
+            percent(named, named + unnamed),
+            usage::resident_bytes() >> 20,
+        )
+    }
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1}%", part as f64 * 100.0 / whole as f64) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn label_values_are_escaped() {
+        assert_eq!(quoted("a\"b\\c\nd"), r#""a\"b\\c\nd""#);
+    }
+
+    #[test]
+    fn shares_of_nothing_are_not_shown_as_numbers() {
+        assert_eq!((percent(0, 0), percent(1, 3)), ("-".to_owned(), "33.3%".to_owned()));
+    }
+}

@@ -1,0 +1,396 @@
+//! One interval of aggregation: open, add, close. Counts per series, stack and sample labels.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::Hash,
+    time::Duration,
+};
+
+use crate::{label::SeriesLabels, normalize::Location, sys::clock::WallClock};
+
+/// Different (series, stack, sample labels) of one window: about 100 bytes each.
+const ENTRIES_MAX: usize = 1 << 17;
+/// Windows open at once. Two in normal running: the current one, and the last one for its drain lag.
+const OPEN_MAX: usize = 8;
+/// How long a window stays open behind its end: a drain interval, and as much again for a busy machine.
+const LAG_NS: u64 = 250_000_000;
+/// The first windows end this long after the start, so that the first flame graph comes early.
+const FIRST_ENDS_NS: [u64; 2] = [1_000_000_000, 5_000_000_000];
+
+/// Labels of samples inside a profile.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct SampleLabels {
+    /// Name of the process.
+    pub(crate) comm: String,
+    /// Name of the thread.
+    pub(crate) thread_name: String,
+    /// Process id in the initial pid namespace.
+    pub(crate) pid: u32,
+}
+
+/// What was counted for one stack under one set of labels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Samples.
+    pub(crate) samples: u64,
+    /// Sum of their values: nanoseconds of CPU time.
+    pub(crate) value: u64,
+}
+
+/// Position of a location in [`Window::locations`].
+pub(crate) type LocationIndex = u32;
+
+/// Gives equal values one number.
+#[derive(Debug)]
+struct Interner<T> {
+    numbers: HashMap<T, u32>,
+}
+
+impl<T: Hash + Eq> Interner<T> {
+    fn new() -> Self {
+        Self { numbers: HashMap::new() }
+    }
+
+    /// The value's number, and whether it is new.
+    fn intern(&mut self, value: T) -> (u32, bool) {
+        let next = u32::try_from(self.numbers.len()).expect("fewer than ENTRIES_MAX stacks of 255 frames");
+        let number = *self.numbers.entry(value).or_insert(next);
+        (number, number == next)
+    }
+
+    /// The values by their numbers.
+    fn into_values(self) -> Vec<T> {
+        let mut pairs: Vec<_> = self.numbers.into_iter().collect();
+        pairs.sort_unstable_by_key(|&(_, number)| number);
+        pairs.into_iter().map(|(value, _)| value).collect()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    series: u32,
+    stack: u32,
+    labels: u32,
+}
+
+/// A window that takes samples. Holds everything they need, so that a process may exit at any time.
+#[derive(Debug)]
+pub(crate) struct Window {
+    start_ns: u64,
+    end_ns: u64,
+    series: Interner<SeriesLabels>,
+    locations: Interner<Location>,
+    stacks: Interner<Box<[LocationIndex]>>,
+    labels: Interner<SampleLabels>,
+    counts: HashMap<Key, Counts>,
+}
+
+/// There was no room for the sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Full;
+
+impl Window {
+    fn new(start_ns: u64, end_ns: u64) -> Self {
+        Self {
+            start_ns,
+            end_ns,
+            series: Interner::new(),
+            locations: Interner::new(),
+            stacks: Interner::new(),
+            labels: Interner::new(),
+            counts: HashMap::new(),
+        }
+    }
+
+    /// Adds one sample of so many nanoseconds; `on_new` sees each location the first time it comes up in this window.
+    pub(crate) fn add(
+        &mut self,
+        series: SeriesLabels,
+        labels: SampleLabels,
+        stack: Vec<Location>,
+        value: u64,
+        mut on_new: impl FnMut(&Location),
+    ) -> Result<(), Full> {
+        if self.counts.len() >= ENTRIES_MAX {
+            return Err(Full);
+        }
+        let indices = stack.into_iter().map(|location| {
+            if !self.locations.numbers.contains_key(&location) {
+                on_new(&location);
+            }
+            self.locations.intern(location).0
+        });
+        let indices: Box<[_]> = indices.collect();
+        let (stack, _) = self.stacks.intern(indices);
+        let (series, _) = self.series.intern(series);
+        let (labels, _) = self.labels.intern(labels);
+        let counts = self.counts.entry(Key { series, stack, labels }).or_default();
+        counts.samples += 1;
+        counts.value = counts.value.saturating_add(value);
+        Ok(())
+    }
+
+    /// Samples in the window, counted from what it holds.
+    pub(crate) fn samples(&self) -> u64 {
+        self.counts.values().map(|counts| counts.samples).sum()
+    }
+
+    /// Ends the window at `end_ns` and sorts what it holds by series.
+    fn close(self, end_ns: u64, clock: WallClock, period_ns: u64) -> Closed {
+        let samples = self.samples();
+        let Self { start_ns, end_ns: _, series, locations, stacks, labels, counts } = self;
+        let mut by_series: Vec<_> =
+            series.into_values().into_iter().map(|labels| Series { labels, samples: Vec::new() }).collect();
+        for (Key { series, stack, labels }, counts) in counts {
+            by_series[series as usize].samples.push(Entry { stack, labels, counts });
+        }
+        Closed {
+            start_unix_ns: clock.at(start_ns),
+            duration_ns: end_ns.saturating_sub(start_ns),
+            period_ns,
+            samples,
+            series: by_series,
+            locations: locations.into_values(),
+            stacks: stacks.into_values(),
+            labels: labels.into_values(),
+        }
+    }
+}
+
+/// A closed window.
+#[derive(Debug)]
+pub(crate) struct Closed {
+    /// Start, in nanoseconds since the Unix epoch.
+    pub(crate) start_unix_ns: u64,
+    /// Length in nanoseconds.
+    pub(crate) duration_ns: u64,
+    /// Sampling period in nanoseconds.
+    pub(crate) period_ns: u64,
+    /// Samples it holds.
+    pub(crate) samples: u64,
+    /// Samples by series.
+    pub(crate) series: Vec<Series>,
+    /// Locations, by [`LocationIndex`].
+    pub(crate) locations: Vec<Location>,
+    /// Stacks, leaf first, by number.
+    pub(crate) stacks: Vec<Box<[LocationIndex]>>,
+    /// Sample labels, by number.
+    pub(crate) labels: Vec<SampleLabels>,
+}
+
+/// The samples of one series.
+#[derive(Debug)]
+pub(crate) struct Series {
+    /// What identifies it.
+    pub(crate) labels: SeriesLabels,
+    /// Its samples.
+    pub(crate) samples: Vec<Entry>,
+}
+
+/// One line of a series: a stack under one set of sample labels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    /// Number in [`Closed::stacks`].
+    pub(crate) stack: u32,
+    /// Number in [`Closed::labels`].
+    pub(crate) labels: u32,
+    /// What was counted.
+    pub(crate) counts: Counts,
+}
+
+/// The open windows, oldest first. Samples go to windows by their own time, not by when they were drained.
+#[derive(Debug)]
+pub(crate) struct Windows {
+    open: VecDeque<Window>,
+    clock: WallClock,
+    started_ns: u64,
+    length_ns: u64,
+    period_ns: u64,
+    late: u64,
+}
+
+impl Windows {
+    /// No window yet. `started_ns` is the boot time at which sampling starts, `length` the grid on the wall clock.
+    pub(crate) fn new(started_ns: u64, length: Duration, period_ns: u64, clock: WallClock) -> Self {
+        let length_ns = u64::try_from(length.as_nanos()).expect("a window is shorter than 500 years");
+        assert!(length_ns > 0, "a window has a length");
+        let mut windows = Self { open: VecDeque::new(), clock, started_ns, length_ns, period_ns, late: 0 };
+        windows.push(started_ns);
+        windows
+    }
+
+    /// The window of a boot time. A sample older than every open window goes to the oldest and is counted as late.
+    pub(crate) fn at(&mut self, time_ns: u64) -> &mut Window {
+        while self.newest_end() <= time_ns && self.open.len() < OPEN_MAX {
+            self.push(self.newest_end());
+        }
+        let behind = self.open.partition_point(|window| window.start_ns <= time_ns);
+        if behind == 0 {
+            self.late += 1;
+        }
+        &mut self.open[behind.saturating_sub(1)]
+    }
+
+    /// Closes what has ended by now, lag included. When somebody has set the clock, closes all of it: the wall times
+    /// of further samples differ.
+    pub(crate) fn close_due(&mut self, now_ns: u64, clock: WallClock) -> Vec<Closed> {
+        if clock.stepped_from(self.clock) {
+            let closed = self.close_all(now_ns);
+            self.clock = clock;
+            self.push(now_ns);
+            return closed;
+        }
+        let newest_end = self.newest_end();
+        let ended = self.open.partition_point(|window| window.end_ns + LAG_NS <= now_ns);
+        let closed = self.open.drain(..ended).map(|window| {
+            let end_ns = window.end_ns;
+            window.close(end_ns, self.clock, self.period_ns)
+        });
+        let closed = closed.collect();
+        self.clock = clock;
+        if self.open.is_empty() {
+            // Windows follow each other without a gap, but for one that would be due already.
+            let next_is_due = self.end_after(newest_end) + LAG_NS <= now_ns;
+            self.push(if next_is_due { now_ns - LAG_NS } else { newest_end });
+        }
+        closed
+    }
+
+    /// Closes everything, the current window at `now_ns`.
+    pub(crate) fn close_all(&mut self, now_ns: u64) -> Vec<Closed> {
+        let (clock, period_ns) = (self.clock, self.period_ns);
+        let close = |window: Window| {
+            let end_ns = window.end_ns.min(now_ns).max(window.start_ns);
+            window.close(end_ns, clock, period_ns)
+        };
+        self.open.drain(..).map(close).collect()
+    }
+
+    /// When the next window is due to close, on the boot clock.
+    pub(crate) fn next_due_ns(&self) -> u64 {
+        self.open.front().map_or(u64::MAX, |window| window.end_ns + LAG_NS)
+    }
+
+    /// Samples that came after their window had closed.
+    pub(crate) fn late(&self) -> u64 {
+        self.late
+    }
+
+    fn newest_end(&self) -> u64 {
+        self.open.back().map_or(self.started_ns, |window| window.end_ns)
+    }
+
+    fn push(&mut self, start_ns: u64) {
+        self.open.push_back(Window::new(start_ns, self.end_after(start_ns)));
+    }
+
+    /// Where a window that starts at a boot time ends: early after the start, then on the grid of the wall clock.
+    fn end_after(&self, start_ns: u64) -> u64 {
+        let first = FIRST_ENDS_NS.map(|end| self.started_ns + end);
+        if let Some(end) = first.into_iter().find(|&end| start_ns < end && end - start_ns <= self.length_ns) {
+            return end;
+        }
+        let wall_ns = self.clock.at(start_ns);
+        let end_ns = (wall_ns / self.length_ns + 1) * self.length_ns;
+        self.clock.boot_of(end_ns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{addr::Addr, label::Labeler, label::Subject};
+
+    const S: u64 = 1_000_000_000;
+
+    fn windows() -> Windows {
+        Windows::new(100 * S, Duration::from_secs(10), 1, clock(0))
+    }
+
+    /// Wall time = boot time + 1,000,003 s + `by_ns`.
+    fn clock(by_ns: i64) -> WallClock {
+        WallClock::with_offset((1_000_003 * S).cast_signed() + by_ns)
+    }
+
+    fn add(windows: &mut Windows, time_ns: u64, frames: &[u64]) {
+        let series = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
+        let labels = SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 };
+        let stack = frames.iter().map(|&addr| Location::unnamed("//anon", Addr(addr))).collect();
+        windows.at(time_ns).add(series, labels, stack, 5, |_| ()).expect("there is room");
+    }
+
+    fn spans(closed: &[Closed]) -> Vec<(u64, u64, u64)> {
+        let base = 1_000_003 * S;
+        closed
+            .iter()
+            .map(|window| (window.start_unix_ns - base, window.duration_ns, window.samples))
+            .collect()
+    }
+
+    #[test]
+    fn the_first_windows_are_short_and_the_others_on_the_grid() {
+        let mut windows = windows();
+        for second in 100..130 {
+            add(&mut windows, second * S, &[1]);
+        }
+        let closed = windows.close_due(140 * S, clock(0));
+        let expect = [(100, 1, 1), (101, 4, 4), (105, 2, 2), (107, 10, 10), (117, 10, 10), (127, 10, 3)];
+        let expect = expect.map(|(start, length, samples)| (start * S, length * S, samples));
+        assert_eq!(spans(&closed), expect);
+        assert!(closed.iter().skip(3).all(|window| window.start_unix_ns % (10 * S) == 0));
+    }
+
+    #[test]
+    fn a_sample_goes_to_the_window_of_its_time_also_when_drained_later() {
+        let mut windows = windows();
+        add(&mut windows, 101 * S + 1, &[1]);
+        add(&mut windows, 101 * S - 1, &[1]);
+        let closed = windows.close_due(101 * S + LAG_NS, clock(0));
+        assert_eq!(spans(&closed), [(100 * S, S, 1)]);
+        assert_eq!(windows.late(), 0);
+    }
+
+    #[test]
+    fn a_sample_behind_every_open_window_is_late_and_kept() {
+        let mut windows = windows();
+        windows.close_due(102 * S, clock(0));
+        add(&mut windows, 100 * S, &[1]);
+        assert_eq!(windows.late(), 1);
+        assert_eq!(spans(&windows.close_all(103 * S)).iter().map(|span| span.2).sum::<u64>(), 1);
+    }
+
+    #[test]
+    fn setting_the_clock_closes_the_window() {
+        let mut windows = windows();
+        add(&mut windows, 100 * S + 5, &[1]);
+        let closed = windows.close_due(100 * S + S / 2, clock(3600 * S.cast_signed()));
+        assert_eq!(spans(&closed), [(100 * S, S / 2, 1)]);
+        add(&mut windows, 100 * S + S / 2 + 1, &[1]);
+        let closed = windows.close_all(101 * S);
+        assert_eq!(spans(&closed), [(100 * S + S / 2 + 3600 * S, S / 2, 1)]);
+    }
+
+    #[test]
+    fn equal_stacks_are_one_entry_and_new_locations_are_seen_once() {
+        let mut windows = windows();
+        add(&mut windows, 100 * S, &[1, 2]);
+        add(&mut windows, 100 * S, &[1, 2]);
+        add(&mut windows, 100 * S, &[3, 2]);
+        let closed = windows.close_all(101 * S);
+        let [window] = closed.as_slice() else { panic!("one window, not {}", closed.len()) };
+        assert_eq!((window.locations.len(), window.stacks.len(), window.samples), (3, 2, 3));
+        let mut samples: Vec<_> = window.series[0].samples.iter().map(|entry| entry.counts.samples).collect();
+        samples.sort_unstable();
+        assert_eq!(samples, [1, 2]);
+    }
+
+    #[test]
+    fn after_a_long_silence_windows_start_near_now() {
+        let mut windows = windows();
+        windows.close_due(1000 * S, clock(0));
+        add(&mut windows, 1000 * S, &[1]);
+        let closed = windows.close_all(1001 * S);
+        assert_eq!(closed.iter().map(|window| window.samples).sum::<u64>(), 1);
+        assert!(closed.len() <= 2, "{}", closed.len());
+    }
+}

@@ -1,0 +1,56 @@
+//! CPU time is measured rightly: totals, duration and utilisation.
+
+mod support;
+
+use std::time::SystemTime;
+
+use support::{Agent, Program, run};
+
+/// Short, so that the last one is stored soon.
+const WINDOW: &str = "2s";
+
+/// Difference accepted between what was sampled and what the kernel accounted.
+const TOLERANCE: f64 = 0.03;
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_program_that_burns_one_core_for_20_s_has_20_s_of_cpu_time() {
+    let agent = Agent::start(&["-F", "99", "--window", WINDOW]);
+    let output = Program::start("burn", &["-c", "20"]).output();
+    let ended = SystemTime::now();
+    let used: serde_json::Value = serde_json::from_str(&output).expect("what it consumed, as JSON");
+    let used_ns = used["cpu_ns"].as_f64().expect("a number");
+    let wall_ns = used["wall_ns"].as_f64().expect("a number");
+
+    agent.wait_for_window_after(ended);
+    let sampled_ns = agent.merge("{exe=\"burn\"}").total as f64;
+    let ratio = sampled_ns / used_ns;
+    assert!((ratio - 1.0).abs() <= TOLERANCE, "sampled {sampled_ns} ns, used {used_ns} ns: {ratio:.4}");
+
+    let path = agent.merge_to_file("{exe=\"burn\"}", "burn.pb.gz");
+    let top = run("go", &["tool", "pprof", "-top", path.to_str().expect("a plain path")]);
+    let (duration_s, total_s, utilization) = header(&top);
+    assert!((total_s * 1e9 / sampled_ns - 1.0).abs() < 0.01, "total of {sampled_ns} ns:\n{top}");
+    assert!(duration_s >= wall_ns / 1e9 - 0.1, "it ran for {wall_ns} ns:\n{top}");
+    assert!((total_s / duration_s * 100.0 / utilization - 1.0).abs() < 0.01, "{top}");
+
+    let log = agent.stop();
+    let account = log.lines().find(|line| line.contains("taken ")).expect("an account at the end");
+    assert!(account.contains("waiting 0 + dropped 0") && !account.contains("UNACCOUNTED"), "{account}");
+}
+
+/// `Duration: 25.01s, Total samples = 20.02s (80.05%)`
+fn header(top: &str) -> (f64, f64, f64) {
+    let line = top.lines().find(|line| line.starts_with("Duration: ")).expect("a line with the duration");
+    let mut numbers = line.split([' ', ',', '(', ')']).filter_map(seconds_or_percent);
+    let mut next = || numbers.next().unwrap_or_else(|| panic!("three numbers in {line:?}"));
+    (next(), next(), next())
+}
+
+/// `1.5mins` is never printed below two minutes; both units are read.
+fn seconds_or_percent(word: &str) -> Option<f64> {
+    if let Some(minutes) = word.strip_suffix("mins") {
+        return minutes.parse::<f64>().ok().map(|minutes| minutes * 60.0);
+    }
+    word.strip_suffix(['s', '%'])?.parse().ok()
+}

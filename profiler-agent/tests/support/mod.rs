@@ -1,0 +1,301 @@
+//! Runs the real agent against the real kernel, and asks the embedded backend what it saw.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read as _},
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    time::{Duration, Instant, SystemTime},
+};
+
+use serde_json::Value;
+
+/// How long anything may take before a test gives up; never how long it waits when all is well.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A running agent with its backend, on free ports, with a data directory of its own.
+pub struct Agent {
+    child: Child,
+    pub agent: SocketAddr,
+    pub backend: SocketAddr,
+    pub data_dir: tempfile::TempDir,
+    log: PathBuf,
+    client: reqwest::Client,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Agent {
+    /// Starts the agent and waits until it samples and its backend answers.
+    pub fn start(arguments: &[&str]) -> Self {
+        // An error means that another test of this process has installed it.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let data_dir = tempfile::tempdir().expect("a temporary directory");
+        let (agent, backend) = (free_address(), free_address());
+        let log = data_dir.path().join("agent.log");
+        let child = Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
+            .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
+            .arg("--data-dir")
+            .arg(data_dir.path().join("data"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&log).expect("a log file"))
+            .spawn()
+            .expect("the agent starts");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let client = reqwest::Client::new();
+        let agent = Self { child, agent, backend, data_dir, log, client, runtime };
+        agent.wait_for("the agent and its backend answer", || {
+            let ready = agent.get(agent.agent, "/readyz")?;
+            let types = agent.get(agent.backend, "/api/v1/types")?;
+            (ready.0 == 200 && types.0 == 200).then_some(())
+        });
+        agent
+    }
+
+    /// Asks until there is an answer, or fails with what the agent has logged.
+    pub fn wait_for<T>(&self, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(found) = probe() {
+                return found;
+            }
+            assert!(Instant::now() < end, "never: {what}\n--- agent's log\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Status and body; `None` while nobody answers.
+    pub fn get(&self, address: SocketAddr, path: &str) -> Option<(u16, Vec<u8>)> {
+        self.runtime.block_on(async {
+            let response = self.client.get(format!("http://{address}{path}")).send().await.ok()?;
+            let status = response.status().as_u16();
+            Some((status, response.bytes().await.ok()?.to_vec()))
+        })
+    }
+
+    /// The backend's answer to a query, which must be one.
+    pub fn query(&self, path: &str, parameters: &[(&str, &str)]) -> Vec<u8> {
+        let mut url = reqwest::Url::parse(&format!("http://{}{path}", self.backend)).expect("a URL");
+        url.query_pairs_mut().extend_pairs(parameters);
+        let (status, body) = self.get_url(url.clone());
+        assert_eq!(status, 200, "{url}: {}", String::from_utf8_lossy(&body));
+        body
+    }
+
+    fn get_url(&self, url: reqwest::Url) -> (u16, Vec<u8>) {
+        self.runtime.block_on(async {
+            let response = self.client.get(url).send().await.expect("the backend answers");
+            let status = response.status().as_u16();
+            (status, response.bytes().await.expect("a whole answer").to_vec())
+        })
+    }
+
+    /// The merged profile of what a selector selects, by nanoseconds of CPU time.
+    pub fn merge(&self, selector: &str) -> Merged {
+        let body =
+            self.query("/api/v1/merge", &[("query", selector), ("format", "json"), ("max_nodes", "100000")]);
+        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+    }
+
+    /// Waits until a window is stored that began after a moment: then so are all that ended before it.
+    pub fn wait_for_window_after(&self, moment: SystemTime) {
+        let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+        // Windows of the tests are 2 s long; one that begins later than this began after the moment.
+        let from = since_epoch + Duration::from_secs(2);
+        let to = (from + Duration::from_secs(3600)).as_millis().to_string();
+        let from = from.as_millis().to_string();
+        self.wait_for("a later window is stored", || {
+            let body = self.query("/api/v1/merge", &[("from", &from), ("to", &to), ("format", "json")]);
+            let merged = Merged::parse(&serde_json::from_slice(&body).expect("JSON"));
+            (merged.total > 0).then_some(())
+        });
+    }
+
+    /// The same as a pprof file in the data directory.
+    pub fn merge_to_file(&self, selector: &str, name: &str) -> PathBuf {
+        let body = self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]);
+        let path = self.data_dir.path().join(name);
+        fs::write(&path, body).expect("write the profile");
+        path
+    }
+
+    /// Stops the agent as Ctrl-C does and gives its log; it must exit with 0.
+    pub fn stop(mut self) -> String {
+        interrupt(&self.child);
+        let status = self.child.wait().expect("the agent is a child of this test");
+        let log = self.log();
+        assert!(status.success(), "{status}\n--- agent's log\n{log}");
+        log
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // It may have been stopped by the test.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn interrupt(child: &Child) {
+    let pid = i32::try_from(child.id()).expect("a pid");
+    // SAFETY: a signal to a child that has not been waited for: the pid is still its.
+    let status = unsafe { libc::kill(pid, libc::SIGINT) };
+    assert_eq!(status, 0, "the agent can be interrupted");
+}
+
+/// An address nobody listens on now.
+fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("a bound socket has an address")
+}
+
+/// A flame graph read back from the backend.
+#[derive(Debug)]
+pub struct Merged {
+    pub total: i64,
+    nodes: Vec<Node>,
+}
+
+#[derive(Debug)]
+struct Node {
+    name: String,
+    total: i64,
+    own: i64,
+    parent: Option<usize>,
+}
+
+impl Merged {
+    fn parse(json: &Value) -> Self {
+        let names: Vec<String> = serde_json::from_value(json["names"].clone()).expect("names");
+        let rows: Vec<i64> = serde_json::from_value(json["rows"].clone()).expect("rows");
+        let mut path: Vec<usize> = Vec::new();
+        let mut nodes: Vec<Node> = Vec::new();
+        for row in rows.chunks_exact(4) {
+            let [level, total, own, name] = *row else { unreachable!("chunks of 4") };
+            path.truncate(usize::try_from(level).expect("a level"));
+            let name = names[usize::try_from(name).expect("an index")].clone();
+            nodes.push(Node { name, total, own, parent: path.last().copied() });
+            path.push(nodes.len() - 1);
+        }
+        Self { total: json["total"].as_i64().expect("a total"), nodes }
+    }
+
+    /// Share of the total that was spent in a function and what it calls, when called by a certain other.
+    pub fn share_below(&self, function: &str, caller: &str) -> f64 {
+        let is_called = |node: &&Node| {
+            node.name.contains(function)
+                && node.parent.is_some_and(|parent| self.nodes[parent].name.contains(caller))
+        };
+        self.share(self.nodes.iter().filter(is_called).map(|node| node.total).sum())
+    }
+
+    /// The stack with the largest own value, leaf first, inlined calls included.
+    pub fn hottest_stack(&self) -> Vec<&str> {
+        let hottest = self.nodes.iter().max_by_key(|node| node.own).expect("a node");
+        let parent = |node: &&Node| node.parent.map(|parent| &self.nodes[parent]);
+        std::iter::successors(Some(hottest), parent).map(|node| node.name.as_str()).collect()
+    }
+
+    /// Whether any frame has this name.
+    pub fn mentions(&self, function: &str) -> bool {
+        self.nodes.iter().any(|node| node.name.contains(function))
+    }
+
+    fn share(&self, value: i64) -> f64 {
+        value as f64 / self.total.max(1) as f64
+    }
+}
+
+/// A program that runs until its input is closed.
+pub struct Program {
+    child: Child,
+    input: Option<ChildStdin>,
+}
+
+impl Program {
+    /// Starts one of the test programs and waits until it says that it runs.
+    pub fn start(name: &str, arguments: &[&str]) -> Self {
+        let path = testprogs().join(name);
+        assert!(path.exists(), "{} is not there: run cargo xtask testprogs", path.display());
+        let mut command = Command::new(path);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("the program starts");
+        let output = child.stdout.as_mut().expect("piped");
+        let mut line = String::new();
+        BufReader::with_capacity(1, output).read_line(&mut line).expect("a line");
+        assert_eq!(line, "ready\n", "{name}");
+        let input = child.stdin.take();
+        Self { child, input }
+    }
+
+    /// Starts a program of the system that writes nothing.
+    pub fn system(name: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new(name);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self { child: command.spawn().expect("the program starts"), input: None }
+    }
+
+    /// Closes its input and gives what it printed behind `ready`.
+    pub fn finish(mut self) -> String {
+        self.input = None;
+        self.output()
+    }
+
+    /// Waits for its own end and gives what it printed behind `ready`.
+    pub fn output(mut self) -> String {
+        let mut output = String::new();
+        if let Some(mut pipe) = self.child.stdout.take() {
+            pipe.read_to_string(&mut output).expect("text");
+        }
+        let status = self.child.wait().expect("a child of this test");
+        assert!(status.success(), "{status}");
+        output
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Where `cargo xtask testprogs` puts what it builds.
+fn testprogs() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_profiler-agent"))
+        .ancestors()
+        .find(|directory| directory.ends_with("target"))
+        .map_or_else(|| PathBuf::from("../target"), Path::to_path_buf)
+        .join("testprogs")
+}
+
+/// Runs a tool and gives what it printed; it must succeed.
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output =
+        Command::new(program).args(arguments).stdin(Stdio::null()).output().expect("the tool is installed");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text
+}
