@@ -1,0 +1,106 @@
+//! cargo test, counted.
+//!
+//! The tests marked `#[ignore]` are in three groups by the crate they are in, so that none belongs to no group: those of
+//! profiler-pprof need Go, those of the agent need root and BPF, all others need programs to look at.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    command,
+    tally::Tally,
+    testprogs,
+    tools::{self, CHROMIUM, CLANG, GO, LIBPYTHON, MUSL, NODE},
+    ui,
+};
+
+/// All tests that need nothing but a compiler.
+pub(crate) fn unit() -> Result<Tally> {
+    test(&mut command::cargo(), &["--workspace"], &[])
+}
+
+/// Profiles are read by `go tool pprof`.
+pub(crate) fn golden() -> Result<Tally> {
+    tools::need(&[GO])?;
+    test(&mut command::cargo(), &["--package", "profiler-pprof"], &["--ignored"])
+}
+
+/// Tests against what is installed on the machine.
+pub(crate) fn host() -> Result<Tally> {
+    tools::need(&[CLANG, MUSL, GO, NODE, LIBPYTHON])?;
+    let others = ["--workspace", "--exclude", "profiler-pprof", "--exclude", "profiler-agent"];
+    test(&mut command::cargo(), &others, &["--ignored"])
+}
+
+/// The agent in the kernel, on its own machine: one test at a time, for they sample each other.
+pub(crate) fn root() -> Result<Tally> {
+    tools::need(&[GO, NODE, CHROMIUM])?;
+    testprogs::build()?;
+    ui::install()?;
+    let mut cargo = command::cargo();
+    run_tests_as_root(&mut cargo)?;
+    test(&mut cargo, &["--package", "profiler-agent"], &["--ignored", "--test-threads=1"])
+}
+
+/// Has cargo start the test programs, and nothing else, through sudo where we are not root.
+fn run_tests_as_root(cargo: &mut Command) -> Result<()> {
+    if command::is_root() {
+        return Ok(());
+    }
+    let mut sudo = Command::new("sudo");
+    if !command::is_installed("sudo") || command::run(sudo.args(["--validate"])).is_err() {
+        bail!("these tests need root: run as root, or allow sudo");
+    }
+    let version = command::output(Command::new("rustc").arg("-vV"))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
+    let variable = format!("CARGO_TARGET_{}_RUNNER", host.to_uppercase().replace('-', "_"));
+    cargo.env(variable, "sudo --preserve-env --non-interactive");
+    Ok(())
+}
+
+/// Runs `cargo test` on `packages` with `options` for the test programs.
+fn test(cargo: &mut Command, packages: &[&str], options: &[&str]) -> Result<Tally> {
+    cargo.args(["test", "--release", "--locked", "--no-fail-fast"]).args(packages).arg("--").args(options);
+    let mut tally = Tally::default();
+    let succeeded = command::run_reading(cargo, |line| {
+        if let Some(result) = parse_result(line) {
+            tally += result;
+        }
+    })?;
+    if tally == Tally::default() {
+        println!("FAILED: no test was run");
+        tally += Tally::FAILED;
+    } else if !succeeded && tally.failed == 0 {
+        println!("FAILED: a test program was not built, or ended before its result");
+        tally += Tally::FAILED;
+    }
+    Ok(tally)
+}
+
+/// What a test program's closing line says. Its ignored tests are another group's.
+fn parse_result(line: &str) -> Option<Tally> {
+    let counts = line.strip_prefix("test result: ")?;
+    let count = |what: &str| {
+        let before = counts.split(what).next()?;
+        before.split(' ').next_back()?.parse().ok()
+    };
+    Some(Tally { passed: count(" passed;")?, failed: count(" failed;")?, skipped: 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_line_of_a_test_program_is_counted() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 4 ignored; 0 measured; 5 filtered out; finished in 0.1s";
+        assert_eq!(parse_result(line), Some(Tally { passed: 12, failed: 3, skipped: 0 }));
+    }
+
+    #[test]
+    fn other_lines_are_not_counted() {
+        assert_eq!(parse_result("test tests::result ... ok"), None);
+        assert_eq!(parse_result("running 3 tests"), None);
+    }
+}

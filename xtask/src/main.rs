@@ -1,0 +1,77 @@
+//! The project's own tasks: `cargo xtask help`.
+
+mod cargo_test;
+mod command;
+mod dist;
+mod ebpf;
+mod lint;
+mod project;
+mod sha256;
+mod tally;
+mod test;
+mod testprogs;
+mod tools;
+mod ui;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, builder::PossibleValuesParser};
+
+use self::tally::Tally;
+
+/// Builds, checks and packs the project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run every test and check, privileged ones too; all that CI does.
+    Test {
+        /// Only these parts.
+        #[arg(value_name = "PART", value_parser = PossibleValuesParser::new(test::names()))]
+        parts: Vec<String>,
+        /// Leave a part out, and count it as skipped.
+        #[arg(long, value_name = "PART", value_parser = PossibleValuesParser::new(test::names()))]
+        skip: Vec<String>,
+    },
+    /// Check format, lints, documentation and licences.
+    Lint,
+    /// Build the BPF objects in profiler-ebpf/prebuilt.
+    BuildEbpf {
+        /// Only prove that the committed objects are what their sources give.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build the test programs in target/testprogs.
+    Testprogs,
+    /// Pack a release: an archive and its checksum in target/dist.
+    Dist,
+}
+
+fn main() -> Result<ExitCode> {
+    if let Some(compiled) = ebpf::wrapper() {
+        return compiled;
+    }
+    match Arguments::parse().task {
+        Task::Test { parts, skip } => return Ok(exit_code(test::run(&parts, &skip))),
+        Task::Lint => return Ok(exit_code(test::run(&["lint".to_owned()], &[]))),
+        Task::BuildEbpf { check: true } => {
+            let tally = ebpf::check()?;
+            println!("{tally}");
+            return Ok(exit_code(tally));
+        }
+        Task::BuildEbpf { check: false } => ebpf::build()?,
+        Task::Testprogs => testprogs::build().map(drop)?,
+        Task::Dist => dist::build()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn exit_code(tally: Tally) -> ExitCode {
+    if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

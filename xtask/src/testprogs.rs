@@ -1,0 +1,71 @@
+//! Builds `testprogs/` into `target/testprogs`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    command, project,
+    tally::Tally,
+    tools::{self, CC, GO},
+};
+
+const C_PROGRAMS: [&str; 3] = ["burn", "short", "fork_storm"];
+
+/// Frame pointers in every function, and no call that takes its caller's place: stacks are as the sources read.
+const C_FLAGS: [&str; 10] = [
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-O2",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-mno-omit-leaf-frame-pointer",
+    "-fno-optimize-sibling-calls",
+    "-pthread",
+];
+
+const RUST_FLAGS: [&str; 5] =
+    ["--edition=2024", "-O", "-Cforce-frame-pointers=yes", "-Cdebuginfo=1", "-Dwarnings"];
+
+/// Builds those programs whose sources are newer than they are; counts each that is there.
+pub(crate) fn build() -> Result<Tally> {
+    let into = project::target().join("testprogs");
+    fs::create_dir_all(&into).with_context(|| format!("create {}", into.display()))?;
+    let from = project::root().join("testprogs");
+    let mut tally = Tally::default();
+    for name in C_PROGRAMS {
+        let source = from.join(name).with_extension("c");
+        if is_outdated(&into.join(name), &[source.clone(), from.join("burn.h")]) {
+            tools::need(&[CC])?;
+            command::run(Command::new("cc").args(C_FLAGS).arg("-o").arg(into.join(name)).arg(source))?;
+        }
+        tally += Tally::PASSED;
+    }
+    let source = from.join("rust_burn.rs");
+    if is_outdated(&into.join("rust_burn"), std::slice::from_ref(&source)) {
+        command::run(
+            Command::new("rustc").args(RUST_FLAGS).arg("-o").arg(into.join("rust_burn")).arg(source),
+        )?;
+    }
+    tally += Tally::PASSED;
+    if is_outdated(&into.join("goburn"), &[from.join("goburn/main.go"), from.join("goburn/go.mod")]) {
+        tools::need(&[GO])?;
+        let mut go = Command::new("go");
+        go.current_dir(from.join("goburn")).env("GOTOOLCHAIN", "local").env("GOFLAGS", "");
+        command::run(go.args(["build", "-trimpath", "-buildvcs=false", "-o"]).arg(into.join("goburn")))?;
+    }
+    tally += Tally::PASSED;
+    Ok(tally)
+}
+
+fn is_outdated(program: &Path, sources: &[PathBuf]) -> bool {
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let built = modified(program);
+    built.is_none() || sources.iter().any(|source| modified(source) > built)
+}
