@@ -397,19 +397,15 @@ async fn run_query(
             app.metrics.queries.add(1);
             response
         }
-        Ok(Err(refused @ (QueryError::Param(_) | QueryError::TooLarge { .. }))) => {
+        Ok(Err(refused)) => {
             app.metrics.queries_refused.add(1);
             error(StatusCode::BAD_REQUEST, &refused.to_string())
         }
-        Ok(Err(QueryError::Part(failed))) => query_failed(app, &describe(&failed)),
-        Err(_) => query_failed(app, "the query panicked"),
+        Err(_) => {
+            app.metrics.queries_failed.add(1);
+            error(StatusCode::INTERNAL_SERVER_ERROR, "the query panicked: the log tells where")
+        }
     }
-}
-
-fn query_failed(app: &App, message: &str) -> Response {
-    app.metrics.queries_failed.add(1);
-    tracing::error!("query: {message}");
-    error(StatusCode::INTERNAL_SERVER_ERROR, message)
 }
 
 fn json_answer<T: Serialize>(value: &T, gzip: bool) -> Response {

@@ -13,7 +13,6 @@ pub(crate) use self::{
     select::{label_names, label_values, profile_types},
     series::series,
 };
-use crate::store::PartError;
 
 /// Why a query was not answered.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +21,4 @@ pub(crate) enum QueryError {
     Param(#[from] ParamError),
     #[error("the selection has more than {max} distinct {what}: narrow the time range or the query")]
     TooLarge { what: &'static str, max: usize },
-    #[error("read the store")]
-    Part(#[from] PartError),
 }

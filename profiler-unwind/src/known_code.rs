@@ -18,8 +18,16 @@ pub(crate) struct KnownCode {
 /// aarch64.
 const PLT_SECTIONS: [&str; 4] = [".plt", ".plt.sec", ".plt.got", ".iplt"];
 
-/// Code behind an entry point that is taken to belong to it: glibc's dynamic linker has 70 bytes, musl's programs 22.
-const ENTRY_BYTES_MAX: u64 = 128;
+/// Bytes of musl's `_start`, up to the call that never returns: `endbr64; xor %rbp,%rbp; mov %rsp,%rdi;
+/// lea _DYNAMIC,%rsi; and $-16,%rsp; call _start_c`. What follows it are other functions, `_start_c` after padding.
+/// Source: musl arch/x86_64/crt_arch.h.
+const ENTRY_BYTES_X86_64: u64 = 26;
+/// The same on aarch64, seven instructions. Source: musl arch/aarch64/crt_arch.h.
+const ENTRY_BYTES_AARCH64: u64 = 28;
+/// Bytes of `_start` and `_dl_start_user` of glibc's dynamic linker. Source: glibc sysdeps/x86_64/dl-machine.h: RTLD_START.
+const ENTRY_BYTES_LINKER_X86_64: u64 = 70;
+/// How those begin: `mov %rsp,%rdi; call _dl_start`.
+const LINKER_X86_64: [u8; 4] = [0x48, 0x89, 0xe7, 0xe8];
 
 pub(crate) fn known_code(elf: &Elf<'_>) -> Vec<KnownCode> {
     let rule = plt_stub(elf.architecture);
@@ -33,8 +41,17 @@ pub(crate) fn known_code(elf: &Elf<'_>) -> Vec<KnownCode> {
 
 /// Nothing has called the entry point. musl and glibc's dynamic linker do not say so.
 fn entry(elf: &Elf<'_>) -> Option<KnownCode> {
-    let addresses = elf.entry..elf.entry.checked_add(ENTRY_BYTES_MAX)?;
+    let bytes = match elf.architecture {
+        Architecture::X86_64 if begins_as_linker(elf) => ENTRY_BYTES_LINKER_X86_64,
+        Architecture::X86_64 => ENTRY_BYTES_X86_64,
+        Architecture::Aarch64 => ENTRY_BYTES_AARCH64,
+    };
+    let addresses = elf.entry..elf.entry.checked_add(bytes)?;
     (elf.entry != 0).then_some(KnownCode { addresses, rule: UnwindRule::END })
+}
+
+fn begins_as_linker(elf: &Elf<'_>) -> bool {
+    elf.loaded_from(elf.entry).is_some_and(|code| code.bytes.starts_with(&LINKER_X86_64))
 }
 
 /// A stub jumps with the stack as it was at the call; a lazy one of x86-64 pushes an index first, as binutils describes

@@ -1,6 +1,6 @@
 //! Runs the real agent against the real kernel, and asks the embedded backend what it saw.
 
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 use std::{
     fs,
@@ -279,7 +279,7 @@ impl Drop for Program {
 }
 
 /// Where `cargo xtask testprogs` puts what it builds.
-fn testprogs() -> PathBuf {
+pub fn testprogs() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_profiler-agent"))
         .ancestors()
         .find(|directory| directory.ends_with("target"))

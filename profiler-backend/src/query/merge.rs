@@ -62,8 +62,8 @@ pub(crate) fn merge(snapshot: &Snapshot, params: &Params) -> Result<Merged, Quer
         to_ms: range_ms.end,
         profiles: selection.profiles,
         duration_ms: selection.covered_us() / 1000,
-        rows: sums.tree(snapshot, &selection, params.group_by())?.rows(nodes_max),
-        comments: selection.comments,
+        rows: sums.tree(snapshot, &selection, params.group_by()).rows(nodes_max),
+        comments: selection.comments(snapshot),
     })
 }
 
@@ -89,7 +89,7 @@ impl Sums {
             if fits.is_ok() && (row.type_name, row.type_unit) == value_type && selection.accepts(row) {
                 fits = self.add(selection, row, group_by);
             }
-        })?;
+        });
         fits
     }
 
@@ -127,14 +127,9 @@ impl Sums {
         Ok(number)
     }
 
-    fn tree(
-        self,
-        snapshot: &Snapshot,
-        selection: &Selection,
-        group_by: Option<&str>,
-    ) -> Result<Tree, QueryError> {
+    fn tree(self, snapshot: &Snapshot, selection: &Selection, group_by: Option<&str>) -> Tree {
         let ids = self.values.keys().map(|(_, stack)| *stack);
-        let stacks = snapshot.stacks(&selection.range_us, ids)?;
+        let stacks = snapshot.stacks(&selection.range_us, ids);
         let names: Vec<String> = self.groups.iter().map(|value| group_name(group_by, value)).collect();
         // In the order of content, so that equal data gives equal bytes.
         let mut values: Vec<_> = self.values.into_iter().collect();
@@ -146,7 +141,7 @@ impl Sums {
                 tree.add(group, stack, value);
             }
         }
-        Ok(tree)
+        tree
     }
 }
 

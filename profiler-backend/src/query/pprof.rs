@@ -33,13 +33,13 @@ pub(crate) fn pprof(snapshot: &Snapshot, params: &Params) -> Result<Vec<u8>, Que
         (Some(newest), Some(value_type)) => new_builder(newest, &value_type.name),
         _ => empty_builder(params),
     };
-    selection.comments.iter().for_each(|comment| builder.comment(comment));
     if let Some(span) = selection.span_us() {
         builder.time_ns(span.start.saturating_mul(1000));
         builder.duration_ns(selection.covered_us().saturating_mul(1000));
     }
     let sums = Sums::new(snapshot, &selection)?;
-    sums.build(snapshot, &selection, &mut builder)?;
+    sums.build(snapshot, &selection, &mut builder);
+    selection.comments(snapshot).iter().for_each(|comment| builder.comment(comment));
     Ok(encode_gzip(&builder.finish()))
 }
 
@@ -80,7 +80,7 @@ impl Sums {
             if let (Ok(()), Some(index), true) = (&fits, index, selection.accepts(row)) {
                 fits = sums.add(row, index, newest.sample_types.len());
             }
-        })?;
+        });
         fits.map(|()| sums)
     }
 
@@ -110,14 +110,9 @@ impl Sums {
         number
     }
 
-    fn build(
-        self,
-        snapshot: &Snapshot,
-        selection: &Selection,
-        builder: &mut ProfileBuilder,
-    ) -> Result<(), QueryError> {
+    fn build(self, snapshot: &Snapshot, selection: &Selection, builder: &mut ProfileBuilder) {
         let ids = self.values.keys().map(|(_, stack, _)| *stack);
-        let stacks = snapshot.stacks(&selection.range_us, ids)?;
+        let stacks = snapshot.stacks(&selection.range_us, ids);
         let mut locations = Locations::new(stacks.values());
         // In the order of content, so that equal data gives equal bytes.
         let mut values: Vec<_> = self.values.into_iter().collect();
@@ -134,7 +129,6 @@ impl Sums {
             let stack = locations.stack(builder, stack);
             builder.sample(&stack, &values, &label_specs(&series.series.labels, labels));
         }
-        Ok(())
     }
 }
 

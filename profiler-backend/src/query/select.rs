@@ -34,7 +34,7 @@ pub(crate) struct Selection {
     /// Profiles that count: for snapshots one per series.
     pub(crate) profiles: usize,
     /// Distinct comments, in order of first appearance, at most [`COMMENTS_MAX`].
-    pub(crate) comments: Vec<Arc<str>>,
+    comments: Vec<Arc<str>>,
     numbers: HashMap<ContentId, Option<u32>>,
     windows: Vec<Range<i64>>,
 }
@@ -55,17 +55,17 @@ impl Selection {
         range_us: Range<i64>,
         selector: &Selector,
         profile_type: Option<&str>,
-    ) -> Result<Self, QueryError> {
+    ) -> Self {
         let mut selection = Self { range_us: range_us.clone(), ..Self::default() };
-        snapshot.profiles(&range_us, profile_type, |profile| selection.add(selector, profile))?;
+        snapshot.profiles(&range_us, profile_type, |profile| selection.add(selector, profile));
         selection.finish();
-        Ok(selection)
+        selection
     }
 
     /// As [`Selection::new`], from the parameters `query`, `from`, `to` and `type`.
     pub(crate) fn from_params(snapshot: &Snapshot, params: &Params) -> Result<Self, QueryError> {
         let range_us = range_us(&params.range_ms()?);
-        Self::new(snapshot, range_us, &params.selector()?, Some(params.profile_type()))
+        Ok(Self::new(snapshot, range_us, &params.selector()?, Some(params.profile_type())))
     }
 
     fn add(&mut self, selector: &Selector, profile: &ProfileHead) {
@@ -95,6 +95,16 @@ impl Selection {
             self.profiles = self.series.len();
         }
         self.windows.sort_by_key(|window| window.start);
+    }
+
+    /// The comments, and one of our own when a scan of `snapshot` met parts that cannot be read.
+    pub(crate) fn comments(&self, snapshot: &Snapshot) -> Vec<Arc<str>> {
+        let mut comments = self.comments.clone();
+        let unreadable = snapshot.unreadable_parts(&self.range_us);
+        if unreadable > 0 {
+            comments.push(format!("incomplete: {unreadable} stored parts cannot be read").into());
+        }
+        comments
     }
 
     /// Delta when nothing is selected.
@@ -238,7 +248,7 @@ pub(crate) fn profile_types(snapshot: &Snapshot, params: &Params) -> Result<Prof
             }
             Entry::Occupied(_) => {}
         }
-    })?;
+    });
     let types = newest.into_iter().map(|(name, profile)| ProfileType {
         r#type: name,
         temporality: profile.series.temporality.name(),
@@ -271,7 +281,7 @@ pub(crate) fn label_names(snapshot: &Snapshot, params: &Params) -> Result<LabelN
             let series = profile.series.labels.names();
             labels.extend(series.chain(profile.label_names.iter()).cloned());
         }
-    })?;
+    });
     Ok(LabelNames { labels })
 }
 
@@ -291,7 +301,7 @@ pub(crate) fn label_values(
     let max = params.values_max()?;
     let selector = params.selector()?;
     let range = range_us(&params.range_ms()?);
-    let selection = Selection::new(snapshot, range, &selector, params.profile_type_if_given())?;
+    let selection = Selection::new(snapshot, range, &selector, params.profile_type_if_given());
     let mut found = LabelValues { values: BTreeSet::new(), truncated: false };
     // Samples tell for series that lack the label, and where a matcher on samples decides which series has any.
     let mut scan = selection.scan(Labels::One(Some(name)));
@@ -306,7 +316,7 @@ pub(crate) fn label_values(
         if selection.accepts_any_time(row) {
             found.add(&selection.label(row, name), max);
         }
-    })?;
+    });
     Ok(found)
 }
 

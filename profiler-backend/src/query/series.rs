@@ -83,7 +83,7 @@ impl Totals {
                     let newest = self.newest.entry((row.series, step)).or_insert(row.start_us);
                     *newest = row.start_us.max(*newest);
                 }
-            })?;
+            });
         }
         let mut fits = Ok(());
         snapshot.samples(&scan, |row| {
@@ -94,7 +94,7 @@ impl Totals {
                 let group = group_by.map(|name| selection.label(row, name)).unwrap_or_default();
                 fits = self.add(&group, step, row.value);
             }
-        })?;
+        });
         fits
     }
 

@@ -11,37 +11,39 @@
 mod columns;
 mod layout;
 mod maintain;
+mod open;
 mod part;
 mod prune;
 mod read;
 mod recent;
+mod snapshot;
 mod writer;
 
 use std::{
-    collections::{HashMap, HashSet},
-    fs::{self, File, TryLockError},
-    io,
-    path::{Path, PathBuf},
+    collections::HashSet,
+    fs::File,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc},
     thread::JoinHandle,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use self::{
-    layout::{FileKind, Hour, Layout, TABLES, Table, file_kind, hours},
-    part::{Part, remove_files},
+    layout::{Hour, Layout, TABLES},
+    open::{OpenError, create_data_dir, lock, open_parts},
+    part::Part,
     recent::{BATCHES_MAX, RecentBatches, Seen},
 };
 pub(crate) use self::{
-    part::PartError,
-    read::{LabelNeed, Row, RowLabels, Scan},
+    read::{LabelNeed, Row, Scan},
+    snapshot::Snapshot,
     writer::AppendError,
 };
 use crate::{
     metrics::{Gauges, Metrics},
-    model::{BatchId, ContentId, Profile, ProfileHead, Sample, ValueType},
-    stack::{Stack, StackCache},
-    wal::{self, WalError},
+    model::{BatchId, Profile},
+    stack::StackCache,
+    wal,
 };
 
 /// The sizes and times of a store.
@@ -57,24 +59,6 @@ pub(crate) struct StoreOptions {
     pub(crate) memory_bytes_max: usize,
     /// Bound on stacks and frames kept for queries, in bytes.
     pub(crate) stack_cache_bytes_max: usize,
-}
-
-/// Why a store did not open.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum OpenError {
-    #[error("{path} is in use by another backend")]
-    Locked { path: PathBuf },
-    #[error("{operation} {path}")]
-    Io {
-        operation: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("write-ahead log")]
-    Wal(#[from] WalError),
-    #[error("parts")]
-    Part(#[from] PartError),
 }
 
 /// Reads a record of the log back into what [`Store::append`] was given.
@@ -269,109 +253,6 @@ pub(crate) enum Appended {
     Duplicate,
 }
 
-/// Memory and parts as they stood at one moment.
-pub(crate) struct Snapshot {
-    memory: Vec<Arc<Profile>>,
-    parts: Vec<Arc<Part>>,
-    shared: Arc<Shared>,
-}
-
-impl Snapshot {
-    /// Hands each profile that starts in `range_us` and is of `profile_type`, if one is given, to `visit`.
-    pub(crate) fn profiles(
-        &self,
-        range_us: &std::ops::Range<i64>,
-        profile_type: Option<&str>,
-        mut visit: impl FnMut(&ProfileHead),
-    ) -> Result<(), PartError> {
-        for profile in self.memory.iter().map(|profile| &profile.head) {
-            let of_type = profile_type.is_none_or(|wanted| wanted == &*profile.series.profile_type);
-            if of_type && range_us.contains(&profile.start_us) {
-                visit(profile);
-            }
-        }
-        for part in self.parts_in(range_us) {
-            part.profiles(range_us, profile_type, |profile, _| visit(profile))?;
-        }
-        Ok(())
-    }
-
-    /// Hands each sample that `scan` selects to `visit`.
-    pub(crate) fn samples(&self, scan: &Scan, mut visit: impl FnMut(&Row<'_>)) -> Result<(), PartError> {
-        for profile in &self.memory {
-            let ProfileHead { series, start_us, sample_types, .. } = &profile.head;
-            let Some(&series) = scan.series.get(&series.id) else { continue };
-            if scan.range_us.contains(start_us) {
-                visit_memory(profile, series, sample_types, &mut visit);
-            }
-        }
-        if scan.series.is_empty() {
-            return Ok(());
-        }
-        for part in self.parts_in(&scan.range_us) {
-            part.samples(scan, &mut visit)?;
-        }
-        Ok(())
-    }
-
-    /// The stacks with these ids; every id that a scan of this snapshot over `range_us` gave is found.
-    pub(crate) fn stacks(
-        &self,
-        range_us: &std::ops::Range<i64>,
-        ids: impl Iterator<Item = ContentId>,
-    ) -> Result<HashMap<ContentId, Arc<Stack>>, PartError> {
-        let mut found = HashMap::new();
-        let mut missing = HashSet::new();
-        for id in ids {
-            match self.shared.stacks.known_stack(&id) {
-                Some(stack) => drop(found.insert(id, stack)),
-                None => drop(missing.insert(id)),
-            }
-        }
-        for Sample { stack, .. } in self.memory.iter().flat_map(|profile| &profile.samples) {
-            if missing.is_empty() {
-                break;
-            }
-            if missing.remove(&stack.id) {
-                found.insert(stack.id, Arc::clone(stack));
-            }
-        }
-        for part in self.parts_in(range_us) {
-            if missing.is_empty() {
-                break;
-            }
-            let mut loaded = Vec::new();
-            part.stacks(&self.shared.stacks, |id| missing.contains(id), |stack| loaded.push(stack))?;
-            for stack in loaded {
-                missing.remove(&stack.id);
-                found.insert(stack.id, stack);
-            }
-        }
-        Ok(found)
-    }
-
-    fn parts_in<'a>(&'a self, range_us: &std::ops::Range<i64>) -> impl Iterator<Item = &'a Arc<Part>> {
-        let std::ops::Range { start, end } = *range_us;
-        self.parts.iter().filter(move |part| part.ts_min_us < end && part.ts_max_us >= start)
-    }
-}
-
-fn visit_memory(profile: &Profile, series: u32, types: &[ValueType], visit: &mut impl FnMut(&Row<'_>)) {
-    for sample in &profile.samples {
-        for (value_type, &value) in types.iter().zip(&sample.values).filter(|(_, value)| **value != 0) {
-            visit(&Row {
-                series,
-                start_us: profile.head.start_us,
-                type_name: &value_type.name,
-                type_unit: &value_type.unit,
-                stack: sample.stack.id,
-                value,
-                labels: RowLabels::Memory(&sample.labels),
-            });
-        }
-    }
-}
-
 impl Shared {
     /// Reads every segment of the log into memory, but for what parts hold already. Gives the segments' sequences.
     fn replay(&self, decode: &mut Replay<'_>) -> Result<Vec<u64>, OpenError> {
@@ -435,84 +316,6 @@ impl Shared {
         }
         self.recent().finish(batch);
     }
-}
-
-/// Lists the parts, after removing what unfinished writes and compactions left behind.
-fn open_parts(layout: &Layout, metrics: &Metrics) -> Result<Vec<Arc<Part>>, OpenError> {
-    let mut parts = Vec::new();
-    for (hour, directory) in hours(layout, Table::Profiles).map_err(io_failure("list", layout.data_dir()))? {
-        for name in part_names(&directory)? {
-            match Part::open(layout, hour, name) {
-                Ok(part) => parts.push(part),
-                Err(error) => {
-                    // Left in place: a newer version may read it.
-                    metrics.parts_unreadable.add(1);
-                    tracing::error!("a part was left out: {}", crate::describe(&error));
-                }
-            }
-        }
-    }
-    let replaced: HashSet<(Hour, String)> =
-        parts.iter().flat_map(|part| part.replaces.iter().map(|name| (part.hour, name.clone()))).collect();
-    parts.retain(|part| !replaced.contains(&(part.hour, part.name.clone())));
-    for (hour, name) in &replaced {
-        remove_files(layout, *hour, name);
-    }
-    remove_orphans(layout)?;
-    Ok(parts.into_iter().map(Arc::new).collect())
-}
-
-fn part_names(directory: &Path) -> Result<Vec<String>, OpenError> {
-    let mut names = Vec::new();
-    for entry in directory.read_dir().map_err(io_failure("list", directory))? {
-        let name = entry.map_err(io_failure("list", directory))?.file_name();
-        if let Some(FileKind::Part(part)) = name.to_str().map(file_kind) {
-            names.push(part);
-        }
-    }
-    Ok(names)
-}
-
-/// Deletes temporary files, and files of parts that have none in `profiles`.
-fn remove_orphans(layout: &Layout) -> Result<(), OpenError> {
-    for table in TABLES {
-        for (hour, directory) in hours(layout, table).map_err(io_failure("list", layout.data_dir()))? {
-            for entry in directory.read_dir().map_err(io_failure("list", &directory))? {
-                let entry = entry.map_err(io_failure("list", &directory))?;
-                let orphan = match entry.file_name().to_str().map(file_kind) {
-                    Some(FileKind::Temporary) => true,
-                    Some(FileKind::Part(name)) => !layout.file(Table::Profiles, hour, &name).exists(),
-                    Some(FileKind::Foreign) | None => false,
-                };
-                if orphan {
-                    fs::remove_file(entry.path()).map_err(io_failure("remove", &entry.path()))?;
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn create_data_dir(path: &Path) -> Result<(), OpenError> {
-    use std::os::unix::fs::DirBuilderExt;
-    // Stacks and labels tell what runs here: for the owner only.
-    let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    created.map_err(io_failure("create", path))
-}
-
-fn lock(path: &Path) -> Result<File, OpenError> {
-    let file = File::options().create(true).truncate(false).write(true).open(path);
-    let file = file.map_err(io_failure("open", path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(OpenError::Locked { path: path.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(io_failure("lock", path)(source)),
-    }
-}
-
-fn io_failure(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
-    let path = path.to_owned();
-    move |source| OpenError::Io { operation, path, source }
 }
 
 /// Now, in Unix microseconds.

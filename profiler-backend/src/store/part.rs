@@ -159,6 +159,7 @@ pub(crate) struct Part {
     pub(crate) wal_sequence: u64,
     pub(crate) replaces: Vec<String>,
     obsolete: AtomicBool,
+    unreadable: AtomicBool,
 }
 
 impl Part {
@@ -185,6 +186,7 @@ impl Part {
             wal_sequence,
             replaces,
             obsolete: AtomicBool::new(false),
+            unreadable: AtomicBool::new(false),
         };
         part.write_tables(&rows).inspect_err(|_| part.remove_temporaries())?;
         Ok(part)
@@ -297,11 +299,21 @@ impl Part {
             wal_sequence: number(KEY_WAL_SEQUENCE)?.cast_unsigned(),
             replaces: replaces.map(str::to_owned).collect(),
             obsolete: AtomicBool::new(false),
+            unreadable: AtomicBool::new(false),
         })
     }
 
     pub(crate) fn path(&self, table: Table) -> PathBuf {
         self.layout.file(table, self.hour, &self.name)
+    }
+
+    /// Remembers that it cannot be read; true the first time.
+    pub(crate) fn mark_unreadable(&self) -> bool {
+        !self.unreadable.swap(true, Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_unreadable(&self) -> bool {
+        self.unreadable.load(Ordering::Relaxed)
     }
 
     /// Its files go away with the last reference.

@@ -65,7 +65,7 @@ fn pages(
     rows: usize,
     wanted: &BTreeSet<&[u8]>,
 ) -> Vec<Range<usize>> {
-    let all = || Vec::from([0..rows]);
+    let all = || std::iter::once(0..rows).collect();
     let columns = metadata.file_metadata().schema_descr().columns();
     let Some(column) = columns.iter().position(|column| column.path().string() == name) else { return all() };
     let index = metadata.page_index_for_row_group(row_group);

@@ -298,6 +298,45 @@ fn a_part_that_cannot_be_read_is_left_alone_and_counted() {
 }
 
 #[test]
+fn a_damaged_part_is_left_out_and_the_answer_says_so() {
+    let directory = tempfile::tempdir().expect("tempdir");
+    let backend = Backend::start(directory.path());
+    backend.store(cpu(CART, MINUTE_MS, &[Line("main;damaged", 4, &[])]));
+    backend.stop();
+    let table = directory.path().join("v1/samples");
+    fs::write(table.join(&files(&table)[0]), b"PAR1 not").expect("write");
+    let backend = Backend::start(directory.path());
+    backend.store(cpu(CART, MINUTE_MS, &[Line("main;whole", 3, &[])]));
+    let merged = backend.json("/api/v1/merge?sample_type=samples");
+    assert_eq!(tree(&merged), ["0 total 3 0", "1 main 3 0", "2 whole 3 3"]);
+    assert_eq!(merged["comments"][1], "incomplete: 1 stored parts cannot be read");
+    assert_eq!(backend.metric("parts_unreadable_total"), 1);
+}
+
+#[test]
+fn what_is_acknowledged_is_seen_at_once_and_stays_while_parts_are_written() {
+    let directory = tempfile::tempdir().expect("tempdir");
+    let backend =
+        Backend::start_with(Options { flush_interval: Duration::from_millis(1), ..quick(directory.path()) });
+    let (address, acknowledged) = (backend.address, AtomicI64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    let push = request(vec![cpu(CART, 1000, &[Line("main;work", 1, &[])])]);
+                    assert_eq!(push_to(address, &push).status, 200);
+                    let before = acknowledged.fetch_add(1, Ordering::SeqCst) + 1;
+                    let seen = samples(address, "");
+                    assert!((before..=200).contains(&seen), "{seen} seen, {before} acknowledged");
+                }
+            });
+        }
+    });
+    assert_eq!(samples(address, ""), 200);
+    assert!(backend.metric("parts_written_total") > 1);
+}
+
+#[test]
 #[ignore = "needs root: mounts a small file system"]
 fn a_full_disk_defers_pushes_and_leaves_queries_alone() {
     let directory = tempfile::tempdir().expect("tempdir");
