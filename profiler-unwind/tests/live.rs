@@ -397,8 +397,17 @@ fn start_traced(program: &Path, bind_now: bool) -> pid_t {
     tid
 }
 
+/// Every stack is right and reaches the first frame, but for the few stops in code that nothing describes.
 #[track_caller]
 fn check(compiler: &str, flags: &[&str], bind_now: bool) -> Tally {
+    let tally = check_as_far_as_described(compiler, flags, bind_now);
+    assert!(tally.without_information * 100 < tally.stops, "{tally:?}");
+    tally
+}
+
+/// Every stack is right as far as it goes.
+#[track_caller]
+fn check_as_far_as_described(compiler: &str, flags: &[&str], bind_now: bool) -> Tally {
     let dir = tempfile::tempdir().unwrap();
     let tid = start_traced(&compile(compiler, flags, dir.path()), bind_now);
     let mut tally = Tally::default();
@@ -407,7 +416,6 @@ fn check(compiler: &str, flags: &[&str], bind_now: bool) -> Tally {
     assert_eq!(tally.wrong, 0);
     assert!(tally.stops > 10_000 && tally.deepest > 12 && tally.vdso_stops > 10, "{tally:?}");
     assert_eq!((tally.signals, tally.threads), (4, 1), "{tally:?}");
-    assert!(tally.without_information * 100 < tally.stops, "{tally:?}");
     tally
 }
 
@@ -433,8 +441,9 @@ fn every_instruction_of_a_program_by_clang_unwinds_to_its_first_frame() {
     assert_eq!(check("clang", &[], true).register_lost, 0);
 }
 
+/// Debian's musl is built without call frame information: stacks end at the first of its functions.
 #[test]
 #[ignore = "needs musl-gcc"]
-fn every_instruction_of_a_program_with_musl_unwinds_to_its_first_frame() {
-    assert_eq!(check("musl-gcc", &["-static"], true).register_lost, 0);
+fn every_instruction_of_a_program_with_musl_unwinds_as_far_as_it_is_described() {
+    assert_eq!(check_as_far_as_described("musl-gcc", &["-static"], true).register_lost, 0);
 }
