@@ -8,12 +8,15 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    command,
+    aarch64, command,
     tally::Tally,
     testprogs,
-    tools::{self, CHROMIUM, CLANG, GO, LIBPYTHON, MUSL, NODE},
+    tools::{self, CHROMIUM, CLANG, CONTAINERD, GO, LIBPYTHON, MUSL, NODE},
     ui,
 };
+
+/// Needs a library of the other architecture.
+const AARCH64_TEST: &str = "the_step_agrees_with_gimli_on_every_row_of_an_aarch64_library";
 
 /// All tests that need nothing but a compiler.
 pub(crate) fn unit() -> Result<Tally> {
@@ -30,12 +33,24 @@ pub(crate) fn golden() -> Result<Tally> {
 pub(crate) fn host() -> Result<Tally> {
     tools::need(&[CLANG, MUSL, GO, NODE, LIBPYTHON])?;
     let others = ["--workspace", "--exclude", "profiler-pprof", "--exclude", "profiler-agent"];
-    test(&mut command::cargo(), &others, &["--ignored"])
+    let mut cargo = command::cargo();
+    let mut options = vec!["--ignored"];
+    let mut tally = Tally::default();
+    match aarch64::libc() {
+        Ok(library) => drop(cargo.env("PROFILER_TEST_AARCH64_LIBRARY", library)),
+        Err(error) => {
+            println!("skipped: {AARCH64_TEST}: {error:#}");
+            options.extend(["--skip", AARCH64_TEST]);
+            tally += Tally::SKIPPED;
+        }
+    }
+    tally += test(&mut cargo, &others, &options)?;
+    Ok(tally)
 }
 
 /// The agent in the kernel, on its own machine: one test at a time, for they sample each other.
 pub(crate) fn root() -> Result<Tally> {
-    tools::need(&[GO, NODE, CHROMIUM])?;
+    tools::need(&[GO, NODE, CHROMIUM, CONTAINERD])?;
     testprogs::build()?;
     ui::install()?;
     let mut cargo = command::cargo();

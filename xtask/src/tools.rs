@@ -27,6 +27,15 @@ pub(crate) const NODE: Tool =
 pub(crate) const NPM: Tool = Tool { name: "npm", package: "npm", is_there: || command::is_installed("npm") };
 pub(crate) const CHROMIUM: Tool =
     Tool { name: "chromium", package: "chromium", is_there: || command::is_installed("chromium") };
+/// Comes with runc, which may be outside an ordinary user's path.
+pub(crate) const CONTAINERD: Tool = Tool {
+    name: "containerd",
+    package: "containerd",
+    is_there: || command::is_installed("containerd") && command::is_installed("ctr"),
+};
+/// What the agent's cost is compared with.
+pub(crate) const PERF: Tool =
+    Tool { name: "perf", package: "linux-perf", is_there: || command::is_installed("perf") };
 pub(crate) const LIBPYTHON: Tool =
     Tool { name: "a shared libpython3", package: "libpython3-dev", is_there: has_libpython };
 

@@ -66,7 +66,7 @@ impl Labeler {
     pub(crate) fn series(&self, subject: &Subject<'_>) -> SeriesLabels {
         let Subject { exe, is_kernel_thread, comm, owner } = subject;
         let exe = if *is_kernel_thread { KERNEL } else { base_name(exe, comm) };
-        let container = owner.container_id.as_deref().map(|id| id.get(..SHORT_ID_DIGITS).unwrap_or(id));
+        let container = owner.container_id.as_deref().map(short_name);
         let service = container.or(owner.unit.as_deref().map(trim_unit)).unwrap_or(exe);
         let found = [
             ("exe", Some(exe)),
@@ -84,6 +84,11 @@ impl Labeler {
         labels.extend(self.fixed.iter().map(|(name, value)| (name.clone(), value.clone())));
         SeriesLabels(Arc::new(labels))
     }
+}
+
+/// A container's name by what its cgroup tells: the first digits of its id, or the name that it has instead of one.
+fn short_name(id: &str) -> &str {
+    if cgroup::is_container_id(id) { id.get(..SHORT_ID_DIGITS).unwrap_or(id) } else { id }
 }
 
 /// `/usr/bin/x (deleted)` -> `x`.
@@ -148,6 +153,14 @@ mod tests {
                 ("service_name", "abababababab"),
             ],
         );
+    }
+
+    #[test]
+    fn a_container_that_has_a_name_is_called_by_all_of_it() {
+        let name = "database-of-the-accountants";
+        let owner = Owner { container_id: Some(name.into()), unit: None };
+        let labels = Labeler::new("n", &[]).series(&Subject { exe: "/app", owner, ..Subject::default() });
+        assert_eq!(labels.get("container"), Some(name));
     }
 
     #[test]

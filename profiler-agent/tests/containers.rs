@@ -1,0 +1,113 @@
+//! Containers of one image, a systemd unit and a process in neither: each one's samples are under its own labels only,
+//! and named, though the executable is in a file system that the agent does not see.
+
+#[path = "support/cgroups.rs"]
+mod cgroups;
+#[path = "support/containerd.rs"]
+mod containerd;
+mod support;
+
+use std::{fs, time::SystemTime};
+
+use containerd::Containerd;
+use serde_json::Value;
+use support::Agent;
+
+/// CPU time after which a program has been sampled often enough: about a thousand times.
+const ENOUGH_NS: u64 = 2_000_000_000;
+/// The unit's service as systemd would name its cgroup.
+const UNIT: &str = "system.slice/burn-test.service";
+
+/// A process, and the labels that are its own.
+struct Subject<'a> {
+    pid: u32,
+    container_id: &'a str,
+    unit: &'a str,
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn samples_of_containers_of_a_unit_and_of_neither_are_under_their_own_labels_only() {
+    let agent = Agent::start(&["-F", "499", "--window", "2s"]);
+    let containerd = Containerd::start();
+    let lasting = containerd.run("web-0", "5e5b7d5c-0b6a-4a6e-8f4e-000000000000");
+    let killed = containerd.run("web-1", "5e5b7d5c-0b6a-4a6e-8f4e-000000000001");
+    let unit = containerd.cgroups().start(UNIT, "burn");
+    let neither = containerd.cgroups().start("neither", "burn");
+
+    let [first, second, third, fourth] = [killed.pid, lasting.pid, unit.pid(), neither.pid()];
+    let consumed_ns = wait_for_cpu_time(&agent, first);
+    containerd.kill(&killed);
+    for pid in [second, third, fourth] {
+        wait_for_cpu_time(&agent, pid);
+    }
+    let subjects = [
+        Subject { pid: first, container_id: &killed.id, unit: "" },
+        Subject { pid: second, container_id: &lasting.id, unit: "" },
+        Subject { pid: third, container_id: "", unit: "burn-test.service" },
+        Subject { pid: fourth, container_id: "", unit: "" },
+    ];
+    drop((unit, neither));
+    containerd.kill(&lasting);
+    agent.wait_for_window_after(SystemTime::now());
+
+    for subject in &subjects {
+        check_labels(&agent, subject);
+        check_names(&agent, subject);
+    }
+    check_series(&agent, [&killed.id, &lasting.id]);
+    let stored_ns = agent.merge(&labels_of(&subjects[0])).total as f64;
+    let consumed_ns = consumed_ns as f64;
+    assert!(stored_ns >= 0.9 * consumed_ns, "stored {stored_ns} of {consumed_ns} ns of the killed container");
+    agent.stop();
+}
+
+/// Waits until a process has consumed enough CPU time, and gives it in nanoseconds.
+fn wait_for_cpu_time(agent: &Agent, pid: u32) -> u64 {
+    agent.wait_for("the process has run for long enough", || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process is there");
+        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+        // proc_pid_stat(5): utime and stime are fields 14 and 15, in ticks of 10 ms; the name is field 2.
+        let ticks = fields.split_ascii_whitespace().skip(11).take(2);
+        let consumed_ns = ticks.map(|ticks| ticks.parse::<u64>().expect("ticks")).sum::<u64>() * 10_000_000;
+        (consumed_ns > ENOUGH_NS).then_some(consumed_ns)
+    })
+}
+
+/// Selects by what the agent has found out about a process.
+fn labels_of(subject: &Subject<'_>) -> String {
+    let Subject { container_id, unit, .. } = subject;
+    format!("{{comm=\"burn\",container_id=\"{container_id}\",unit=\"{unit}\"}}")
+}
+
+/// What is under its labels is all of what the kernel said about the process, and of no other process.
+fn check_labels(agent: &Agent, subject: &Subject<'_>) {
+    let labels = labels_of(subject);
+    assert_eq!(values(agent, "pid", &labels), [subject.pid.to_string()], "processes under {labels}");
+    let of_process = agent.merge(&format!("{{comm=\"burn\",pid=\"{}\"}}", subject.pid)).total;
+    let under_labels = agent.merge(&labels).total;
+    assert_eq!(under_labels, of_process, "nanoseconds under {labels} and of process {}", subject.pid);
+}
+
+fn check_names(agent: &Agent, subject: &Subject<'_>) {
+    let merged = agent.merge(&labels_of(subject));
+    let share = merged.share_below("hot_loop", "outer_work");
+    assert!(share >= 0.75, "{}: hot_loop has {share:.2} of the time:\n{merged:#?}", labels_of(subject));
+}
+
+/// Containers of one image are series of their own, by their short ids.
+fn check_series(agent: &Agent, ids: [&str; 2]) {
+    let mut expect = ids.map(|id| id[..12].to_owned());
+    expect.sort_unstable();
+    assert_eq!(values(agent, "container", "{exe=\"burn\"}"), expect);
+    assert_eq!(values(agent, "service_name", "{exe=\"burn\",container!=\"\"}"), expect);
+}
+
+/// The values of a label in what a selector selects, in order.
+fn values(agent: &Agent, label: &str, selector: &str) -> Vec<String> {
+    let answer = agent.query(&format!("/api/v1/labels/{label}/values"), &[("query", selector)]);
+    let answer: Value = serde_json::from_slice(&answer).expect("JSON");
+    let mut values: Vec<String> = serde_json::from_value(answer["values"].clone()).expect("values");
+    values.sort_unstable();
+    values
+}
