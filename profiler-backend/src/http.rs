@@ -122,7 +122,9 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     response
 }
 
-fn is_allowed_host(host: &str, allowed: &[String]) -> bool {
+/// Whether a server may answer a request whose `Host` header is `host`: an IP address, `localhost`, or a name in
+/// `allowed`; a port is left out of account. Other names a web page could make up and point here (DNS rebinding).
+pub fn is_allowed_host(host: &str, allowed: &[String]) -> bool {
     let name = match host.rsplit_once(':') {
         // In `[::1]` the last colon is part of the address.
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,

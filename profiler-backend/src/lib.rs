@@ -21,6 +21,7 @@ mod flamegraph;
 mod http;
 mod metrics;
 mod model;
+mod private;
 mod query;
 mod receive;
 mod selector;
@@ -31,6 +32,7 @@ mod time;
 mod ui;
 mod wal;
 
+pub use http::is_allowed_host;
 pub use server::{Options, ServeError, Server, parse_retention, serve};
 
 /// An error with all its sources on one line.

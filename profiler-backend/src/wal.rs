@@ -9,12 +9,14 @@
 //! crash tore is therefore always at the end of a segment, and reading stops there.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
 use flate2::Crc;
+
+use crate::private;
 
 const MAGIC: &[u8; 6] = b"PRFWAL";
 /// Version of the layout above; a reader refuses any other.
@@ -61,7 +63,7 @@ impl Segment {
     pub(crate) fn create(directory: &Path, sequence: u64) -> Result<Self, WalError> {
         let path = directory.join(file_name(sequence));
         let mut file =
-            OpenOptions::new().write(true).create_new(true).open(&path).map_err(io_error("create", &path))?;
+            private::file_options().create_new(true).open(&path).map_err(io_error("create", &path))?;
         let mut header = MAGIC.to_vec();
         header.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
         let created = file
@@ -227,6 +229,8 @@ fn read_whole(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+
+    use std::fs::OpenOptions;
 
     use super::*;
 

@@ -163,6 +163,19 @@ impl Steps {
         let offset_ms = unix_us.div_euclid(1000) - self.start_ms;
         usize::try_from(offset_ms.div_euclid(self.step_ms)).ok().filter(|&index| index < self.count)
     }
+
+    /// The first microsecond behind a bucket.
+    pub(crate) fn end_us(&self, index: usize) -> i64 {
+        (self.start_ms + self.step_ms * (index as i64 + 1)) * 1000
+    }
+
+    /// These buckets, and as many more as reach `end_us`, within the bound on buckets.
+    pub(crate) fn reaching(self, end_us: i64) -> Self {
+        let length_ms = end_us.div_euclid(1000) + 1 - self.start_ms;
+        let wanted = ((length_ms - 1).div_euclid(self.step_ms) + 1).min(STEPS_MAX);
+        let count = usize::try_from(wanted).map_or(self.count, |wanted| wanted.max(self.count));
+        Self { count, ..self }
+    }
 }
 
 #[cfg(test)]

@@ -118,15 +118,15 @@ impl Shared {
 }
 
 impl Store {
-    /// Opens the store in `options.data_dir`, which is created with mode 0700 if absent: removes what unfinished
-    /// writes left, reads the list of parts, replays the log.
+    /// Opens the store in `options.data_dir`, which is created if absent and made readable by its owner
+    /// only: removes what unfinished writes left, reads the list of parts, replays the log.
     pub(crate) fn open(
         options: StoreOptions,
         metrics: Arc<Metrics>,
         replay: &mut Replay<'_>,
     ) -> Result<Self, OpenError> {
         let layout = Layout::new(&options.data_dir);
-        create_data_dir(layout.data_dir())?;
+        create_data_dir(&layout)?;
         let lock = lock(&layout.lock())?;
         for table in TABLES {
             part::create_directories(layout.data_dir(), &layout.table(table))?;

@@ -2,8 +2,9 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, File, TryLockError},
+    fs::{self, File, Permissions, TryLockError},
     io,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,13 +13,25 @@ use super::{
     layout::{FileKind, Hour, Layout, TABLES, Table, file_kind, hours},
     part::{Part, PartError, remove_files},
 };
-use crate::{metrics::Metrics, wal::WalError};
+use crate::{
+    metrics::Metrics,
+    private::{self, DIRECTORY_MODE},
+    wal::WalError,
+};
 
 /// Why a store did not open.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpenError {
     #[error("{path} is in use by another backend")]
     Locked { path: PathBuf },
+    #[error(
+        "{path} belongs to user {owner}, who could read the store: give a directory inside it, or another one"
+    )]
+    Foreign { path: PathBuf, owner: u32 },
+    #[error(
+        "{path} is open to others (mode {mode:04o}) and holds other files: give a directory inside it, or chmod 0700 it"
+    )]
+    Shared { path: PathBuf, mode: u32 },
     #[error("{operation} {path}")]
     Io {
         operation: &'static str,
@@ -88,15 +101,31 @@ fn remove_orphans(layout: &Layout) -> Result<(), OpenError> {
     Ok(())
 }
 
-pub(super) fn create_data_dir(path: &Path) -> Result<(), OpenError> {
-    use std::os::unix::fs::DirBuilderExt;
-    // Stacks and labels tell what runs here: for the owner only.
-    let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    created.map_err(io_failure("create", path))
+/// Makes the data directory one that only its owner, which is us, can look into.
+///
+/// An existing one is closed to others when it is empty or a store's already; what holds other files stays as it is, or
+/// `--data-dir /tmp` would take it from everybody.
+pub(super) fn create_data_dir(layout: &Layout) -> Result<(), OpenError> {
+    let path = layout.data_dir();
+    private::directory_builder().recursive(true).create(path).map_err(io_failure("create", path))?;
+    let metadata = fs::metadata(path).map_err(io_failure("look at", path))?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        return Err(OpenError::Foreign { path: path.to_owned(), owner: metadata.uid() });
+    }
+    let mode = metadata.mode() & 0o7777;
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    let is_empty = path.read_dir().map_err(io_failure("list", path))?.next().is_none();
+    if !is_empty && !layout.lock().exists() {
+        return Err(OpenError::Shared { path: path.to_owned(), mode });
+    }
+    let permissions = Permissions::from_mode(DIRECTORY_MODE);
+    fs::set_permissions(path, permissions).map_err(io_failure("close to others", path))
 }
 
 pub(super) fn lock(path: &Path) -> Result<File, OpenError> {
-    let file = File::options().create(true).truncate(false).write(true).open(path);
+    let file = private::file_options().create(true).truncate(false).open(path);
     let file = file.map_err(io_failure("open", path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),

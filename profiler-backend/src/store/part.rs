@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     model::{ContentId, NumberLabel, ProfileHead, SampleLabels, Series, ValueType},
+    private,
     stack::{Frame, Stack},
 };
 
@@ -219,7 +220,8 @@ impl Part {
         };
         let assemble = |source| PartError::Assemble { path: path.to_owned(), source };
         let encode = |source| PartError::Encode { path: path.to_owned(), source };
-        let file = File::create(path).map_err(io_error("create", path))?;
+        let file = private::file_options().create(true).truncate(true).open(path);
+        let file = file.map_err(io_error("create", path))?;
         let mut writer: Option<ArrowWriter<File>> = None;
         for batch in batches().map_err(assemble)? {
             let batch = batch.map_err(assemble)?;
@@ -356,7 +358,7 @@ pub(crate) fn create_directories(root: &Path, directory: &Path) -> Result<(), Pa
     }
     if let Some(parent) = directory.parent().filter(|parent| parent.starts_with(root)) {
         create_directories(root, parent)?;
-        match fs::create_dir(directory) {
+        match private::directory_builder().create(directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(io_error("create", directory)(error));
             }

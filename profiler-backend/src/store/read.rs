@@ -74,7 +74,9 @@ pub(crate) struct Scan {
 /// One value of one stack.
 pub(crate) struct Row<'a> {
     pub(crate) series: u32,
+    /// The window of its profile.
     pub(crate) start_us: i64,
+    pub(crate) duration_ms: i64,
     pub(crate) type_name: &'a str,
     pub(crate) type_unit: &'a str,
     pub(crate) stack: ContentId,
@@ -244,8 +246,15 @@ impl Part {
 
     /// Hands each sample that `scan` selects to `visit`.
     pub(crate) fn samples(&self, scan: &Scan, mut visit: impl FnMut(&Row<'_>)) -> Result<(), PartError> {
-        let mut columns =
-            vec![col::TS, col::SERIES_ID, col::SAMPLE_TYPE, col::SAMPLE_UNIT, col::STACK_ID, col::VALUE];
+        let mut columns = vec![
+            col::TS,
+            col::DURATION_MS,
+            col::SERIES_ID,
+            col::SAMPLE_TYPE,
+            col::SAMPLE_UNIT,
+            col::STACK_ID,
+            col::VALUE,
+        ];
         columns.extend(LabelColumns::columns(&scan.labels));
         Reader::open_pruned(self.path(Table::Samples), Some(&columns), Some(scan))?
             .for_each(|batch| visit_samples(batch, scan, &mut visit))
@@ -320,10 +329,11 @@ fn visit_samples(
     let (starts, series) = (timestamps(batch, col::TS)?, Ids::of(batch, col::SERIES_ID)?);
     let (names, units) = (Texts::of(batch, col::SAMPLE_TYPE)?, Texts::of(batch, col::SAMPLE_UNIT)?);
     let (stacks, values) = (Ids::of(batch, col::STACK_ID)?, integers(batch, col::VALUE)?);
+    let durations = col::small_integers(batch, col::DURATION_MS)?;
     let columns = LabelColumns::of(batch, &scan.labels)?;
     // Rows are sorted by series: the answer for one row mostly holds for the next.
     let mut last: Option<(ContentId, Option<u32>)> = None;
-    for (row, (&start_us, &value)) in starts.iter().zip(values).enumerate() {
+    for (row, ((&start_us, &duration_ms), &value)) in starts.iter().zip(durations).zip(values).enumerate() {
         let id = series.get(row);
         let wanted = match last {
             Some((known, wanted)) if known == id => wanted,
@@ -334,6 +344,7 @@ fn visit_samples(
             visit(&Row {
                 series,
                 start_us,
+                duration_ms: duration_ms.into(),
                 type_name: names.get(row),
                 type_unit: units.get(row),
                 stack: stacks.get(row),

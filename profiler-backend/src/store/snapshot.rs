@@ -123,6 +123,7 @@ fn visit_memory(profile: &Profile, series: u32, types: &[ValueType], visit: &mut
             visit(&Row {
                 series,
                 start_us: profile.head.start_us,
+                duration_ms: profile.head.duration_ns / 1_000_000,
                 type_name: &value_type.name,
                 type_unit: &value_type.unit,
                 stack: sample.stack.id,

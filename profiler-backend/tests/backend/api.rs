@@ -140,6 +140,22 @@ fn totals_over_time_equal_the_merged_total() {
 }
 
 #[test]
+fn a_window_is_spread_over_the_steps_it_overlaps() {
+    let (_directory, backend) = backend();
+    // Windows of 10 s side by side, never on the grid of the steps: what is between the first and the last is level.
+    let start = cpu(SHOP, 61_000, &[]).start_unix_ns / 10_000_000_000 * 10_000_000_000 + 3_000_000_000;
+    for window in 0..5 {
+        let mut series = cpu(SHOP, 0, &[Line("main", 1000, &[])]);
+        series.start_unix_ns = start + window * 10_000_000_000;
+        backend.store(series);
+    }
+    let from = start / 1_000_000;
+    let path = format!("/api/v1/series?sample_type=samples&step=10s&from={from}&to={}", from + 41_000);
+    let values = backend.json(&path)["series"][0]["values"].clone();
+    assert_eq!(values, json!([700, 1000, 1000, 1000, 1000, 300]));
+}
+
+#[test]
 fn a_profile_counts_where_its_window_starts() {
     let (_directory, backend) = backend();
     two_containers(&backend);

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader},
     net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -151,13 +152,58 @@ fn one_backend_uses_a_directory_at_a_time() {
     assert!(stderr.contains("in use by another backend"), "{stderr}");
 }
 
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).expect("stat").permissions().mode() & 0o777
+}
+
+/// Of a directory and everything in it.
+fn modes(path: &Path) -> Vec<(PathBuf, u32)> {
+    let mut found = vec![(path.to_owned(), mode(path))];
+    if path.is_dir() {
+        let entries = path.read_dir().expect("list");
+        found.extend(entries.flat_map(|entry| modes(&entry.expect("an entry").path())));
+    }
+    found
+}
+
 #[test]
 fn only_the_owner_can_look_into_the_store() {
-    use std::os::unix::fs::PermissionsExt;
     let directory = tempfile::tempdir().expect("tempdir");
     let data_dir = directory.path().join("a/b");
-    let _backend = Backend::start(&data_dir);
-    assert_eq!(fs::metadata(data_dir).expect("stat").permissions().mode() & 0o777, 0o700);
+    let backend = Backend::start(&data_dir);
+    fill(&backend);
+    backend.stop();
+    let modes = modes(&directory.path().join("a"));
+    assert!(
+        modes.iter().any(|(path, _)| path.extension().is_some_and(|name| name == "parquet")),
+        "{modes:?}"
+    );
+    for (path, mode) in modes {
+        assert_eq!(mode, if path.is_dir() { 0o700 } else { 0o600 }, "{path:?}");
+    }
+}
+
+#[test]
+fn an_existing_directory_is_closed_to_others() {
+    let directory = tempfile::tempdir().expect("tempdir");
+    let open = || fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+    for what in ["empty", "a store already"] {
+        open();
+        Backend::start(directory.path()).stop();
+        assert_eq!(mode(directory.path()), 0o700, "{what}");
+    }
+}
+
+#[test]
+fn a_directory_that_others_use_is_refused_and_stays_as_it_is() {
+    let directory = tempfile::tempdir().expect("tempdir");
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+    fs::write(directory.path().join("letter"), "to all").expect("write");
+    let refused = program(directory.path()).stderr(Stdio::piped()).output().expect("run");
+    assert_eq!(refused.status.code(), Some(1));
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(stderr.contains("is open to others (mode 0755) and holds other files"), "{stderr}");
+    assert_eq!(mode(directory.path()), 0o755);
 }
 
 #[test]
