@@ -1,4 +1,4 @@
-//! Stack `main` -> `outer_work` -> `hot_loop` with frame pointers, and a closure that is inlined into `hot_loop`. Ends
+//! Stack `main` -> `rust_outer` -> `rust_hot` with frame pointers, and a closure that is inlined into `rust_hot`. Ends
 //! after the given seconds, or when the pipe on standard input closes.
 
 use std::{
@@ -11,16 +11,16 @@ use std::{
 };
 
 #[inline(never)]
-fn hot_loop(start: u64, rounds: u64) -> u64 {
+fn rust_hot(start: u64, rounds: u64) -> u64 {
     let step = |x: u64| x.wrapping_mul(6364136223846793005).rotate_left(17);
     (0..rounds).fold(start, |x, _| black_box(step(x)))
 }
 
 /// About 1 ms.
 #[inline(never)]
-fn outer_work(start: u64) -> u64 {
+fn rust_outer(start: u64) -> u64 {
     // Not the last thing done, so that the call keeps this frame.
-    hot_loop(start, 500_000) ^ black_box(1)
+    rust_hot(start, 500_000) ^ black_box(1)
 }
 
 fn exit_at_end_of_input() {
@@ -40,6 +40,6 @@ fn main() {
     println!("ready");
     let mut x = 1;
     while end.is_none_or(|end| Instant::now() < end) {
-        x = outer_work(x);
+        x = rust_outer(x);
     }
 }

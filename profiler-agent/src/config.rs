@@ -38,7 +38,7 @@ pub(crate) struct Flags {
 
     /// Samples per second and CPU, 1 to 1000 [default: 19]
     #[arg(short = 'F', long, env = "PROFILER_FREQUENCY", value_name = "HZ")]
-    frequency: Option<u32>,
+    frequency: Option<String>,
 
     /// Length of a window: what one uploaded profile covers, 1s to 10m [default: 10s]
     #[arg(long, env = "PROFILER_WINDOW", value_name = "DURATION")]
@@ -57,7 +57,13 @@ pub(crate) struct Flags {
     data_dir: Option<PathBuf>,
 
     /// Send profiles to a remote backend instead; may be given more than once. KIND is `profiler`
-    #[arg(long, env = "PROFILER_UPLOAD", value_name = "[KIND+]URL", value_delimiter = ',')]
+    #[arg(
+        long,
+        env = "PROFILER_UPLOAD",
+        hide_env_values = true,
+        value_name = "[KIND+]URL",
+        value_delimiter = ','
+    )]
     upload: Vec<String>,
 
     /// Name of this node: the label `node` [default: the host name]
@@ -207,7 +213,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     } = flags;
     let upload = if upload.is_empty() { file.upload } else { upload };
     Ok(Config {
-        frequency_hz: parse_frequency(frequency.or(file.frequency))?,
+        frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
         window: parse_window(window.or(file.window))?,
         listen: parse_address("listen", listen.or(file.listen), DEFAULT_LISTEN)?,
         backend_listen: parse_address(
@@ -216,7 +222,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             DEFAULT_BACKEND_LISTEN,
         )?,
         data_dir: data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
-        uploads: upload.iter().map(|text| parse_upload(text)).collect::<Result<_, _>>()?,
+        uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
         log: log.or(file.log).unwrap_or_else(|| "info".to_owned()),
@@ -224,14 +230,11 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     })
 }
 
-fn parse_frequency(value: Option<u32>) -> Result<u32, ConfigError> {
-    let hz = value.unwrap_or(DEFAULT_FREQUENCY_HZ);
-    if !(FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(&hz) {
-        let accepted =
-            format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
-        return Err(refuse("frequency", hz, accepted));
-    }
-    Ok(hz)
+fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
+    let Some(text) = value else { return Ok(DEFAULT_FREQUENCY_HZ) };
+    let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
+    let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
+    hz.ok_or_else(|| refuse("frequency", text, accepted))
 }
 
 fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
@@ -260,8 +263,28 @@ fn parse_address(key: &str, value: Option<String>, default: &str) -> Result<Sock
         .map_err(|_| refuse(key, text, "accepted: an IP address and a port, as 127.0.0.1:7700 or [::1]:7700"))
 }
 
-fn parse_upload(text: &str) -> Result<Destination, ConfigError> {
-    text.parse().map_err(|why| refuse("upload", text, why))
+/// Destinations have different names, for metrics and messages tell them apart by these.
+fn parse_uploads(texts: &[String]) -> Result<Vec<Destination>, ConfigError> {
+    let mut destinations: Vec<Destination> = Vec::new();
+    for text in texts {
+        let destination: Destination =
+            text.parse().map_err(|why: String| refuse("upload", redacted(text), why))?;
+        if destinations.iter().any(|known| known.name() == destination.name()) {
+            return Err(refuse("upload", redacted(text), "given twice; accepted: each backend once"));
+        }
+        destinations.push(destination);
+    }
+    Ok(destinations)
+}
+
+/// What may be shown of an upload's text, which need not be a URL: nothing that could be credentials or a query.
+fn redacted(text: &str) -> String {
+    let (scheme, rest) = text.split_once("://").map_or(("", text), |(scheme, rest)| (scheme, rest));
+    let separator = if scheme.is_empty() { "" } else { "://" };
+    // The last @: a password that was not escaped may hold others.
+    let (credentials, rest) = rest.rsplit_once('@').map_or(("", rest), |(_, rest)| ("***@", rest));
+    let (rest, query) = rest.split_once(['?', '#']).map_or((rest, ""), |(rest, _)| (rest, "?***"));
+    format!("{scheme}{separator}{credentials}{rest}{query}")
 }
 
 fn parse_node(value: Option<String>) -> Result<String, ConfigError> {
@@ -280,19 +303,23 @@ fn parse_labels(
     file: BTreeMap<String, String>,
     flags: &[String],
 ) -> Result<Vec<(String, String)>, ConfigError> {
-    let accepted = "accepted: NAME=VALUE, NAME of letters, digits and _, not starting with a digit or __";
+    let accepted = "accepted: NAME=VALUE, NAME of letters, digits and _, not starting with a digit or __, \
+                    not pid, comm or thread_name";
     let mut labels = file;
     for text in flags {
         let (name, value) = text.split_once('=').ok_or_else(|| refuse("label", text, accepted))?;
         labels.insert(name.to_owned(), value.to_owned());
     }
     for (name, value) in &labels {
-        if !is_label_name(name) || value.is_empty() {
+        if !is_label_name(name) || SAMPLE_LABELS.contains(&name.as_str()) || value.is_empty() {
             return Err(refuse("label", format!("{name}={value}"), accepted));
         }
     }
     Ok(labels.into_iter().collect())
 }
+
+/// Labels of samples inside a profile. A label of the same name on the profile would hide them.
+const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
@@ -358,7 +385,28 @@ mod tests {
         refused(&["--label", "no-dash=1"], "", &["label", "no-dash=1"]);
         refused(&["--label", "__name__=x"], "", &["label"]);
         refused(&["--label", "empty="], "", &["label"]);
+        refused(&["--label", "pid=1"], "", &["label", "pid=1", "not pid"]);
+        refused(&[], "[labels]\ncomm = \"x\"\n", &["label", "comm=x"]);
+        refused(&["--label", "thread_name=x"], "", &["label", "thread_name=x"]);
+        refused(&["-F", "fast"], "", &["frequency", "\"fast\"", "1 to 1000"]);
+        refused(&["--upload", "http://h/,http://h/?tenant=b"], "", &["upload", "twice"]);
         refused(&["--log-format", "xml"], "", &["log-format", "xml", "json"]);
+    }
+
+    #[test]
+    fn a_refused_upload_is_shown_without_its_secrets() {
+        for upload in [
+            "pyroscope+https://user:secret@h/",
+            "https://user:sec/ret@h:x/",
+            "ftp://us?er:secret@h/",
+            "ftp://h/?token=secret",
+            "ftp://h/#secret",
+            "user:secret@h/",
+        ] {
+            let error = config(&["--upload", upload], "").expect_err("refused").to_string();
+            assert!(!error.contains("ret"), "{error}");
+        }
+        refused(&["--upload", "ftp://user:secret@h/p?t=secret"], "", &["\"ftp://***@h/p?***\""]);
     }
 
     #[test]

@@ -2,7 +2,13 @@
 //! network. A batch that the worker has no room for is dropped here and counted.
 
 use std::{
-    sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError},
+    sync::{
+        atomic::{
+            AtomicU64,
+            Ordering::{Acquire, Release},
+        },
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError},
+    },
     time::Duration,
 };
 
@@ -12,7 +18,10 @@ use profiler_common::{
     wire::{Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
 
-use crate::ledger::{Cause, Ledger, Place};
+use crate::{
+    ledger::{Cause, Ledger, Place},
+    sys::clock,
+};
 
 /// Time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -29,6 +38,7 @@ pub(crate) const BATCHES_MAX: usize = 256;
 pub(crate) struct Batch {
     bytes: Vec<u8>,
     samples: u64,
+    execs: u64,
 }
 
 impl Batch {
@@ -41,6 +51,7 @@ impl Batch {
         self.bytes.extend_from_slice(&length.to_ne_bytes());
         self.bytes.extend_from_slice(record);
         self.samples += u64::from(is_sample(record));
+        self.execs += u64::from(kind(record) == Some(RecordKind::Exec));
         true
     }
 
@@ -64,8 +75,33 @@ impl Batch {
 const LENGTH_BYTES: usize = 4;
 
 /// A record that stands for a sample, by its kind; also when the rest of it is broken.
-fn is_sample(record: &[u8]) -> bool {
-    record.get(1).copied().and_then(RecordKind::decode) == Some(RecordKind::CpuSample)
+pub(crate) fn is_sample(record: &[u8]) -> bool {
+    kind(record) == Some(RecordKind::CpuSample)
+}
+
+fn kind(record: &[u8]) -> Option<RecordKind> {
+    record.get(1).copied().and_then(RecordKind::decode)
+}
+
+/// How far the drain has come: everything that happened before is in the channel, or dropped and counted.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    boot_ns: AtomicU64,
+}
+
+impl Progress {
+    /// A program may still be writing a record whose time it took just before the drain began.
+    const IN_THE_MAKING_NS: u64 = 10_000_000;
+
+    /// A drain that began at a boot time has handed on all it found.
+    pub(crate) fn reach(&self, began_ns: u64) {
+        self.boot_ns.fetch_max(began_ns.saturating_sub(Self::IN_THE_MAKING_NS), Release);
+    }
+
+    /// Samples taken before this boot time are in the channel.
+    pub(crate) fn get(&self) -> u64 {
+        self.boot_ns.load(Acquire)
+    }
 }
 
 /// Drains until `stop` is closed, then once more until the ring buffer is empty.
@@ -73,11 +109,14 @@ pub(crate) fn run(
     mut ring: RingBuf<MapData>,
     batches: &SyncSender<Batch>,
     ledger: &Ledger,
+    progress: &Progress,
     stop: &Receiver<()>,
 ) {
     loop {
         let stopping = stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Disconnected);
+        let began_ns = clock::boot_ns();
         drain(&mut ring, batches, ledger);
+        progress.reach(began_ns);
         if stopping {
             return;
         }
@@ -100,12 +139,13 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
     if batch.bytes.is_empty() {
         return;
     }
-    let samples = batch.samples;
+    let Batch { bytes: _, samples, execs } = batch;
     ledger.add_drained(samples);
     ledger.enter(Place::DrainQueue, samples);
     if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = batches.try_send(batch) {
         ledger.leave(Place::DrainQueue, samples);
         ledger.drop_events(Cause::DrainQueueFull, samples);
+        ledger.lose_execs(execs);
     }
 }
 
@@ -130,6 +170,8 @@ pub(crate) struct RawSample {
     pub(crate) start_ns: u64,
     /// Boot-clock time, in nanoseconds.
     pub(crate) time_ns: u64,
+    /// Id of the task's cgroup in the v2 hierarchy.
+    pub(crate) cgroup_id: u64,
     /// What the sample stands for: nanoseconds of CPU time.
     pub(crate) value: u64,
     /// Name of the process; empty when unknown.
@@ -166,7 +208,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 return None;
             }
             let value = reader.u64()?;
-            let _cgroup_id = reader.u64()?;
+            let cgroup_id = reader.u64()?;
             let start_ns = reader.u64()?;
             let thread_name = reader.array()?;
             let comm = reader.array()?;
@@ -175,6 +217,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 tgid,
                 start_ns,
                 time_ns,
+                cgroup_id,
                 value,
                 comm,
                 thread_name,
@@ -230,7 +273,7 @@ pub(crate) mod tests {
         bytes.extend((sample.kernel.len() as u16).to_ne_bytes());
         bytes.extend(sample.tgid.to_ne_bytes());
         bytes.extend(sample.tgid.to_ne_bytes());
-        for word in [sample.time_ns, sample.value, 1, sample.start_ns] {
+        for word in [sample.time_ns, sample.value, sample.cgroup_id, sample.start_ns] {
             bytes.extend(word.to_ne_bytes());
         }
         bytes.extend(sample.thread_name);
@@ -246,6 +289,7 @@ pub(crate) mod tests {
             tgid: u32::MAX - 1,
             start_ns: 7,
             time_ns,
+            cgroup_id: 1,
             value: 52_631_578,
             comm: *b"gone\0\0\0\0\0\0\0\0\0\0\0\0",
             thread_name: *b"worker-1\0\0\0\0\0\0\0\0",
@@ -262,6 +306,15 @@ pub(crate) mod tests {
             assert!(batch.push(record), "the batch has room");
         }
         batch
+    }
+
+    /// The batch without one of its records, which it still claims to hold.
+    pub(crate) fn without(batch: &Batch, deleted: usize) -> Batch {
+        let mut shorter = Batch::default();
+        for (_, record) in batch.records().enumerate().filter(|&(index, _)| index != deleted) {
+            assert!(shorter.push(record), "the batch has room");
+        }
+        Batch { samples: batch.samples, ..shorter }
     }
 
     #[test]

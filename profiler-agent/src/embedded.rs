@@ -1,11 +1,15 @@
 //! The backend inside the agent. It is reached through its HTTP door only, as from any other machine.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::config::Config;
+
+/// How long it has to write what is in its memory at the end. Nothing is lost without: what it has acknowledged is in
+/// its log.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A backend that runs in this process.
 pub(crate) struct Backend {
@@ -37,10 +41,18 @@ impl Backend {
         self.address
     }
 
+    /// It has ended by itself, which it does only by a panic or when its listener breaks.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.task.is_finished()
+    }
+
     /// Lets it finish what it has taken, and waits for it.
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
         // An error means that it has stopped already; its result says why.
         let _ = self.stop.send(());
-        self.task.await.context("join the embedded backend")?
+        let ended = tokio::time::timeout(STOP_DEADLINE, self.task)
+            .await
+            .with_context(|| format!("stop the embedded backend within {STOP_DEADLINE:?}"))?;
+        ended.context("join the embedded backend")?
     }
 }

@@ -89,6 +89,8 @@ pub(crate) struct Ledger {
     drained: AtomicU64,
     dropped: [AtomicU64; Cause::COUNT],
     waiting: [AtomicU64; Place::COUNT],
+    execs_lost_in_ring: AtomicU64,
+    execs_lost_in_queue: AtomicU64,
 }
 
 impl Ledger {
@@ -107,9 +109,24 @@ impl Ledger {
         self.dropped[cause as usize].fetch_add(events, Relaxed);
     }
 
-    /// Takes over a count that the kernel side keeps.
+    /// Takes over a count that the kernel side keeps. Several threads read it; the newest reading is the largest.
     pub(crate) fn set_dropped(&self, cause: Cause, events: u64) {
-        self.dropped[cause as usize].store(events, Relaxed);
+        self.dropped[cause as usize].fetch_max(events, Relaxed);
+    }
+
+    /// Exec records that the drain had no room for.
+    pub(crate) fn lose_execs(&self, records: u64) {
+        self.execs_lost_in_queue.fetch_add(records, Relaxed);
+    }
+
+    /// Takes over the kernel side's count of exec records that the ring buffer had no room for.
+    pub(crate) fn set_execs_lost_in_ring(&self, records: u64) {
+        self.execs_lost_in_ring.fetch_max(records, Relaxed);
+    }
+
+    /// Exec records lost: what was known of processes may be of an earlier image.
+    pub(crate) fn execs_lost(&self) -> u64 {
+        self.execs_lost_in_ring.load(Relaxed) + self.execs_lost_in_queue.load(Relaxed)
     }
 
     /// Events have come to a place.
@@ -133,6 +150,15 @@ impl Ledger {
     }
 }
 
+/// Counted by the kernel side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct KernelTotals {
+    /// Samples taken.
+    pub(crate) taken: u64,
+    /// Samples written to the ring buffer.
+    pub(crate) submitted: u64,
+}
+
 /// What one destination did with the events it was given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct DestinationTotals {
@@ -146,6 +172,17 @@ pub(crate) struct DestinationTotals {
     pub(crate) dropped_refused: u64,
     /// The agent stopped before it answered.
     pub(crate) dropped_shutdown: u64,
+}
+
+impl DestinationTotals {
+    /// What this destination dropped, by cause; those with none too.
+    pub(crate) fn dropped(self) -> [(&'static str, u64); 3] {
+        [
+            ("queue_full", self.dropped_queue_full),
+            ("refused", self.dropped_refused),
+            ("shutdown", self.dropped_shutdown),
+        ]
+    }
 }
 
 /// Both sides of the equation for one destination.
@@ -165,27 +202,35 @@ pub(crate) struct Balance {
 
 impl Balance {
     /// Puts the account of one destination together.
-    pub(crate) fn new(taken: u64, ledger: &Ledger, destination: &str, totals: DestinationTotals) -> Self {
-        let DestinationTotals { delivered, waiting, dropped_queue_full, dropped_refused, dropped_shutdown } =
-            totals;
+    pub(crate) fn new(
+        kernel: KernelTotals,
+        ledger: &Ledger,
+        destination: &str,
+        totals: DestinationTotals,
+    ) -> Self {
+        let KernelTotals { taken, submitted } = kernel;
+        // Readings of two moments: while samples move, the drain may be ahead of the earlier one.
+        let in_ring = submitted.saturating_sub(ledger.drained());
+        let DestinationTotals { delivered, waiting, .. } = totals;
         let places = Place::ALL.map(|place| (place.name(), ledger.waiting(place)));
         let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
         let nonzero = |&(_, events): &(_, u64)| events > 0;
-        let own_causes = [
-            ("queue_full", dropped_queue_full),
-            ("refused", dropped_refused),
-            ("shutdown", dropped_shutdown),
-        ];
         Self {
             destination: destination.to_owned(),
             taken,
             delivered,
-            waiting: places.into_iter().chain([("upload_queue", waiting)]).filter(nonzero).collect(),
-            dropped: causes.into_iter().chain(own_causes).filter(nonzero).collect(),
+            waiting: [("ring", in_ring)]
+                .into_iter()
+                .chain(places)
+                .chain([("upload_queue", waiting)])
+                .filter(nonzero)
+                .collect(),
+            dropped: causes.into_iter().chain(totals.dropped()).filter(nonzero).collect(),
         }
     }
 
     /// Taken less everything that is accounted for. Zero when nothing moves; negative when something was counted twice.
+    /// While samples move, those that change places between the readings show here.
     pub(crate) fn unaccounted(&self) -> i128 {
         let sum = |terms: &[(_, u64)]| terms.iter().map(|&(_, events)| i128::from(events)).sum::<i128>();
         i128::from(self.taken) - i128::from(self.delivered) - sum(&self.waiting) - sum(&self.dropped)
@@ -223,8 +268,9 @@ mod tests {
         ledger.drop_events(Cause::RingFull, 3);
         ledger.enter(Place::Window, 2);
         let totals = DestinationTotals { delivered: 4, ..DestinationTotals::default() };
-        assert_eq!(Balance::new(9, &ledger, "here", totals).unaccounted(), 0);
-        let off_by_one = Balance::new(10, &ledger, "here", totals);
+        let account = |taken| Balance::new(KernelTotals { taken, submitted: 0 }, &ledger, "here", totals);
+        assert_eq!(account(9).unaccounted(), 0);
+        let off_by_one = account(10);
         assert_eq!(off_by_one.unaccounted(), 1);
         assert_eq!(
             off_by_one.to_string(),

@@ -11,6 +11,9 @@ use crate::{
     symbolize::LocationKey,
 };
 
+/// What pprof files call memory of generated code.
+pub(crate) const ANONYMOUS: &str = "//anon";
+
 /// One frame of a window's stack.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Location {
@@ -18,9 +21,9 @@ pub(crate) enum Location {
     Code(LocationKey),
     /// An address in memory that no executable backs.
     Unnamed {
-        /// Name of the mapping: `[vdso]`, `//anon` for generated code; empty where nothing is mapped.
+        /// Name of the mapping: `[vdso]`, [`ANONYMOUS`] for generated code; empty where nothing is mapped.
         mapping: Arc<str>,
-        /// Address in the process.
+        /// Offset in the mapping's file; the address in the process for generated code and where nothing is mapped.
         addr: Addr,
     },
     /// Not code: says at the root end why the stack has no further frame.
@@ -34,17 +37,34 @@ impl Location {
     }
 }
 
-/// The sample's whole stack, leaf first: kernel frames, user frames, and a marker when something is missing.
+/// The sample's whole stack, leaf first: kernel frames, user frames, and a marker when something is missing. Its process
+/// is in the table.
 pub(crate) fn stack(raw: &RawSample, processes: &mut Processes) -> Vec<Location> {
     let kernel = raw.kernel.iter().enumerate().map(|(index, &address)| kernel_location(index, address));
-    let mut stack: Vec<_> = kernel.collect();
-    for &frame in &raw.user {
-        stack.push(user_location(raw, frame, processes));
-    }
+    let mut stack: Vec<_> = kernel.chain(user_locations(raw, processes)).collect();
     if !raw.user_end.is_complete() {
         stack.push(Location::Marker(raw.user_end));
     }
     stack
+}
+
+/// Looks every frame up, and once more those that were not found when the process's mappings are due to be read again.
+fn user_locations(raw: &RawSample, processes: &mut Processes) -> Vec<Location> {
+    let locate_all = |process: Option<&Process>| -> Vec<Option<Location>> {
+        raw.user.iter().map(|frame| locate(process?, Addr(frame.address()))).collect()
+    };
+    let mut found = locate_all(processes.known(raw.tgid));
+    if found.iter().any(Option::is_none)
+        && let Some(process) = processes.reread(raw.tgid)
+    {
+        found = locate_all(Some(process));
+    }
+    let nowhere = |frame: &Frame| Location::unnamed("", Addr(frame.address()));
+    found
+        .into_iter()
+        .zip(&raw.user)
+        .map(|(location, frame)| location.unwrap_or_else(|| nowhere(frame)))
+        .collect()
 }
 
 /// The first kernel frame is the instruction pointer, the others are return addresses.
@@ -53,22 +73,17 @@ fn kernel_location(index: usize, address: u64) -> Location {
     Location::Code(LocationKey::Kernel(Addr(lookup)))
 }
 
-fn user_location(raw: &RawSample, frame: Frame, processes: &mut Processes) -> Location {
-    let addr = Addr(frame.address());
-    let known = locate(processes.get(raw.tgid, raw.start_ns, ""), addr);
-    let found = known.or_else(|| locate(processes.reread(raw.tgid)?, addr));
-    found.unwrap_or_else(|| Location::unnamed("", addr))
-}
-
 fn locate(process: &Process, addr: Addr) -> Option<Location> {
     let mapping = process.mapping(addr)?;
+    let offset = mapping.file_offset(addr);
     Some(match &mapping.backing {
-        Backing::Unnamed(name) => Location::Unnamed { mapping: Arc::clone(name), addr },
-        Backing::Executable(executable) => match executable.elf_addr(mapping.file_offset(addr)) {
+        Backing::Anonymous => Location::unnamed(ANONYMOUS, addr),
+        Backing::Unnamed(name) => Location::Unnamed { mapping: Arc::clone(name), addr: Addr(offset.0) },
+        Backing::Executable(executable) => match executable.elf_addr(offset) {
             Some(elf_addr) => {
                 Location::Code(LocationKey::Native { executable: Arc::clone(executable), addr: elf_addr })
             }
-            None => Location::unnamed(&executable.name(), addr),
+            None => Location::unnamed(&executable.name(), Addr(offset.0)),
         },
     })
 }

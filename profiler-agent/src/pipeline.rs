@@ -7,6 +7,7 @@
 //! the worker, the encoder, and last the uploads, so that what was taken is delivered or counted.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, channel, sync_channel},
@@ -17,22 +18,24 @@ use std::{
 
 use anyhow::Context as _;
 use profiler_common::stats::Counter;
-use reqwest::Client;
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
-use tracing::error;
+use tracing::{error, warn};
 
 use crate::{
     bpf::{KernelCounts, LoadOptions, Programs},
     config::Config,
-    drain::{self, BATCHES_MAX, RawSample, Record},
+    drain::{self, BATCHES_MAX, Progress, RawSample, Record},
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
     label::{Labeler, fold_kworker, task_name},
-    ledger::{Balance, Cause, Ledger, Place},
+    ledger::{Balance, Cause, KernelTotals, Ledger, Place},
     normalize::{self, Location},
-    process::Processes,
+    process::{Processes, Sampled},
     symbolize::{self, LocationKey, Symbols},
-    sys::clock::{self, WallClock},
+    sys::{
+        clock::{self, WallClock},
+        cpu,
+    },
     telemetry::Gauges,
     window::{Closed, SampleLabels, Windows},
 };
@@ -43,10 +46,12 @@ const CLOSED_MAX: usize = 8;
 const SYMBOLS_DEADLINE: Duration = Duration::from_secs(2);
 /// How long the uploads have to finish at the end.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
-/// A backend that does not answer a connection for so long is down.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The worker looks after its tables at least this often.
+/// How long a stage has to finish at the end. One that reads from a file system that hangs would keep the agent for ever.
+const STAGE_DEADLINE: Duration = Duration::from_secs(10);
+/// The worker looks after its tables this often.
 const TICK: Duration = Duration::from_secs(1);
+/// The drain passes a window's end within its interval; until then the worker looks again after this long.
+const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
 const EXECUTABLES_MAX: u64 = 8192;
@@ -87,10 +92,10 @@ impl Shared {
         Ok(Self { ledger: Arc::default(), gauges: Arc::default(), symbols: Arc::new(symbols), exporters })
     }
 
-    /// The account of every destination, for so many samples taken.
-    fn balances(&self, taken: u64) -> Vec<Balance> {
+    /// The account of every destination.
+    fn balances(&self, kernel: KernelTotals) -> Vec<Balance> {
         let balance =
-            |exporter: &Exporter| Balance::new(taken, &self.ledger, &exporter.name, exporter.queue.totals());
+            |exporter: &Exporter| Balance::new(kernel, &self.ledger, &exporter.name, exporter.queue.totals());
         self.exporters.iter().map(balance).collect()
     }
 }
@@ -113,8 +118,15 @@ impl View {
 
     /// The account of every destination.
     pub(crate) fn balances(&self) -> Vec<Balance> {
+        let kernel = self.kernel_totals();
+        self.shared.balances(kernel)
+    }
+
+    /// What the kernel side has counted; its drops are in the ledger then.
+    pub(crate) fn kernel_totals(&self) -> KernelTotals {
         take_kernel_drops(&self.kernel, &self.shared.ledger);
-        self.shared.balances(self.taken())
+        let submitted = self.kernel.get(Counter::CpuSubmitted).unwrap_or(0);
+        KernelTotals { taken: self.taken(), submitted }
     }
 }
 
@@ -126,6 +138,9 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
         if let Ok(events) = kernel.get(counter) {
             ledger.set_dropped(cause, events);
         }
+    }
+    if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
+        ledger.set_execs_lost_in_ring(records);
     }
 }
 
@@ -148,8 +163,12 @@ impl Pipeline {
         destinations: Vec<Destination>,
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
-        let options =
-            LoadOptions { ring_bytes: ring_bytes(), period_ns: config.period_ns(), sys_root: "/sys".into() };
+        let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
+        let options = LoadOptions {
+            ring_bytes: ring_bytes(cpus),
+            period_ns: config.period_ns(),
+            sys_root: "/sys".into(),
+        };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
         let ring = programs.take_events()?;
         forward_messages(&mut programs, runtime);
@@ -159,6 +178,7 @@ impl Pipeline {
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
         let (stop_drain, drain_stop) = channel();
+        let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
@@ -168,9 +188,10 @@ impl Pipeline {
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
+        let drained = Arc::clone(&progress);
         let pipeline = Self {
-            drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drain_stop))?,
-            worker: spawn("window", move || worker.run(&batches))?,
+            drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
+            worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
             programs,
             view,
@@ -192,16 +213,28 @@ impl Pipeline {
         self.programs.cpus()
     }
 
+    /// Samples CPUs that have come online, and forgets those that are gone.
+    pub(crate) fn follow_cpus(&mut self) {
+        if let Err(error) = self.programs.follow_cpus() {
+            // Once a second at most, and only while sysfs cannot be read.
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
+        }
+    }
+
+    /// A stage that has ended by itself, which none does but by a panic.
+    pub(crate) fn dead_stage(&self) -> Option<&str> {
+        let threads = [&self.drain, &self.worker, &self.encoder];
+        let thread = threads.into_iter().find(|thread| thread.is_finished());
+        let name = thread.map(|thread| thread.thread().name().unwrap_or("unnamed"));
+        let upload = self.uploads.iter().any(Task::is_finished).then_some("upload");
+        name.or_else(|| self.view.shared.symbols.dead_thread()).or(upload)
+    }
+
     /// Stops sampling, lets every stage finish what it has, and gives the final account.
-    pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Vec<Balance> {
+    pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
         drop(self.stop_drain);
-        for stage in [self.drain, self.worker, self.encoder] {
-            let name = stage.thread().name().unwrap_or_default().to_owned();
-            if stage.join().is_err() {
-                error!(stage = name, "a stage ended by a panic; the account below shows what it lost");
-            }
-        }
+        let failure = join_in_order([self.drain, self.worker, self.encoder], STAGE_DEADLINE).err();
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -210,8 +243,56 @@ impl Pipeline {
             // The tasks hold to the deadline themselves; a panic in one shows as events that still wait.
             let _ = runtime.block_on(upload);
         }
-        self.view.balances()
+        Stopped { balances: self.view.balances(), failure }
     }
+}
+
+/// How the stages ended.
+pub(crate) struct Stopped {
+    /// The final account of every destination.
+    pub(crate) balances: Vec<Balance>,
+    /// The stage that did not end as it should.
+    pub(crate) failure: Option<StageError>,
+}
+
+/// A stage that did not end as it should. The account shows what it lost.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum StageError {
+    #[error("stage {stage} ended by a panic")]
+    Panic { stage: String },
+    #[error("stage {stage} did not stop within {deadline:?}: what it holds is counted as waiting")]
+    Hangs { stage: String, deadline: Duration },
+}
+
+/// Joins stages, each of which ends when the one before it has. Those behind one that hangs are left running, for they
+/// wait for it; those behind a panic are not, and the first failure is told.
+fn join_in_order(
+    stages: impl IntoIterator<Item = JoinHandle<()>>,
+    deadline: Duration,
+) -> Result<(), StageError> {
+    let mut result = Ok(());
+    for thread in stages {
+        let joined = join(thread, deadline);
+        let hangs = matches!(joined, Err(StageError::Hangs { .. }));
+        result = result.and(joined);
+        if hangs {
+            break;
+        }
+    }
+    result
+}
+
+fn join(thread: JoinHandle<()>, deadline: Duration) -> Result<(), StageError> {
+    const POLL: Duration = Duration::from_millis(5);
+    let stage = thread.thread().name().unwrap_or_default().to_owned();
+    let end = Instant::now() + deadline;
+    while !thread.is_finished() {
+        if Instant::now() >= end {
+            return Err(StageError::Hangs { stage, deadline });
+        }
+        thread::sleep(POLL);
+    }
+    thread.join().map_err(|_panic| StageError::Panic { stage })
 }
 
 fn spawn(name: &str, stage: impl FnOnce() + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
@@ -219,8 +300,8 @@ fn spawn(name: &str, stage: impl FnOnce() + Send + 'static) -> anyhow::Result<Jo
 }
 
 /// Room for a second of samples at 200 Hz from every CPU, 256 bytes each, but not less than the default.
-fn ring_bytes() -> u32 {
-    let cpus = thread::available_parallelism().map_or(1, usize::from);
+/// The CPUs are those of the machine: all are sampled, however few the agent itself may use.
+fn ring_bytes(cpus: usize) -> u32 {
     let wanted = u32::try_from(cpus * 200 * 256).unwrap_or(u32::MAX / 2);
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
@@ -253,15 +334,13 @@ fn start_uploads(
     runtime: &runtime::Handle,
     stop: &watch::Receiver<Option<tokio::time::Instant>>,
 ) -> anyhow::Result<Vec<Task<()>>> {
-    let client =
-        Client::builder().connect_timeout(CONNECT_TIMEOUT).build().context("set up the HTTP client")?;
     let start = |(destination, exporter): (Destination, &Exporter)| {
         let Exporter { name: _, queue, counts } = exporter;
-        let upload =
-            export::upload(client.clone(), destination, Arc::clone(queue), Arc::clone(counts), stop.clone());
-        runtime.spawn(upload)
+        let client = destination.client().context("set up the HTTP client")?;
+        let upload = export::upload(client, destination, Arc::clone(queue), Arc::clone(counts), stop.clone());
+        Ok(runtime.spawn(upload))
     };
-    Ok(destinations.into_iter().zip(exporters).map(start).collect())
+    destinations.into_iter().zip(exporters).map(start).collect()
 }
 
 /// Normalizes, labels and counts. The only owner of the process table and the open windows.
@@ -273,42 +352,75 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self, batches: &Receiver<drain::Batch>) {
+    fn run(mut self, batches: &Receiver<drain::Batch>, progress: &Progress) {
+        let mut looked_after = Instant::now();
+        let mut execs_lost = 0;
         loop {
-            let wait = clock::until(self.windows.next_due_ns()).min(TICK);
+            let wait = clock::until(self.windows.next_end_ns()).clamp(WAIT_MIN, TICK);
             match batches.recv_timeout(wait) {
                 Ok(batch) => self.take(&batch),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            for window in self.windows.close_due(clock::boot_ns(), WallClock::now()) {
-                self.processes.forget_idle();
+            // Read before the channel is emptied: what the drain had come to by then has been taken below.
+            let complete_ns = progress.get();
+            batches.try_iter().for_each(|batch| self.take(&batch));
+            for window in self.windows.close_due(complete_ns, WallClock::now()) {
                 self.hand_on(window);
             }
-            self.update_gauges();
+            if looked_after.elapsed() >= TICK {
+                looked_after = Instant::now();
+                execs_lost = self.look_after_processes(execs_lost);
+            }
         }
         for window in self.windows.close_all(clock::boot_ns()) {
-            self.hand_on(window);
+            self.finish(window);
         }
+    }
+
+    /// Keeps the process table true and small. Gives the exec records lost so far.
+    fn look_after_processes(&mut self, execs_lost_before: u64) -> u64 {
+        let execs_lost = self.shared.ledger.execs_lost();
+        if execs_lost > execs_lost_before {
+            warn!(
+                lost = execs_lost - execs_lost_before,
+                "exec events were lost; all processes are read again"
+            );
+            self.processes.forget_all();
+        }
+        self.processes.forget_idle();
+        self.shared.gauges.set_processes(&self.processes);
+        self.shared.gauges.set_late(self.windows.late());
+        execs_lost
     }
 
     /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
     fn take(&mut self, batch: &drain::Batch) {
         self.shared.ledger.leave(Place::DrainQueue, batch.samples());
-        for record in batch.records() {
-            match drain::decode(record) {
-                Some(Record::Sample(raw)) => self.add(&raw),
-                Some(Record::Exec { tgid }) => self.processes.exec(tgid),
-                None => self.shared.ledger.drop_events(Cause::Malformed, 1),
+        let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
+        let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
+        for (bytes, record) in records {
+            match record {
+                Some(Record::Sample(raw)) => self.add(&raw, execs.are_ahead(raw.tgid)),
+                Some(Record::Exec { tgid }) => {
+                    execs.pass(tgid);
+                    self.processes.exec(tgid);
+                }
+                None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
+                None => self.shared.ledger.lose_execs(1),
             }
         }
     }
 
-    fn add(&mut self, raw: &RawSample) {
+    fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
         let comm = fold_kworker(&task_name(&raw.comm));
         let thread_name = fold_kworker(&task_name(&raw.thread_name));
         let comm = if comm.is_empty() { thread_name.clone() } else { comm };
-        let series = self.processes.get(raw.tgid, raw.start_ns, &comm).series.clone();
+        let sampled =
+            Sampled { pid: raw.tgid, start_ns: raw.start_ns, cgroup_id: raw.cgroup_id, comm: &comm };
+        let process =
+            if exec_is_ahead { self.processes.get_before_exec(sampled) } else { self.processes.get(sampled) };
+        let series = process.series.clone();
         let stack = normalize::stack(raw, &mut self.processes);
         let labels = SampleLabels { comm, thread_name, pid: raw.tgid };
         let symbols = &self.shared.symbols;
@@ -321,6 +433,18 @@ impl Worker {
         match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
             Ok(()) => self.shared.ledger.enter(Place::Window, 1),
             Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
+        }
+    }
+
+    /// The last windows wait for the encoder as long as it takes.
+    fn finish(&self, window: Closed) {
+        let ledger = &self.shared.ledger;
+        let samples = window.samples;
+        ledger.leave(Place::Window, samples);
+        ledger.enter(Place::EncodeQueue, samples);
+        if samples > 0 && self.closed.send(window).is_err() {
+            ledger.leave(Place::EncodeQueue, samples);
+            ledger.drop_events(Cause::EncodeQueueFull, samples);
         }
     }
 
@@ -338,11 +462,32 @@ impl Worker {
             ledger.drop_events(Cause::EncodeQueueFull, samples);
         }
     }
+}
 
-    fn update_gauges(&self) {
-        let gauges = &self.shared.gauges;
-        gauges.set_processes(&self.processes);
-        gauges.set_late(self.windows.late());
+/// The execs of a batch that are still ahead of a record in it, by process.
+struct Execs {
+    ahead: HashMap<u32, usize>,
+}
+
+impl Execs {
+    fn in_records<'a>(records: impl Iterator<Item = &'a Record>) -> Self {
+        let mut ahead = HashMap::new();
+        for record in records {
+            if let Record::Exec { tgid } = record {
+                *ahead.entry(*tgid).or_default() += 1;
+            }
+        }
+        Self { ahead }
+    }
+
+    fn are_ahead(&self, tgid: u32) -> bool {
+        self.ahead.get(&tgid).is_some_and(|&execs| execs > 0)
+    }
+
+    fn pass(&mut self, tgid: u32) {
+        if let Some(execs) = self.ahead.get_mut(&tgid) {
+            *execs -= 1;
+        }
     }
 }
 
@@ -389,7 +534,7 @@ impl Encoder {
             |name| self.reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
         let new = total
             .iter()
-            .map(|&(name, events)| (name, events - before(name)))
+            .map(|&(name, events)| (name, events.saturating_sub(before(name))))
             .filter(|&(_, events)| events > 0);
         let new = new.collect();
         self.reported = total;
@@ -407,12 +552,14 @@ fn code_locations(window: &Closed) -> impl Iterator<Item = LocationKey> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::drain::tests::{batch, encode, sample};
+    use crate::drain::tests::{batch, encode, sample, without};
 
-    /// Sends a batch of samples through worker and encoder to a destination that nobody serves, and gives its account.
-    fn account(taken: u64, records: &[Vec<u8>]) -> Balance {
+    /// Sends a batch through worker and encoder to a destination that nobody serves, and gives its account. `between`
+    /// sees the batch after the drain and before the worker.
+    fn account(records: &[Vec<u8>], between: impl FnOnce(drain::Batch) -> drain::Batch) -> Balance {
         let shared = Shared::new([Exporter::new("nobody".to_owned())].into()).expect("threads can be had");
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
+        let (drain_sender, drained) = sync_channel(BATCHES_MAX);
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let now = clock::boot_ns();
         let processes = Processes::new("/proc".into(), ExecutableCache::new(8), Labeler::new("n", &[]));
@@ -420,11 +567,14 @@ mod tests {
         let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
 
-        drain::send(batch(records), &batch_sender, &shared.ledger);
+        drain::send(batch(records), &drain_sender, &shared.ledger);
+        let passed_on = between(drained.recv().expect("the batch that was sent"));
+        batch_sender.send(passed_on).expect("the channel has room");
         drop(batch_sender);
-        worker.run(&batches);
+        worker.run(&batches, &Progress::default());
         closed.iter().for_each(|window| encoder.export(&window, &Losses::new()));
-        let mut balances = shared.balances(taken);
+        let taken = records.len() as u64;
+        let mut balances = shared.balances(KernelTotals { taken, submitted: taken });
         balances.pop().expect("one destination")
     }
 
@@ -434,17 +584,44 @@ mod tests {
     }
 
     #[test]
+    fn the_ring_grows_with_the_cpus_of_the_machine() {
+        assert_eq!(ring_bytes(1), profiler_common::limits::EVENTS_BYTES);
+        assert_eq!(ring_bytes(128), 8 << 20);
+        assert_eq!(ring_bytes(16_384), 16 << 20);
+    }
+
+    #[test]
+    fn a_stage_that_hangs_and_those_behind_it_are_left_behind() {
+        let (sender, never) = channel::<()>();
+        let hangs = spawn("hangs", move || assert!(never.recv().is_err())).expect("a thread");
+        let (_sender, behind) = channel::<()>();
+        let behind = spawn("behind", move || assert!(behind.recv().is_err())).expect("a thread");
+        let deadline = Duration::from_millis(20);
+        let expect = StageError::Hangs { stage: "hangs".to_owned(), deadline };
+        assert_eq!(join_in_order([hangs, behind], deadline), Err(expect));
+        drop(sender);
+    }
+
+    #[test]
+    fn a_panic_of_a_stage_is_told_and_the_others_are_joined() {
+        let panics = spawn("panics", || panic!("as the test wants")).expect("a thread");
+        let (done, is_done) = channel();
+        let behind = spawn("behind", move || done.send(()).expect("a receiver")).expect("a thread");
+        let joined = join_in_order([panics, behind], Duration::from_secs(60));
+        assert_eq!(joined, Err(StageError::Panic { stage: "panics".to_owned() }));
+        assert_eq!(is_done.try_recv(), Ok(()));
+    }
+
+    #[test]
     fn every_sample_is_accounted_for() {
-        let balance = account(10, &records());
+        let balance = account(&records(), |batch| batch);
         assert_eq!(balance.unaccounted(), 0, "{balance}");
         assert_eq!(balance.waiting, [("upload_queue", 10)], "{balance}");
     }
 
     #[test]
     fn a_record_deleted_between_drain_and_window_shows_in_the_account() {
-        let mut records = records();
-        records.remove(4);
-        let balance = account(10, &records);
+        let balance = account(&records(), |batch| without(&batch, 4));
         assert_eq!(balance.unaccounted(), 1, "{balance}");
     }
 
@@ -452,7 +629,7 @@ mod tests {
     fn a_record_that_cannot_be_read_is_counted_as_malformed() {
         let mut records = records();
         records[4].truncate(40);
-        let balance = account(10, &records);
+        let balance = account(&records, |batch| batch);
         assert_eq!(balance.unaccounted(), 0, "{balance}");
         assert_eq!(balance.dropped, [("malformed", 1)], "{balance}");
     }

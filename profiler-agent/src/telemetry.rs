@@ -13,8 +13,8 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     config::{ConfigError, LogFormat},
     export::Quality,
-    ledger::Balance,
-    pipeline::{Shared, View},
+    ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
+    pipeline::{Exporter, Shared, View},
     process::Processes,
     symbolize,
     sys::usage,
@@ -63,8 +63,8 @@ impl Gauges {
         self.processes.store(processes.len() as u64, Relaxed);
         self.containers.store(processes.containers() as u64, Relaxed);
         self.executables.store(processes.executables() as u64, Relaxed);
-        self.processes_gone.store(processes.gone(), Relaxed);
-        self.unusable_files.store(processes.unusable_files(), Relaxed);
+        self.processes_gone.store(processes.counts().gone, Relaxed);
+        self.unusable_files.store(processes.counts().unusable_files, Relaxed);
     }
 
     /// Samples that came after their window had closed.
@@ -87,7 +87,13 @@ impl Gauges {
 pub(crate) fn metrics(view: &View) -> String {
     let mut text = Text::default();
     let shared = &view.shared;
-    samples(&mut text, view);
+    samples(&mut text, view.kernel_totals(), &shared.ledger, &destinations(shared));
+    let late = shared.gauges.late.load(Relaxed);
+    text.counter(
+        "profiler_agent_samples_late_total",
+        "Samples put into a later window than their own.",
+        late,
+    );
     stacks(&mut text, shared);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
@@ -105,47 +111,61 @@ pub(crate) fn metrics(view: &View) -> String {
     text.0
 }
 
-fn samples(text: &mut Text, view: &View) {
-    let View { shared, kernel: _ } = view;
-    let balances = view.balances();
+/// A destination's name, and what became of the samples that it was given.
+type Destination<'a> = (&'a str, DestinationTotals);
+
+fn destinations(shared: &Shared) -> Vec<Destination<'_>> {
+    shared.exporters.iter().map(|exporter| (exporter.name.as_str(), exporter.queue.totals())).collect()
+}
+
+/// The account as metrics. What happens before samples belong to a destination stands once and without the label
+/// `destination`, so that sums over all lines are sums of events. Every line is always there: `rate` needs the zero.
+fn samples(text: &mut Text, kernel: KernelTotals, ledger: &Ledger, destinations: &[Destination<'_>]) {
+    let KernelTotals { taken: samples_taken, submitted } = kernel;
     let taken = "profiler_agent_samples_taken_total";
     text.head(taken, "Samples taken by the kernel side.", "counter");
-    text.line(format_args!("{taken}{{type=\"cpu\"}} {}", view.taken()));
+    text.line(format_args!("{taken}{{type=\"cpu\"}} {samples_taken}"));
     let delivered = "profiler_agent_samples_delivered_total";
     text.head(delivered, "Samples a destination has acknowledged.", "counter");
-    for Balance { destination, delivered: events, .. } in &balances {
-        text.line(format_args!("{delivered}{{type=\"cpu\",destination={}}} {events}", quoted(destination)));
+    for (name, totals) in destinations {
+        text.line(format_args!(
+            "{delivered}{{type=\"cpu\",destination={}}} {}",
+            quoted(name),
+            totals.delivered
+        ));
     }
     let dropped = "profiler_agent_samples_dropped_total";
-    text.head(dropped, "Samples dropped, by reason.", "counter");
-    for balance in &balances {
-        terms(text, dropped, "reason", &balance.destination, &balance.dropped);
+    text.head(dropped, "Samples dropped, by reason; without a destination, for all of them.", "counter");
+    let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
+    terms(text, dropped, "reason", None, &causes);
+    for (name, totals) in destinations {
+        terms(text, dropped, "reason", Some(name), &totals.dropped());
     }
     let waiting = "profiler_agent_samples_waiting";
-    text.head(waiting, "Samples on their way, by place.", "gauge");
-    for balance in &balances {
-        terms(text, waiting, "place", &balance.destination, &balance.waiting);
+    text.head(waiting, "Samples on their way, by place; without a destination, for all of them.", "gauge");
+    terms(text, waiting, "place", None, &[("ring", submitted.saturating_sub(ledger.drained()))]);
+    terms(text, waiting, "place", None, &Place::ALL.map(|place| (place.name(), ledger.waiting(place))));
+    for (name, totals) in destinations {
+        terms(text, waiting, "place", Some(name), &[("upload_queue", totals.waiting)]);
     }
     text.counter(
         "profiler_agent_samples_drained_total",
         "Samples read from the ring buffer.",
-        shared.ledger.drained(),
-    );
-    let late = shared.gauges.late.load(Relaxed);
-    text.counter(
-        "profiler_agent_samples_late_total",
-        "Samples put into a later window than their own.",
-        late,
+        ledger.drained(),
     );
 }
 
-fn terms(text: &mut Text, metric: &str, label: &str, destination: &str, terms: &[(&str, u64)]) {
-    let destination = quoted(destination);
+fn terms(text: &mut Text, metric: &str, label: &str, destination: Option<&str>, terms: &[(&str, u64)]) {
+    let destination = destination.map(|name| format!("destination={},", quoted(name))).unwrap_or_default();
     for (name, events) in terms {
-        text.line(format_args!(
-            "{metric}{{type=\"cpu\",destination={destination},{label}=\"{name}\"}} {events}"
-        ));
+        text.line(format_args!("{metric}{{type=\"cpu\",{destination}{label}=\"{name}\"}} {events}"));
     }
+}
+
+/// Samples dropped before they belonged to a destination, once, and by each destination.
+fn dropped(ledger: &Ledger, destinations: &[Destination<'_>]) -> u64 {
+    let own = destinations.iter().flat_map(|(_, totals)| totals.dropped()).map(|(_, events)| events);
+    Cause::ALL.iter().map(|&cause| ledger.dropped(cause)).chain(own).sum()
 }
 
 fn stacks(text: &mut Text, shared: &Shared) {
@@ -197,8 +217,11 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
     }
 }
 
+/// Name, help, kind and value of a metric that each destination has.
+type ExporterMetric = (&'static str, &'static str, &'static str, fn(&Exporter) -> u64);
+
 fn uploads(text: &mut Text, shared: &Shared) {
-    let gauges: [(&str, &str, &str, fn(&crate::pipeline::Exporter) -> u64); 3] = [
+    let gauges: [ExporterMetric; 3] = [
         ("profiler_agent_upload_queue_bytes", "Bytes waiting for a destination.", "gauge", |exporter| {
             exporter.queue.bytes() as u64
         }),
@@ -292,7 +315,7 @@ impl Status {
     fn line(&mut self) -> String {
         let (now, cpu) = (Instant::now(), usage::cpu_time());
         let seconds = now.duration_since(self.at).as_secs_f64().max(1e-3);
-        let taken = self.view.taken();
+        let taken = self.view.kernel_totals().taken;
         let rate = taken.saturating_sub(self.taken) as f64 / seconds;
         let own_cpu = cpu.saturating_sub(self.cpu).as_secs_f64() / seconds * 100.0;
         (self.at, self.cpu, self.taken) = (now, cpu, taken);
@@ -302,8 +325,8 @@ impl Status {
             (complete + if end.is_complete() { count } else { 0 }, all + count)
         });
         let (named, unnamed) = (gauges.named.load(Relaxed), gauges.unnamed.load(Relaxed));
-        let dropped: u64 =
-            self.view.balances().iter().flat_map(|balance| &balance.dropped).map(|&(_, n)| n).sum();
+        let shared = &self.view.shared;
+        let dropped = dropped(&shared.ledger, &destinations(shared));
         format!(
             "{rate:.0} samples/s, {} containers, {} to the root, {} named, {dropped} dropped, {own_cpu:.1}% CPU, {} MiB",
             gauges.containers.load(Relaxed),
@@ -325,6 +348,29 @@ mod tests {
     #[test]
     fn label_values_are_escaped() {
         assert_eq!(quoted("a\"b\\c\nd"), r#""a\"b\\c\nd""#);
+    }
+
+    #[test]
+    fn what_is_lost_before_the_destinations_counts_once_however_many_there_are() {
+        let ledger = Ledger::default();
+        ledger.drop_events(Cause::RingFull, 3);
+        let refused = DestinationTotals { dropped_refused: 2, ..DestinationTotals::default() };
+        let destinations = [("http://a/", refused), ("http://b/", DestinationTotals::default())];
+        let mut text = Text::default();
+        samples(&mut text, KernelTotals { taken: 9, submitted: 6 }, &ledger, &destinations);
+
+        let lines: Vec<_> =
+            text.0.lines().filter(|line| line.starts_with("profiler_agent_samples_dropped_total{")).collect();
+        let value = |line: &str| line.rsplit_once(' ').and_then(|(_, value)| value.parse::<u64>().ok());
+        let sum: u64 = lines.iter().map(|line| value(line).expect("a number")).sum();
+        assert_eq!(sum, 5, "{lines:#?}");
+        assert_eq!(dropped(&ledger, &destinations), 5);
+        assert!(lines.contains(&"profiler_agent_samples_dropped_total{type=\"cpu\",reason=\"ring_full\"} 3"));
+        // Every cause has its line before it ever happens.
+        assert_eq!(lines.len(), Cause::ALL.len() + 2 * refused.dropped().len(), "{lines:#?}");
+        let unique: std::collections::HashSet<_> =
+            lines.iter().filter_map(|line| line.rsplit_once(' ')).map(|(name, _)| name).collect();
+        assert_eq!(unique.len(), lines.len(), "{lines:#?}");
     }
 
     #[test]

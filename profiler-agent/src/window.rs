@@ -8,12 +8,13 @@ use std::{
 
 use crate::{label::SeriesLabels, normalize::Location, sys::clock::WallClock};
 
-/// Different (series, stack, sample labels) of one window: about 100 bytes each.
+/// Different (series, stack, sample labels) of one window: about 100 bytes each, stacks apart.
 const ENTRIES_MAX: usize = 1 << 17;
-/// Windows open at once. Two in normal running: the current one, and the last one for its drain lag.
-const OPEN_MAX: usize = 8;
-/// How long a window stays open behind its end: a drain interval, and as much again for a busy machine.
-const LAG_NS: u64 = 250_000_000;
+/// Frames of all different stacks of one window, 4 bytes each.
+const FRAMES_MAX: usize = 1 << 22;
+/// Windows open at once. Two in normal running: the current one, and the last one until the drain has passed its end.
+/// More after a stall, when samples of many windows come at once.
+const OPEN_MAX: usize = 64;
 /// The first windows end this long after the start, so that the first flame graph comes early.
 const FIRST_ENDS_NS: [u64; 2] = [1_000_000_000, 5_000_000_000];
 
@@ -51,11 +52,15 @@ impl<T: Hash + Eq> Interner<T> {
         Self { numbers: HashMap::new() }
     }
 
-    /// The value's number, and whether it is new.
-    fn intern(&mut self, value: T) -> (u32, bool) {
-        let next = u32::try_from(self.numbers.len()).expect("fewer than ENTRIES_MAX stacks of 255 frames");
-        let number = *self.numbers.entry(value).or_insert(next);
-        (number, number == next)
+    /// The value's number.
+    fn intern(&mut self, value: T) -> u32 {
+        let next = u32::try_from(self.numbers.len()).expect("fewer than 2^32 values fit a window");
+        *self.numbers.entry(value).or_insert(next)
+    }
+
+    /// The number of a value that has one.
+    fn get(&self, value: &T) -> Option<u32> {
+        self.numbers.get(value).copied()
     }
 
     /// The values by their numbers.
@@ -83,6 +88,7 @@ pub(crate) struct Window {
     stacks: Interner<Box<[LocationIndex]>>,
     labels: Interner<SampleLabels>,
     counts: HashMap<Key, Counts>,
+    frames: usize,
 }
 
 /// There was no room for the sample.
@@ -99,6 +105,7 @@ impl Window {
             stacks: Interner::new(),
             labels: Interner::new(),
             counts: HashMap::new(),
+            frames: 0,
         }
     }
 
@@ -111,23 +118,54 @@ impl Window {
         value: u64,
         mut on_new: impl FnMut(&Location),
     ) -> Result<(), Full> {
-        if self.counts.len() >= ENTRIES_MAX {
-            return Err(Full);
-        }
-        let indices = stack.into_iter().map(|location| {
-            if !self.locations.numbers.contains_key(&location) {
-                on_new(&location);
-            }
-            self.locations.intern(location).0
-        });
-        let indices: Box<[_]> = indices.collect();
-        let (stack, _) = self.stacks.intern(indices);
-        let (series, _) = self.series.intern(series);
-        let (labels, _) = self.labels.intern(labels);
-        let counts = self.counts.entry(Key { series, stack, labels }).or_default();
+        let key = match self.known(&series, &labels, &stack) {
+            Some(key) => key,
+            None if self.is_full() => return Err(Full),
+            None => self.intern(series, labels, stack, &mut on_new),
+        };
+        let counts = self.counts.entry(key).or_default();
         counts.samples += 1;
         counts.value = counts.value.saturating_add(value);
         Ok(())
+    }
+
+    fn is_full(&self) -> bool {
+        self.counts.len() >= ENTRIES_MAX || self.frames >= FRAMES_MAX
+    }
+
+    /// The key of a sample that has been seen before.
+    fn known(&self, series: &SeriesLabels, labels: &SampleLabels, stack: &[Location]) -> Option<Key> {
+        let stack: Option<Box<[_]>> = stack.iter().map(|location| self.locations.get(location)).collect();
+        let key = Key {
+            series: self.series.get(series)?,
+            stack: self.stacks.get(&stack?)?,
+            labels: self.labels.get(labels)?,
+        };
+        self.counts.contains_key(&key).then_some(key)
+    }
+
+    fn intern(
+        &mut self,
+        series: SeriesLabels,
+        labels: SampleLabels,
+        stack: Vec<Location>,
+        on_new: &mut impl FnMut(&Location),
+    ) -> Key {
+        let indices = stack.into_iter().map(|location| {
+            if self.locations.get(&location).is_none() {
+                on_new(&location);
+            }
+            self.locations.intern(location)
+        });
+        let indices: Box<[_]> = indices.collect();
+        if self.stacks.get(&indices).is_none() {
+            self.frames += indices.len();
+        }
+        Key {
+            series: self.series.intern(series),
+            stack: self.stacks.intern(indices),
+            labels: self.labels.intern(labels),
+        }
     }
 
     /// Samples in the window, counted from what it holds.
@@ -138,7 +176,7 @@ impl Window {
     /// Ends the window at `end_ns` and sorts what it holds by series.
     fn close(self, end_ns: u64, clock: WallClock, period_ns: u64) -> Closed {
         let samples = self.samples();
-        let Self { start_ns, end_ns: _, series, locations, stacks, labels, counts } = self;
+        let Self { start_ns, end_ns: _, series, locations, stacks, labels, counts, frames: _ } = self;
         let mut by_series: Vec<_> =
             series.into_values().into_iter().map(|labels| Series { labels, samples: Vec::new() }).collect();
         for (Key { series, stack, labels }, counts) in counts {
@@ -219,29 +257,49 @@ impl Windows {
         windows
     }
 
-    /// The window of a boot time. A sample older than every open window goes to the oldest and is counted as late.
+    /// The window of a boot time. A sample older than every open window goes to the oldest, one for which no further
+    /// window may be opened to the newest; both are counted as late.
     pub(crate) fn at(&mut self, time_ns: u64) -> &mut Window {
         while self.newest_end() <= time_ns && self.open.len() < OPEN_MAX {
-            self.push(self.newest_end());
+            self.push(self.start_for(time_ns));
         }
         let behind = self.open.partition_point(|window| window.start_ns <= time_ns);
-        if behind == 0 {
+        let index = behind.saturating_sub(1);
+        let window = &mut self.open[index];
+        if !(window.start_ns..window.end_ns).contains(&time_ns) {
             self.late += 1;
         }
-        &mut self.open[behind.saturating_sub(1)]
+        window
     }
 
-    /// Closes what has ended by now, lag included. When somebody has set the clock, closes all of it: the wall times
-    /// of further samples differ.
-    pub(crate) fn close_due(&mut self, now_ns: u64, clock: WallClock) -> Vec<Closed> {
+    /// Where the next window starts: windows follow each other without a gap, but for a time that nobody was sampled in
+    /// or the machine slept.
+    fn start_for(&self, time_ns: u64) -> u64 {
+        let newest_end = self.newest_end();
+        if time_ns - newest_end <= self.length_ns {
+            return newest_end;
+        }
+        self.start_of(time_ns).max(newest_end)
+    }
+
+    /// The last point of the grid before a boot time.
+    fn start_of(&self, time_ns: u64) -> u64 {
+        let wall_ns = self.clock.at(time_ns);
+        self.clock.boot_of(wall_ns - wall_ns % self.length_ns)
+    }
+
+    /// Closes the windows whose samples are all there: `complete_ns` is how far the drain has come. When somebody has set
+    /// the clock, closes all of them: the wall times of further samples differ.
+    pub(crate) fn close_due(&mut self, complete_ns: u64, clock: WallClock) -> Vec<Closed> {
         if clock.stepped_from(self.clock) {
-            let closed = self.close_all(now_ns);
+            let end_ns = complete_ns.max(self.open.back().map_or(0, |window| window.start_ns));
+            let closed = self.close_all(end_ns);
             self.clock = clock;
-            self.push(now_ns);
+            self.push(end_ns);
             return closed;
         }
         let newest_end = self.newest_end();
-        let ended = self.open.partition_point(|window| window.end_ns + LAG_NS <= now_ns);
+        let ended = self.open.partition_point(|window| window.end_ns <= complete_ns);
         let closed = self.open.drain(..ended).map(|window| {
             let end_ns = window.end_ns;
             window.close(end_ns, self.clock, self.period_ns)
@@ -249,9 +307,7 @@ impl Windows {
         let closed = closed.collect();
         self.clock = clock;
         if self.open.is_empty() {
-            // Windows follow each other without a gap, but for one that would be due already.
-            let next_is_due = self.end_after(newest_end) + LAG_NS <= now_ns;
-            self.push(if next_is_due { now_ns - LAG_NS } else { newest_end });
+            self.push(newest_end.max(self.start_of(complete_ns)));
         }
         closed
     }
@@ -266,9 +322,9 @@ impl Windows {
         self.open.drain(..).map(close).collect()
     }
 
-    /// When the next window is due to close, on the boot clock.
-    pub(crate) fn next_due_ns(&self) -> u64 {
-        self.open.front().map_or(u64::MAX, |window| window.end_ns + LAG_NS)
+    /// When the next window ends, on the boot clock.
+    pub(crate) fn next_end_ns(&self) -> u64 {
+        self.open.front().map_or(u64::MAX, |window| window.end_ns)
     }
 
     /// Samples that came after their window had closed.
@@ -345,7 +401,7 @@ mod tests {
         let mut windows = windows();
         add(&mut windows, 101 * S + 1, &[1]);
         add(&mut windows, 101 * S - 1, &[1]);
-        let closed = windows.close_due(101 * S + LAG_NS, clock(0));
+        let closed = windows.close_due(101 * S, clock(0));
         assert_eq!(spans(&closed), [(100 * S, S, 1)]);
         assert_eq!(windows.late(), 0);
     }
@@ -382,6 +438,52 @@ mod tests {
         let mut samples: Vec<_> = window.series[0].samples.iter().map(|entry| entry.counts.samples).collect();
         samples.sort_unstable();
         assert_eq!(samples, [1, 2]);
+    }
+
+    #[test]
+    fn samples_that_come_after_a_stall_go_to_their_own_windows() {
+        let mut windows = windows();
+        for second in 100..190 {
+            add(&mut windows, second * S, &[1]);
+        }
+        let closed = windows.close_due(190 * S, clock(0));
+        assert_eq!(windows.late(), 0);
+        assert!(
+            spans(&closed).iter().all(|&(_, length, samples)| length == samples * S),
+            "{:?}",
+            spans(&closed)
+        );
+    }
+
+    #[test]
+    fn a_window_is_not_closed_before_the_drain_has_passed_its_end() {
+        let mut windows = windows();
+        add(&mut windows, 100 * S, &[1]);
+        assert_eq!(spans(&windows.close_due(101 * S - 1, clock(0))), []);
+        add(&mut windows, 101 * S - 1, &[1]);
+        assert_eq!(spans(&windows.close_due(101 * S, clock(0))), [(100 * S, S, 2)]);
+    }
+
+    #[test]
+    fn a_day_asleep_opens_no_windows() {
+        let mut windows = windows();
+        add(&mut windows, 100 * S, &[1]);
+        add(&mut windows, 90_000 * S, &[1]);
+        assert_eq!(windows.late(), 0);
+        assert_eq!(windows.open.len(), 2);
+    }
+
+    #[test]
+    fn a_full_window_still_counts_the_stacks_it_knows() {
+        let mut windows = windows();
+        add(&mut windows, 100 * S, &[1]);
+        windows.at(100 * S).frames = FRAMES_MAX;
+        add(&mut windows, 100 * S, &[1]);
+        let series = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
+        let labels = SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 };
+        let other = vec![Location::unnamed("//anon", Addr(2))];
+        assert_eq!(windows.at(100 * S).add(series, labels, other, 5, |_| ()), Err(Full));
+        assert_eq!(windows.at(100 * S).samples(), 2);
     }
 
     #[test]

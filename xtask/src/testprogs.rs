@@ -16,6 +16,9 @@ use crate::{
 
 const C_PROGRAMS: [&str; 3] = ["burn", "short", "fork_storm"];
 
+/// Linked statically into `container/`, which is all that the test's container images hold.
+const CONTAINER_PROGRAMS: [&str; 2] = ["burn", "pause"];
+
 /// Frame pointers in every function, and no call that takes its caller's place: stacks are as the sources read.
 const C_FLAGS: [&str; 10] = [
     "-std=gnu11",
@@ -33,18 +36,18 @@ const C_FLAGS: [&str; 10] = [
 const RUST_FLAGS: [&str; 5] =
     ["--edition=2024", "-O", "-Cforce-frame-pointers=yes", "-Cdebuginfo=1", "-Dwarnings"];
 
-/// Builds those programs whose sources are newer than they are; counts each that is there.
+/// Builds those programs whose sources or flags are newer than they are; counts each that is there.
 pub(crate) fn build() -> Result<Tally> {
     let into = project::target().join("testprogs");
-    fs::create_dir_all(&into).with_context(|| format!("create {}", into.display()))?;
+    fs::create_dir_all(into.join("container")).with_context(|| format!("create {}", into.display()))?;
     let from = project::root().join("testprogs");
     let mut tally = Tally::default();
     for name in C_PROGRAMS {
-        let source = from.join(name).with_extension("c");
-        if is_outdated(&into.join(name), &[source.clone(), from.join("burn.h")]) {
-            tools::need(&[CC])?;
-            command::run(Command::new("cc").args(C_FLAGS).arg("-o").arg(into.join(name)).arg(source))?;
-        }
+        build_c(&from, name, &into, &[])?;
+        tally += Tally::PASSED;
+    }
+    for name in CONTAINER_PROGRAMS {
+        build_c(&from, name, &into.join("container"), &["-static"])?;
         tally += Tally::PASSED;
     }
     let source = from.join("rust_burn.rs");
@@ -64,8 +67,34 @@ pub(crate) fn build() -> Result<Tally> {
     Ok(tally)
 }
 
+fn build_c(from: &Path, name: &str, into: &Path, flags: &[&str]) -> Result<()> {
+    let (source, program) = (from.join(name).with_extension("c"), into.join(name));
+    if !is_outdated(&program, &[source.clone(), from.join("burn.h")]) {
+        return Ok(());
+    }
+    tools::need(&[CC])?;
+    command::run(Command::new("cc").args(C_FLAGS).args(flags).arg("-o").arg(program).arg(source))
+}
+
+/// Whether a program is older than one of its sources, or than this program, which holds the flags.
 fn is_outdated(program: &Path, sources: &[PathBuf]) -> bool {
     let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
     let built = modified(program);
-    built.is_none() || sources.iter().any(|source| modified(source) > built)
+    let xtask = std::env::current_exe().ok().and_then(|path| modified(&path));
+    built.is_none() || xtask > built || sources.iter().any(|source| modified(source) > built)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_older_than_its_flags_is_outdated() {
+        let xtask = std::env::current_exe().expect("a test has a file");
+        // This test's own source is older than the test, and neither is newer than itself.
+        let source = project::root().join("xtask/src/testprogs.rs");
+        assert!(!is_outdated(&xtask, std::slice::from_ref(&source)));
+        assert!(is_outdated(&source, &[]), "older than the flags");
+        assert!(is_outdated(&project::root().join("absent"), &[]));
+    }
 }

@@ -1,6 +1,11 @@
 //! Sizes, loads and attaches the programs. The compiled object of this architecture is part of the binary.
 
-use std::{io, os::fd::AsFd as _, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+    path::PathBuf,
+};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
@@ -8,7 +13,7 @@ use aya::{
     programs::{PerfEvent, Program, ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::{probe::kernel_facts, stats::KernelCounts};
 use crate::sys::{btf::BtfError, cpu, perf_event::CpuClock};
@@ -63,9 +68,15 @@ pub(crate) struct LoadOptions {
 /// The loaded programs. Dropping it detaches and unloads everything.
 pub(crate) struct Programs {
     ebpf: Ebpf,
-    clocks: Vec<CpuClock>,
+    /// The clock event of every CPU that is sampled.
+    clocks: BTreeMap<u32, CpuClock>,
+    /// CPUs that are online but whose event could not be opened when they came.
+    refused: BTreeSet<u32>,
+    period_ns: u64,
     sys_root: PathBuf,
 }
+
+const SAMPLE_PROGRAM: &str = "cpu_sample";
 
 impl Programs {
     /// Loads everything and attaches the process events; sampling starts with [`Self::start`].
@@ -75,9 +86,15 @@ impl Programs {
             .override_global("KERNEL_FACTS", &facts, true)
             .map_max_entries("EVENTS", options.ring_bytes)
             .load(OBJECT)?;
-        let mut programs = Self { ebpf, clocks: Vec::new(), sys_root: options.sys_root.clone() };
+        let mut programs = Self {
+            ebpf,
+            clocks: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            period_ns: options.period_ns,
+            sys_root: options.sys_root.clone(),
+        };
         programs.attach_process_events()?;
-        programs.open_clocks(options.period_ns)?;
+        programs.open_clocks()?;
         Ok(programs)
     }
 
@@ -90,36 +107,67 @@ impl Programs {
         Ok(())
     }
 
-    fn open_clocks(&mut self, period_ns: u64) -> Result<(), BpfError> {
-        const NAME: &str = "cpu_sample";
-        let failed = |source| BpfError::Program { program: NAME, source };
-        let program: &mut PerfEvent = program(&mut self.ebpf, NAME)?.try_into().map_err(failed)?;
-        program.load().map_err(failed)?;
-        let fd = program.fd().map_err(failed)?.as_fd();
+    fn open_clocks(&mut self) -> Result<(), BpfError> {
+        let program = sample_program(&mut self.ebpf)?;
+        program.load().map_err(sample_failed)?;
+        let fd = program.fd().map_err(sample_failed)?.as_fd();
         for cpu in cpu::online(&self.sys_root).map_err(BpfError::Cpus)? {
-            let open = || {
-                let clock = CpuClock::open(cpu, period_ns)?;
-                clock.set_program(fd)?;
-                Ok(clock)
-            };
-            self.clocks.push(open().map_err(|source| BpfError::PerfEvent { cpu, source })?);
+            let clock =
+                open_clock(cpu, self.period_ns, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
+            self.clocks.insert(cpu, clock);
         }
         Ok(())
     }
 
     /// Starts sampling on every CPU.
     pub(crate) fn start(&self) -> Result<(), BpfError> {
-        for (cpu, clock) in (0..).zip(&self.clocks) {
+        for (&cpu, clock) in &self.clocks {
             clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
+        }
+        Ok(())
+    }
+
+    /// Samples the CPUs that have come online since, and drops the events of those that are gone. For a running
+    /// sampler; a CPU whose event cannot be opened is tried again at the next call.
+    pub(crate) fn follow_cpus(&mut self) -> Result<(), BpfError> {
+        let online: BTreeSet<u32> =
+            cpu::online(&self.sys_root).map_err(BpfError::Cpus)?.into_iter().collect();
+        let changes = Changes::between(&self.clocks, &online);
+        for cpu in changes.gone {
+            info!(cpu, "CPU went offline");
+            self.clocks.remove(&cpu);
+        }
+        self.refused.retain(|cpu| online.contains(cpu));
+        if changes.new.is_empty() {
+            return Ok(());
+        }
+        let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
+        for cpu in changes.new {
+            let clock = open_clock(cpu, self.period_ns, fd).and_then(|clock| {
+                clock.enable()?;
+                Ok(clock)
+            });
+            match clock {
+                Ok(clock) => {
+                    info!(cpu, "CPU came online and is sampled");
+                    self.clocks.insert(cpu, clock);
+                    self.refused.remove(&cpu);
+                }
+                Err(error) => {
+                    if self.refused.insert(cpu) {
+                        warn!(cpu, %error, "CPU came online but cannot be sampled; trying again");
+                    }
+                }
+            }
         }
         Ok(())
     }
 
     /// Stops sampling; what is in the ring buffer stays there to be drained.
     pub(crate) fn stop(&mut self) {
-        for clock in self.clocks.drain(..) {
+        for (cpu, clock) in std::mem::take(&mut self.clocks) {
             if let Err(error) = clock.disable() {
-                warn!(%error, "a clock event could not be stopped; closing it");
+                warn!(cpu, %error, "a clock event could not be stopped; closing it");
             }
         }
     }
@@ -156,4 +204,54 @@ impl Programs {
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, BpfError> {
     ebpf.program_mut(name).ok_or(BpfError::Missing { what: name })
+}
+
+fn sample_program(ebpf: &mut Ebpf) -> Result<&mut PerfEvent, BpfError> {
+    program(ebpf, SAMPLE_PROGRAM)?.try_into().map_err(sample_failed)
+}
+
+fn sample_failed(source: ProgramError) -> BpfError {
+    BpfError::Program { program: SAMPLE_PROGRAM, source }
+}
+
+fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
+    let clock = CpuClock::open(cpu, period_ns)?;
+    clock.set_program(program)?;
+    Ok(clock)
+}
+
+/// CPUs that came and went since the events were opened.
+#[derive(Debug, PartialEq, Eq)]
+struct Changes {
+    new: Vec<u32>,
+    gone: Vec<u32>,
+}
+
+impl Changes {
+    fn between<T>(sampled: &BTreeMap<u32, T>, online: &BTreeSet<u32>) -> Self {
+        Self {
+            new: online.iter().copied().filter(|cpu| !sampled.contains_key(cpu)).collect(),
+            gone: sampled.keys().copied().filter(|cpu| !online.contains(cpu)).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(sampled: &[u32], online: &[u32], new: &[u32], gone: &[u32]) {
+        let sampled = sampled.iter().map(|&cpu| (cpu, ())).collect();
+        let online = online.iter().copied().collect();
+        assert_eq!(Changes::between(&sampled, &online), Changes { new: new.to_vec(), gone: gone.to_vec() });
+    }
+
+    #[test]
+    fn cpus_that_come_get_an_event_and_those_that_go_lose_theirs() {
+        check(&[0, 1], &[0, 1], &[], &[]);
+        check(&[0], &[0, 2, 3], &[2, 3], &[]);
+        check(&[0, 1, 2], &[0, 2], &[], &[1]);
+        check(&[0, 1], &[0, 4], &[4], &[1]);
+    }
 }

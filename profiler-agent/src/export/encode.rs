@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, io};
 
+use chrono::{DateTime, SecondsFormat};
 use profiler_common::wire::StackEnd;
 use profiler_pprof::{
     FrameKind, FunctionSpec, LabelSpec, LineSpec, LocationId, LocationSpec, MappingId, MappingSpec,
@@ -12,8 +13,8 @@ use profiler_pprof::{
 use super::queue::Batch;
 use crate::{
     executable::Executable,
-    normalize::Location,
-    symbolize::{self, LocationKey, Reason},
+    normalize::{ANONYMOUS, Location},
+    symbolize::{self, KERNEL, LocationKey},
     window::{Closed, SampleLabels, Series},
 };
 
@@ -24,11 +25,14 @@ const REQUEST_SERIES_MAX: usize = 256;
 /// Level 3 of zstd: pprof shrinks to a third at 300 MB/s; the next levels gain 3 % for twice the time.
 const ZSTD_LEVEL: i32 = 3;
 
+/// As perf names the kernel itself; its modules are `[name]`, BPF programs `[bpf]`.
 const KERNEL_MAPPING: &str = "[kernel.kallsyms]";
-/// What pprof files call memory of generated code.
-const ANONYMOUS_MAPPING: &str = "//anon";
+/// A kernel frame without a name. Its address stays here: it would tell where the kernel lies.
+const KERNEL_UNNAMED: &str = "[kernel]";
+/// Generated code. Its address means nothing in another process.
+const GENERATED: &str = "[jit]";
 
-/// Samples lost on this node while the window was open, by cause: said in every profile of it.
+/// Samples lost on this node since the window before was encoded, by cause: said in every profile of a window.
 pub(crate) type Losses = Vec<(&'static str, u64)>;
 
 /// How many frames of a window have names.
@@ -121,7 +125,7 @@ impl Request {
             series: self.series,
         };
         let body = zstd::bulk::compress(&request.to_bytes(), ZSTD_LEVEL)?;
-        Ok(Batch { body, events: self.events })
+        Ok(Batch { body: body.into(), events: self.events })
     }
 }
 
@@ -147,8 +151,8 @@ impl<'a> SeriesEncoder<'a> {
         builder.time_ns(window.start_unix_ns.cast_signed());
         builder.duration_ns(window.duration_ns.cast_signed());
         builder.comment(&format!("sampled every {} ns of CPU time", window.period_ns));
-        for (cause, events) in losses {
-            builder.comment(&format!("lost on this node: {events} samples ({cause})"));
+        if let Some(comment) = loss_comment(window, losses) {
+            builder.comment(&comment);
         }
         Self { window, symbols, builder, locations: HashMap::new() }
     }
@@ -198,29 +202,39 @@ impl<'a> SeriesEncoder<'a> {
                 let name = format!("{}+{:#x}", executable.name(), addr.0);
                 self.named(Some(mapping), addr.0, native_kind(executable), &name)
             }
-            (LocationKey::Kernel(addr), Some(symbolize::Location::Resolved(frames))) => {
-                let mapping = self.kernel();
+            (LocationKey::Kernel(_), Some(symbolize::Location::Resolved(frames))) => {
+                let innermost = frames.first();
+                let mapping = self.kernel(innermost.map_or(KERNEL, |frame| &frame.module));
                 let lines: Vec<_> = frames.iter().map(native_line).collect();
-                self.lines(mapping, addr.0, FrameKind::Kernel, &lines)
+                let address = innermost.map_or(0, |frame| frame.module_offset);
+                self.lines(mapping, address, FrameKind::Kernel, &lines)
             }
-            (LocationKey::Kernel(addr), found) => {
-                let mapping = self.kernel();
-                let hidden = matches!(found, Some(symbolize::Location::Unresolved(Reason::KallsymsHidden)));
-                let name = if hidden { "[kernel]".to_owned() } else { format!("kernel+{:#x}", addr.0) };
-                self.named(Some(mapping), addr.0, FrameKind::Kernel, &name)
+            (LocationKey::Kernel(_), _) => {
+                let mapping = self.kernel(KERNEL);
+                self.named(Some(mapping), 0, FrameKind::Kernel, KERNEL_UNNAMED)
             }
         }
     }
 
-    /// Code that no executable backs: generated, in the vDSO, or nowhere.
+    /// Code that no executable backs. Where it lies in the process is not said: it differs from one to the next.
     fn unnamed(&mut self, mapping: &str, addr: u64) -> LocationId {
-        let (kind, name) = match mapping {
-            "" => (FrameKind::Native, format!("[unknown]+{addr:#x}")),
-            ANONYMOUS_MAPPING => (FrameKind::Jit, format!("[jit]+{addr:#x}")),
-            name => (FrameKind::Native, format!("{name}+{addr:#x}")),
-        };
-        let mapping = (!mapping.is_empty()).then(|| self.mapping(mapping, 0, u64::MAX, 0, ""));
-        self.named(mapping, addr, kind, &name)
+        let whole = |builder: &mut Self, name: &str| builder.mapping(name, 0, u64::MAX, 0, "");
+        match mapping {
+            "" => self.named(None, 0, FrameKind::Native, "[unknown]"),
+            ANONYMOUS => {
+                let mapping = whole(self, ANONYMOUS);
+                self.named(Some(mapping), 0, FrameKind::Jit, GENERATED)
+            }
+            // memfd_create(2): how JIT compilers map the same code writable and executable.
+            file if file.starts_with("memfd:") => {
+                let mapping = whole(self, file);
+                self.named(Some(mapping), addr, FrameKind::Jit, GENERATED)
+            }
+            file => {
+                let mapping = whole(self, file);
+                self.named(Some(mapping), addr, FrameKind::Native, &format!("{file}+{addr:#x}"))
+            }
+        }
     }
 
     fn executable(&mut self, executable: &Executable) -> MappingId {
@@ -232,8 +246,12 @@ impl<'a> SeriesEncoder<'a> {
         }
     }
 
-    fn kernel(&mut self) -> MappingId {
-        self.mapping(KERNEL_MAPPING, 1 << 63, u64::MAX, 0, "")
+    /// Addresses in it are offsets.
+    fn kernel(&mut self, module: &str) -> MappingId {
+        match module {
+            KERNEL => self.mapping(KERNEL_MAPPING, 0, u64::MAX, 0, ""),
+            module => self.mapping(&format!("[{module}]"), 0, u64::MAX, 0, ""),
+        }
     }
 
     fn mapping(&mut self, filename: &str, start: u64, limit: u64, offset: u64, build_id: &str) -> MappingId {
@@ -267,6 +285,24 @@ impl<'a> SeriesEncoder<'a> {
     }
 }
 
+/// `lost on this node in the window from .. to ..: 3 samples (ring_full), ..`; `None` when nothing was lost.
+///
+/// The window's time makes it one comment of all the window's profiles, and another than the next window's.
+fn loss_comment(window: &Closed, losses: &Losses) -> Option<String> {
+    let start_ns = window.start_unix_ns.cast_signed();
+    let time = |ns| DateTime::from_timestamp_nanos(ns).to_rfc3339_opts(SecondsFormat::Millis, true);
+    let end_ns = start_ns.saturating_add_unsigned(window.duration_ns);
+    let losses: Vec<_> = losses.iter().map(|(cause, events)| format!("{events} samples ({cause})")).collect();
+    (!losses.is_empty()).then(|| {
+        format!(
+            "lost on this node in the window from {} to {}: {}",
+            time(start_ns),
+            time(end_ns),
+            losses.join(", ")
+        )
+    })
+}
+
 fn native_kind(executable: &Executable) -> FrameKind {
     if executable.is_go() { FrameKind::Go } else { FrameKind::Native }
 }
@@ -292,5 +328,142 @@ fn marker(end: StackEnd) -> &'static str {
         StackEnd::NotRising => "[truncated: no frame pointers]",
         StackEnd::DepthLimit => "[truncated: too deep]",
         StackEnd::NoRegisters => "[truncated: user registers not found]",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use profiler_pprof::{check, proto::Profile};
+
+    use super::*;
+    use crate::{
+        addr::Addr,
+        label::{Labeler, Subject},
+        symbolize::{Frame, Reason},
+        window::{Counts, Entry},
+    };
+
+    /// A window of one stack, which is all of `locations`.
+    fn window(locations: Vec<Location>) -> Closed {
+        let stack = (0..u32::try_from(locations.len()).expect("few")).collect();
+        let labels = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
+        let samples = vec![Entry { stack: 0, labels: 0, counts: Counts { samples: 1, value: 10 } }];
+        Closed {
+            start_unix_ns: 1_795_255_200_000_000_000,
+            duration_ns: 10_000_000_000,
+            period_ns: 10,
+            samples: 1,
+            series: vec![Series { labels, samples }],
+            locations,
+            stacks: vec![stack],
+            labels: vec![SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 }],
+        }
+    }
+
+    fn profile(
+        window: &Closed,
+        symbols: &HashMap<symbolize::LocationId, symbolize::Location>,
+        losses: &Losses,
+    ) -> Profile {
+        let profile = SeriesEncoder::new(window, symbols, losses).encode(&window.series[0]);
+        check(&profile).expect("a valid profile");
+        profile
+    }
+
+    /// Mapping, address and name of each location.
+    fn shown(profile: &Profile) -> Vec<(&str, u64, &str, FrameKind)> {
+        let text = |index: i64| profile.string(index).expect("a string");
+        let locations = profile.location.iter().map(|location| {
+            let mapping = profile.mapping(location.mapping_id).map_or("", |mapping| text(mapping.filename));
+            let function = profile.function(location.line[0].function_id).expect("a function");
+            let kind = FrameKind::from_wire(location.kind).expect("a kind");
+            (mapping, location.address, text(function.name), kind)
+        });
+        locations.collect()
+    }
+
+    fn kernel(addr: u64) -> Location {
+        Location::Code(LocationKey::Kernel(Addr(addr)))
+    }
+
+    fn found(module: &str, function: &str, module_offset: u64) -> symbolize::Location {
+        let frame = Frame {
+            function: function.into(),
+            system_name: function.into(),
+            module: module.into(),
+            file: "".into(),
+            line: 0,
+            start_line: 0,
+            module_offset,
+        };
+        symbolize::Location::Resolved(Arc::new([frame]))
+    }
+
+    #[test]
+    fn kernel_frames_are_told_by_module_and_never_by_their_address() {
+        const BASE: u64 = 0xffff_ffff_8100_0000;
+        let answers = [
+            found("kernel", "vfs_read", 0x1234),
+            found("nf_tables", "nft_do_chain", 0x50),
+            found("bpf", "bpf_prog_1", 0x10),
+            symbolize::Location::Unresolved(Reason::NotInSymbols),
+            symbolize::Location::Unresolved(Reason::KallsymsHidden),
+        ];
+        let window = window((0..6).map(|index| kernel(BASE + index)).collect());
+        let symbols = (0..)
+            .zip(answers)
+            .map(|(index, answer)| (symbolize::LocationId::Kernel(Addr(BASE + index)), answer));
+        let profile = profile(&window, &symbols.collect(), &Losses::new());
+        let expect = [
+            ("[kernel.kallsyms]", 0x1234, "vfs_read"),
+            ("[nf_tables]", 0x50, "nft_do_chain"),
+            ("[bpf]", 0x10, "bpf_prog_1"),
+            ("[kernel.kallsyms]", 0, "[kernel]"),
+        ];
+        assert_eq!(shown(&profile), expect.map(|(mapping, at, name)| (mapping, at, name, FrameKind::Kernel)));
+        assert!(profile.mapping.iter().all(|mapping| mapping.memory_start == 0), "{:?}", profile.mapping);
+    }
+
+    #[test]
+    fn frames_without_an_executable_do_not_say_where_the_process_has_them() {
+        let window = window(vec![
+            Location::unnamed(ANONYMOUS, Addr(0x7f45_679a_4b46)),
+            Location::unnamed(ANONYMOUS, Addr(0x7f45_679a_4b47)),
+            Location::unnamed("", Addr(0x7f45_0000_0000)),
+            Location::unnamed("memfd:doublemapper", Addr(0x40)),
+            Location::unnamed("[vdso]", Addr(0xb46)),
+        ]);
+        let profile = profile(&window, &HashMap::new(), &Losses::new());
+        let expect = [
+            ("//anon", 0, "[jit]", FrameKind::Jit),
+            ("", 0, "[unknown]", FrameKind::Native),
+            ("memfd:doublemapper", 0x40, "[jit]", FrameKind::Jit),
+            ("[vdso]", 0xb46, "[vdso]+0xb46", FrameKind::Native),
+        ];
+        assert_eq!(shown(&profile), expect);
+        assert_eq!(profile.sample[0].location_id.len(), 5, "every frame stays");
+    }
+
+    #[test]
+    fn losses_are_one_comment_with_the_time_of_the_window() {
+        let comments = |losses: &Losses| {
+            let profile = profile(&window(Vec::new()), &HashMap::new(), losses);
+            profile
+                .comment
+                .iter()
+                .map(|&index| profile.string(index).expect("text").to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(comments(&Losses::new()), ["sampled every 10 ns of CPU time"]);
+        assert_eq!(
+            comments(&vec![("ring_full", 3), ("window_full", 4)]),
+            [
+                "sampled every 10 ns of CPU time",
+                "lost on this node in the window from 2026-11-21T10:00:00.000Z to 2026-11-21T10:00:10.000Z: \
+                 3 samples (ring_full), 4 samples (window_full)",
+            ]
+        );
     }
 }

@@ -5,6 +5,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::ledger::DestinationTotals;
@@ -15,8 +16,8 @@ const QUEUE_BYTES_MAX: usize = 32 << 20;
 /// One upload: a whole `PushRequest`, encoded once and sent as it is at each try.
 #[derive(Clone, Debug)]
 pub(crate) struct Batch {
-    /// Body of the request, compressed.
-    pub(crate) body: Vec<u8>,
+    /// Body of the request, compressed; shared by all destinations and tries.
+    pub(crate) body: Bytes,
     /// Samples in it.
     pub(crate) events: u64,
 }
@@ -142,7 +143,7 @@ mod tests {
     use super::*;
 
     fn batch(bytes: usize, events: u64) -> Batch {
-        Batch { body: vec![0; bytes], events }
+        Batch { body: vec![0; bytes].into(), events }
     }
 
     #[test]

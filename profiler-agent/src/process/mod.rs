@@ -6,6 +6,7 @@ use std::{
     collections::HashMap,
     ffi::OsStr,
     fs,
+    io::Read as _,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -28,8 +29,12 @@ const RANGES_MAX: usize = 4096;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
-/// garbage at the end of a stack.
+/// garbage at the end of a stack. Also between two tries at a process that could not be read.
 const REREAD_INTERVAL: Duration = Duration::from_secs(1);
+/// Labels are read again after this long: a process may be moved to another cgroup.
+const LABELS_INTERVAL: Duration = Duration::from_secs(10);
+/// Bytes of `/proc/<pid>/maps` that are read: 65,000 lines.
+const MAPS_BYTES_MAX: u64 = 8 << 20;
 /// Source: sysconf(3), _SC_CLK_TCK, 100 on every architecture Linux runs on.
 const NS_PER_TICK: u64 = 10_000_000;
 
@@ -38,7 +43,9 @@ const NS_PER_TICK: u64 = 10_000_000;
 pub(crate) enum Backing {
     /// An ELF file.
     Executable(Arc<Executable>),
-    /// Memory without a file (`[vdso]`, `//anon` for generated code), or a file that could not be used, by its name.
+    /// Memory without a file: generated code.
+    Anonymous,
+    /// Memory that the kernel names (`[vdso]`), or a file that could not be used, by its name.
     Unnamed(Arc<str>),
 }
 
@@ -66,16 +73,65 @@ pub(crate) struct Process {
     pub(crate) series: SeriesLabels,
     /// Ascending and disjoint.
     mappings: Vec<Mapping>,
+    /// It could be looked at; else its labels are made from its name.
+    is_read: bool,
+    cgroup_id: u64,
     mappings_read: Instant,
+    labels_read: Instant,
     last_sampled: Instant,
 }
 
+/// What is known of the process that a sample was taken of.
+enum Known {
+    No,
+    Yes,
+    OldLabels,
+}
+
 impl Process {
+    fn known(&self, sampled: Sampled<'_>, now: Instant) -> Known {
+        let try_again = !self.is_read && now - self.labels_read >= REREAD_INTERVAL;
+        if self.start_ns != sampled.start_ns || try_again {
+            return Known::No;
+        }
+        let moved = self.cgroup_id != sampled.cgroup_id;
+        if self.is_read && (moved || now - self.labels_read >= LABELS_INTERVAL) {
+            return Known::OldLabels;
+        }
+        Known::Yes
+    }
+
     /// The range that holds an address.
     pub(crate) fn mapping(&self, addr: Addr) -> Option<&Mapping> {
         let behind = self.mappings.partition_point(|mapping| mapping.start <= addr);
         self.mappings.get(behind.checked_sub(1)?).filter(|mapping| addr < mapping.end)
     }
+}
+
+/// Whose sample it is, as the kernel side says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sampled<'a> {
+    /// Process id in the initial pid namespace.
+    pub(crate) pid: u32,
+    /// Start on the boot clock, in nanoseconds: tells a process from an earlier one of the same pid. 0 is "unknown".
+    pub(crate) start_ns: u64,
+    /// Id of the task's cgroup in the v2 hierarchy.
+    pub(crate) cgroup_id: u64,
+    /// Name of the process.
+    pub(crate) comm: &'a str,
+}
+
+/// What the table has met so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ProcessCounts {
+    /// Processes that were gone before they could be read.
+    pub(crate) gone: u64,
+    /// Mappings whose file could not be opened or is no usable ELF file.
+    pub(crate) unusable_files: u64,
+    /// Processes with more executable ranges than are kept.
+    pub(crate) ranges_cut: u64,
+    /// Processes forgotten to make room.
+    pub(crate) evicted: u64,
 }
 
 /// The process table. Owned by the worker thread; reading `/proc` is its own doing, the drain does not wait for it.
@@ -84,30 +140,47 @@ pub(crate) struct Processes {
     executables: ExecutableCache,
     labeler: Labeler,
     proc_root: PathBuf,
-    gone: u64,
-    unusable_files: u64,
+    counts: ProcessCounts,
 }
 
 impl Processes {
     /// An empty table that reads processes below `proc_root`.
     pub(crate) fn new(proc_root: PathBuf, executables: ExecutableCache, labeler: Labeler) -> Self {
-        Self { by_pid: HashMap::new(), executables, labeler, proc_root, gone: 0, unusable_files: 0 }
+        Self { by_pid: HashMap::new(), executables, labeler, proc_root, counts: ProcessCounts::default() }
     }
 
-    /// The process that a sample was taken of, read now when it is new.
-    ///
-    /// `start_ns` tells a process from an earlier one of the same pid; 0 is "unknown" and equals any.
-    pub(crate) fn get(&mut self, pid: u32, start_ns: u64, comm: &str) -> &Process {
+    /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
+    pub(crate) fn get(&mut self, sampled: Sampled<'_>) -> &Process {
         let now = Instant::now();
-        let known = self.by_pid.get(&pid).is_some_and(|known| known.start_ns == start_ns);
-        if !known {
-            self.make_room();
-            let process = self.read(pid, start_ns, comm, now);
-            self.by_pid.insert(pid, process);
+        let state = self.by_pid.get(&sampled.pid).map_or(Known::No, |process| process.known(sampled, now));
+        match state {
+            Known::Yes => {}
+            Known::No => {
+                self.make_room();
+                let process = self.read(sampled, now);
+                self.by_pid.insert(sampled.pid, process);
+            }
+            Known::OldLabels => self.read_labels_again(sampled, now),
         }
-        let process = self.by_pid.get_mut(&pid).expect("it was there or has just been inserted");
+        let process = self.by_pid.get_mut(&sampled.pid).expect("it was there or has just been inserted");
         process.last_sampled = now;
         process
+    }
+
+    /// The process of a sample that was taken before the exec that made its image what `/proc` shows by now. Unless it
+    /// was known before, all that is known is its name.
+    pub(crate) fn get_before_exec(&mut self, sampled: Sampled<'_>) -> &Process {
+        let known = self.by_pid.get(&sampled.pid).is_some_and(|process| process.start_ns == sampled.start_ns);
+        if !known {
+            let process = self.unread(sampled, Instant::now());
+            self.by_pid.insert(sampled.pid, process);
+        }
+        self.by_pid.get(&sampled.pid).expect("it was there or has just been inserted")
+    }
+
+    /// What is known of a process.
+    pub(crate) fn known(&self, pid: u32) -> Option<&Process> {
+        self.by_pid.get(&pid)
     }
 
     /// Reads the mappings again, after an address was found in none of them. Gives the process when that was due.
@@ -130,6 +203,11 @@ impl Processes {
         self.by_pid.remove(&pid);
     }
 
+    /// Exec records were lost: whatever is known may be of an earlier image.
+    pub(crate) fn forget_all(&mut self) {
+        self.by_pid.clear();
+    }
+
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
         self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
@@ -140,14 +218,9 @@ impl Processes {
         self.by_pid.len()
     }
 
-    /// Processes that were gone before they could be read.
-    pub(crate) fn gone(&self) -> u64 {
-        self.gone
-    }
-
-    /// Mappings whose file could not be opened or is no usable ELF file.
-    pub(crate) fn unusable_files(&self) -> u64 {
-        self.unusable_files
+    /// What the table has met so far.
+    pub(crate) fn counts(&self) -> ProcessCounts {
+        self.counts
     }
 
     /// Executables open now.
@@ -170,20 +243,48 @@ impl Processes {
             self.by_pid.iter().min_by_key(|(_, process)| process.last_sampled).map(|(&pid, _)| pid);
         if let Some(pid) = longest_idle {
             self.by_pid.remove(&pid);
+            self.counts.evicted += 1;
         }
     }
 
-    fn read(&mut self, pid: u32, start_ns: u64, comm: &str, now: Instant) -> Process {
-        let directory = self.directory(pid);
-        let alive = is_same_process(&directory, start_ns);
-        let (series, mappings) = if alive {
-            (self.read_labels(&directory, comm), self.read_mappings(pid))
-        } else {
-            self.gone += 1;
-            let is_kernel_thread = false;
-            (self.labeler.series(&Subject { comm, is_kernel_thread, ..Subject::default() }), Vec::new())
-        };
-        Process { start_ns, series, mappings, mappings_read: now, last_sampled: now }
+    /// Reads a process, and then whether it is still the one that was sampled.
+    fn read(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
+        let directory = self.directory(sampled.pid);
+        let series = self.read_labels(&directory, sampled.comm);
+        let mappings = self.read_mappings(sampled.pid);
+        if !is_same_process(&directory, sampled.start_ns) {
+            self.counts.gone += 1;
+            return self.unread(sampled, now);
+        }
+        Process { series, mappings, is_read: true, ..self.unread(sampled, now) }
+    }
+
+    /// A process of which only the sample is known.
+    fn unread(&self, sampled: Sampled<'_>, now: Instant) -> Process {
+        let Sampled { pid: _, start_ns, cgroup_id, comm } = sampled;
+        let series = self.labeler.series(&Subject { comm, ..Subject::default() });
+        Process {
+            start_ns,
+            series,
+            mappings: Vec::new(),
+            is_read: false,
+            cgroup_id,
+            mappings_read: now,
+            labels_read: now,
+            last_sampled: now,
+        }
+    }
+
+    fn read_labels_again(&mut self, sampled: Sampled<'_>, now: Instant) {
+        let directory = self.directory(sampled.pid);
+        let series = self.read_labels(&directory, sampled.comm);
+        let is_same = is_same_process(&directory, sampled.start_ns);
+        let Some(process) = self.by_pid.get_mut(&sampled.pid) else { return };
+        (process.labels_read, process.cgroup_id) = (now, sampled.cgroup_id);
+        // One that has exited meanwhile keeps what it had.
+        if is_same {
+            process.series = series;
+        }
     }
 
     fn directory(&self, pid: u32) -> PathBuf {
@@ -192,15 +293,22 @@ impl Processes {
 
     fn read_labels(&self, directory: &Path, comm: &str) -> SeriesLabels {
         let exe = fs::read_link(directory.join("exe")).unwrap_or_default();
-        let cgroup = fs::read_to_string(directory.join("cgroup")).unwrap_or_default();
+        let cgroup = fs::read(directory.join("cgroup")).unwrap_or_default();
+        let cgroup = String::from_utf8_lossy(&cgroup);
         let is_kernel_thread = exe.as_os_str().is_empty() && is_kernel_thread(directory);
         let exe = exe.to_string_lossy();
         self.labeler.series(&Subject { exe: &exe, is_kernel_thread, comm, owner: owner(&cgroup) })
     }
 
     fn read_mappings(&mut self, pid: u32) -> Vec<Mapping> {
-        let Ok(maps) = fs::read(self.directory(pid).join("maps")) else { return Vec::new() };
-        executable_ranges(&maps).take(RANGES_MAX).map(|entry| self.mapping(pid, &entry)).collect()
+        let Ok(file) = fs::File::open(self.directory(pid).join("maps")) else { return Vec::new() };
+        let mut maps = Vec::new();
+        // A process that exits while it is read gives what came before.
+        let _ = file.take(MAPS_BYTES_MAX).read_to_end(&mut maps);
+        let mut ranges = executable_ranges(&maps);
+        let mappings = ranges.by_ref().take(RANGES_MAX).map(|entry| self.mapping(pid, &entry)).collect();
+        self.counts.ranges_cut += u64::from(ranges.next().is_some());
+        mappings
     }
 
     fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {
@@ -210,15 +318,20 @@ impl Processes {
 
     fn backing(&mut self, pid: u32, start: Addr, end: Addr, inode: u64, path: &[u8]) -> Backing {
         if inode == 0 {
-            let name = if path.is_empty() { "//anon".into() } else { String::from_utf8_lossy(path) };
-            return Backing::Unnamed(name.into());
+            // `[anon:NAME]` is what a process calls its own memory: prctl(2), PR_SET_VMA_ANON_NAME.
+            let is_anonymous = path.is_empty() || path.starts_with(b"[anon");
+            return if is_anonymous {
+                Backing::Anonymous
+            } else {
+                Backing::Unnamed(String::from_utf8_lossy(path).into())
+            };
         }
         let path = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(path)));
         let mapped = MappedFile { pid, range: start..end, inode, path };
         match self.executables.open(&self.proc_root, &mapped) {
             Ok(executable) => Backing::Executable(executable),
             Err(error) => {
-                self.unusable_files += 1;
+                self.counts.unusable_files += 1;
                 debug!(error = &error as &dyn std::error::Error, pid, "frames of this file stay addresses");
                 let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
                 Backing::Unnamed(name.into())
@@ -229,28 +342,30 @@ impl Processes {
 
 /// Whether the pid still belongs to the process that was sampled. Source: proc_pid_stat(5), starttime.
 fn is_same_process(directory: &Path, start_ns: u64) -> bool {
-    let Ok(stat) = fs::read_to_string(directory.join("stat")) else { return false };
-    let Some(field) = stat_field(&stat, STAT_STARTTIME) else { return false };
-    start_ns == 0 || field.parse() == Ok(start_ns / NS_PER_TICK)
+    let started = stat_number(directory, STAT_STARTTIME);
+    started.is_some_and(|ticks| start_ns == 0 || ticks == start_ns / NS_PER_TICK)
 }
 
 /// Whether a task without an executable is a kernel thread rather than one that is exiting. Source: proc_pid_stat(5),
 /// flags; include/linux/sched.h: PF_KTHREAD.
 fn is_kernel_thread(directory: &Path) -> bool {
     const PF_KTHREAD: u64 = 0x0020_0000;
-    let stat = fs::read_to_string(directory.join("stat")).unwrap_or_default();
-    stat_field(&stat, STAT_FLAGS)
-        .and_then(|flags| flags.parse::<u64>().ok())
-        .is_some_and(|flags| flags & PF_KTHREAD != 0)
+    stat_number(directory, STAT_FLAGS).is_some_and(|flags| flags & PF_KTHREAD != 0)
+}
+
+fn stat_number(directory: &Path, field: usize) -> Option<u64> {
+    let stat = fs::read(directory.join("stat")).ok()?;
+    stat_field(&stat, field)?.parse().ok()
 }
 
 /// Fields of `/proc/<pid>/stat`, numbered as in proc_pid_stat(5).
 const STAT_FLAGS: usize = 9;
 const STAT_STARTTIME: usize = 22;
 
-/// A field behind the name, which may itself hold spaces and parentheses.
-fn stat_field(stat: &str, number: usize) -> Option<&str> {
-    let (_, behind_name) = stat.rsplit_once(')')?;
+/// A field behind the name, which may itself hold spaces, parentheses and bytes that are no text.
+fn stat_field(stat: &[u8], number: usize) -> Option<&str> {
+    let name_end = stat.iter().rposition(|&byte| byte == b')')?;
+    let behind_name = std::str::from_utf8(stat.get(name_end + 1..)?).ok()?;
     behind_name.split_ascii_whitespace().nth(number.checked_sub(3)?)
 }
 
@@ -262,11 +377,25 @@ mod tests {
         Processes::new("/proc".into(), ExecutableCache::new(64), Labeler::new("n", &[]))
     }
 
+    fn sampled(pid: u32, start_ns: u64, comm: &str) -> Sampled<'_> {
+        Sampled { pid, start_ns, cgroup_id: 1, comm }
+    }
+
+    #[test]
+    fn a_sample_from_before_an_exec_does_not_get_the_new_image() {
+        let mut processes = processes();
+        let pid = std::process::id();
+        let process = processes.get_before_exec(sampled(pid, 0, "old image"));
+        assert_eq!(process.series.get("exe"), Some("old image"));
+        processes.exec(pid);
+        assert_ne!(processes.get(sampled(pid, 0, "x")).series.get("exe"), Some("old image"));
+    }
+
     #[test]
     fn this_process_is_known_by_its_executable_and_maps_its_own_code() {
         let mut processes = processes();
         let here = this_process_is_known_by_its_executable_and_maps_its_own_code as fn() as usize as u64;
-        let process = processes.get(std::process::id(), 0, "ignored");
+        let process = processes.get(sampled(std::process::id(), 0, "ignored"));
         let exe = std::env::current_exe().expect("a test has a file");
         assert_eq!(process.series.get("exe"), exe.file_name().and_then(|name| name.to_str()));
         let mapping = process.mapping(Addr(here)).expect("own code is mapped");
@@ -280,28 +409,28 @@ mod tests {
     #[test]
     fn a_process_that_is_gone_keeps_its_name_and_is_counted() {
         let mut processes = processes();
-        let process = processes.get(u32::MAX - 1, 5, "short");
+        let process = processes.get(sampled(u32::MAX - 1, 5, "short"));
         assert_eq!(process.series.get("exe"), Some("short"));
-        assert_eq!(processes.gone(), 1);
+        assert_eq!(processes.counts().gone, 1);
     }
 
     #[test]
     fn another_start_time_is_another_process() {
         let mut processes = processes();
         let pid = std::process::id();
-        processes.get(pid, 0, "a");
-        assert_eq!(processes.gone(), 0);
-        processes.get(pid, 1, "earlier process of this pid");
-        assert_eq!(processes.gone(), 1, "the pid now belongs to another process");
+        processes.get(sampled(pid, 0, "a"));
+        assert_eq!(processes.counts().gone, 0);
+        processes.get(sampled(pid, 1, "earlier process of this pid"));
+        assert_eq!(processes.counts().gone, 1, "the pid now belongs to another process");
         assert_eq!(processes.len(), 1);
     }
 
     #[test]
     fn fields_are_found_behind_a_name_with_parentheses() {
-        let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194560 0 0 0 0 1 2 0 0 20 0 1 0 4242 0";
+        let stat = b"7 (a) b (c\xff)) S 1 7 7 0 -1 4194560 0 0 0 0 1 2 0 0 20 0 1 0 4242 0";
         assert_eq!(stat_field(stat, STAT_FLAGS), Some("4194560"));
         assert_eq!(stat_field(stat, STAT_STARTTIME), Some("4242"));
-        assert_eq!(stat_field("", STAT_FLAGS), None);
+        assert_eq!(stat_field(b"", STAT_FLAGS), None);
     }
 
     #[test]

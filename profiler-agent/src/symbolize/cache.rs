@@ -117,7 +117,7 @@ impl LocationCache {
     }
 
     fn intern_frame(&mut self, frame: NewFrame) -> Frame {
-        let NewFrame { function, system_name, module, file, line, start_line, offset } = frame;
+        let NewFrame { function, system_name, module, file, line, start_line, module_offset } = frame;
         Frame {
             function: self.intern(&function),
             system_name: self.intern(&system_name),
@@ -125,7 +125,7 @@ impl LocationCache {
             file: self.intern(&file),
             line,
             start_line,
-            offset,
+            module_offset,
         }
     }
 

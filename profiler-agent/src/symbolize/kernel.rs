@@ -25,17 +25,31 @@ const LINE_BYTES_MAX: u64 = 1024;
 /// An address further behind its symbol than any function is long is in no function: past the end of a module.
 const FUNCTION_BYTES_MAX: u64 = 1 << 20;
 
-/// The name given to what is built in; modules have their own, BPF programs `bpf`.
-const BUILT_IN: &str = "kernel";
+/// Code of the kernel or of one module spans no more than this (arch/x86/include/asm/page_64_types.h: KERNEL_IMAGE_SIZE);
+/// what lies farther from its start was put there at run time.
+const MODULE_BYTES_MAX: u64 = 1 << 30;
+
+/// The name given to what is built in; modules have their own, BPF programs [`BPF`].
+pub(crate) const BUILT_IN: &str = "kernel";
+
+/// The module of all BPF programs. Each lies by itself, somewhere.
+const BPF: &str = "bpf";
 
 /// The kernel's functions, sorted by address.
 #[derive(Debug, Default)]
 struct Table {
     functions: Vec<Function>,
     names: String,
-    modules: Vec<Box<str>>,
+    modules: Vec<Module>,
     /// Lines with an address of 0, which is what kptr_restrict shows.
     hidden: usize,
+}
+
+#[derive(Debug)]
+struct Module {
+    name: Box<str>,
+    /// Where its code begins: at `_stext` for what is built in, else at its first function.
+    start: u64,
 }
 
 /// 16 bytes: kernels have 60 to 200 thousand of them.
@@ -56,12 +70,13 @@ enum Rank {
     Weak,
 }
 
-/// A function and how far behind its start the address lies.
+/// A function, and how far behind its start and behind that of its module the address lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Found<'a> {
     module: &'a str,
     name: &'a str,
     offset: u64,
+    module_offset: u64,
 }
 
 /// One line of kallsyms.
@@ -122,17 +137,21 @@ impl Table {
             self.hidden += 1;
             return;
         }
-        let module = line.module.unwrap_or(BUILT_IN);
+        let name = line.module.unwrap_or(BUILT_IN);
         let next = u16::try_from(self.modules.len());
-        let number = match (modules.get(module), next) {
+        let number = match (modules.get(name), next) {
             (Some(&known), _) => known,
             (None, Ok(next)) => {
-                self.modules.push(module.into());
-                modules.insert(module.into(), next);
+                self.modules.push(Module { name: name.into(), start: u64::MAX });
+                modules.insert(name.into(), next);
                 next
             }
             (None, Err(_)) => return,
         };
+        if let Some(module) = self.modules.get_mut(usize::from(number)) {
+            let begins_here = name != BUILT_IN || line.name == "_stext";
+            module.start = if begins_here { module.start.min(line.addr) } else { module.start };
+        }
         let Ok(name_at) = u32::try_from(self.names.len()) else { return };
         self.names.push_str(line.name);
         self.names.push('\0');
@@ -151,8 +170,22 @@ impl Table {
             return Err(Reason::NotInSymbols);
         }
         let name = self.names.get(function.name_at as usize..).and_then(|names| names.split('\0').next());
-        let module = self.modules.get(usize::from(function.module));
-        Ok(Found { module: module.map_or(BUILT_IN, |module| module), name: name.unwrap_or_default(), offset })
+        let module = self.modules.get(usize::from(function.module)).ok_or(Reason::NotInSymbols)?;
+        Ok(Found {
+            module: &module.name,
+            name: name.unwrap_or_default(),
+            offset,
+            module_offset: module.offset(addr).unwrap_or(offset),
+        })
+    }
+}
+
+impl Module {
+    /// `None` for what the module's start says nothing of. The distance between two places that the kernel chose at random
+    /// would tell of both.
+    fn offset(&self, addr: Addr) -> Option<u64> {
+        let offset = addr.0.checked_sub(self.start)?;
+        (&*self.name != BPF && offset < MODULE_BYTES_MAX).then_some(offset)
     }
 }
 
@@ -209,20 +242,20 @@ impl KernelSymbols {
         Ok(stale)
     }
 
-    /// The function at an address: one frame, its module and its offset from the function's start.
+    /// The function at an address: one frame, with its module and the offset in that.
     pub(super) fn frames(&self, addr: Addr) -> Result<Vec<NewFrame>, Reason> {
-        let Found { module, name, offset } = self.table.find(addr)?;
+        let Found { module, name, offset: _, module_offset } = self.table.find(addr)?;
         Ok(vec![NewFrame {
             function: name.into(),
             system_name: name.into(),
             module: module.into(),
-            offset,
+            module_offset,
             ..NewFrame::default()
         }])
     }
 
     fn doubtful(&self, addr: Addr) -> bool {
-        self.table.find(addr).is_ok_and(|found| found.module == "bpf")
+        self.table.find(addr).is_ok_and(|found| found.module == BPF)
             || self.table.find(addr) == Err(Reason::NotInSymbols)
     }
 
@@ -268,7 +301,8 @@ ffffffff81000100 t local_name
 ffffffff81000100 T public_name
 ffffffff81000180 D data
 ffffffff81000200 t last
-ffffffffc0000000 t nft_do_chain\t[nf_tables]
+ffffffffc0000000 t nft_init\t[nf_tables]
+ffffffffc0000040 t nft_do_chain\t[nf_tables]
 ffffffffc1000000 t bpf_prog_6deef7357e7b4530\t[bpf]
 ";
 
@@ -285,11 +319,25 @@ ffffffffc1000000 t bpf_prog_6deef7357e7b4530\t[bpf]
         check(0xffff_ffff_8100_00ff, Ok(("kernel", "_stext", 0xff)));
         check(0xffff_ffff_8100_0101, Ok(("kernel", "public_name", 1)));
         check(0xffff_ffff_8100_0190, Ok(("kernel", "public_name", 0x90)));
-        check(0xffff_ffff_c000_0010, Ok(("nf_tables", "nft_do_chain", 0x10)));
+        check(0xffff_ffff_c000_0050, Ok(("nf_tables", "nft_do_chain", 0x10)));
         check(0xffff_ffff_c100_0000, Ok(("bpf", "bpf_prog_6deef7357e7b4530", 0)));
         check(0x1000, Err(Reason::NotInSymbols));
         check(0xffff_ffff_8110_0200, Err(Reason::NotInSymbols));
         check(u64::MAX, Err(Reason::NotInSymbols));
+    }
+
+    #[test]
+    fn an_address_is_told_by_its_distance_from_what_it_was_loaded_with() {
+        let far = format!("{KALLSYMS}fffffe0000000000 T entry_trampoline\n");
+        let table = Table::read(far.as_bytes()).unwrap();
+        let check =
+            |addr, expect| assert_eq!(table.find(Addr(addr)).unwrap().module_offset, expect, "{addr:#x}");
+        check(0xffff_ffff_8100_0190, 0x190);
+        check(0xffff_ffff_c000_0050, 0x50);
+        check(0xffff_ffff_c100_0010, 0x10);
+        check(0xffff_fe00_0000_0004, 4);
+        let without_start = Table::read("ffffffff81000000 T vfs_read\n".as_bytes()).unwrap();
+        assert_eq!(without_start.find(Addr(0xffff_ffff_8100_0003)).unwrap().module_offset, 3);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use std::{io, thread};
 
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
+pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
 use native::NativeSymbols;
 use queue::{Lane, Queue, Source, Work};
@@ -97,8 +98,8 @@ pub(crate) struct Frame {
     pub(crate) line: u32,
     /// Line of the function's first instruction, which is where its body begins; 0 when unknown, as for inlined ones.
     pub(crate) start_line: u32,
-    /// Bytes from the function's start; 0 for inlined ones.
-    pub(crate) offset: u64,
+    /// Kernel frames: bytes from the start of the module's code, or of the program's for BPF; else 0.
+    pub(crate) module_offset: u64,
 }
 
 /// A [`Frame`] whose strings are not shared yet.
@@ -110,7 +111,7 @@ struct NewFrame {
     file: String,
     line: u32,
     start_line: u32,
-    offset: u64,
+    module_offset: u64,
 }
 
 /// Why an address leaves without a function.
@@ -233,6 +234,14 @@ impl Symbols {
     }
 }
 
+impl Symbols {
+    /// A symbolizer that has ended by itself, which none does but by a panic.
+    pub(crate) fn dead_thread(&self) -> Option<&str> {
+        let dead = self.threads.iter().find(|thread| thread.is_finished())?;
+        Some(dead.thread().name().unwrap_or("symbolizer"))
+    }
+}
+
 impl Drop for Symbols {
     fn drop(&mut self) {
         self.queue.close();
@@ -319,7 +328,9 @@ mod tests {
         match &found[&kernel.id()] {
             Location::Resolved(frames) => {
                 let [frame] = &**frames else { panic!("{frames:?}") };
-                assert_eq!((&*frame.module, &*frame.function, frame.offset), ("kernel", "vfs_read", 1));
+                let start = line_of_kallsyms("_stext").expect("every kernel has _stext");
+                let expect = ("kernel", "vfs_read", kernel_addr + 1 - start);
+                assert_eq!((&*frame.module, &*frame.function, frame.module_offset), expect);
             }
             Location::Unresolved(reason) => {
                 assert_eq!((*reason, kernel_addr), (Reason::KallsymsHidden, 0));

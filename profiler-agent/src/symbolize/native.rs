@@ -215,15 +215,9 @@ fn frames(sym: &Sym<'_>, function: &Function) -> Vec<NewFrame> {
     let inlined = sym.inlined.iter().rev().map(|inlined| frame(&inlined.name, inlined.code_info.as_ref()));
     let outer = NewFrame {
         start_line: function.start_line,
-        offset: offset(sym),
         ..frame(function.linkage_name.as_deref().unwrap_or(&sym.name), sym.code_info.as_deref())
     };
     inlined.take(FRAMES_MAX - 1).chain([outer]).collect()
-}
-
-/// 0 in a part of the function that was moved in front of its start (`.text.unlikely`), where blazesym's wraps around.
-fn offset(sym: &Sym<'_>) -> u64 {
-    u64::try_from(sym.offset.cast_signed()).unwrap_or(0)
 }
 
 fn frame(name: &str, code: Option<&CodeInfo<'_>>) -> NewFrame {
@@ -474,7 +468,6 @@ mod tests {
         assert!(outer.function.ends_with("native::tests::caller_of_inlined"), "{frames:?}");
         assert!(outer.system_name.starts_with("_R") || outer.system_name.starts_with("_ZN"), "{frames:?}");
         assert!(frames.iter().all(|frame| frame.file.ends_with("native.rs") && frame.line > 0), "{frames:?}");
-        assert!(outer.offset > 0 && inner.offset == 0, "{frames:?}");
     }
 
     #[test]
@@ -495,7 +488,7 @@ mod tests {
         let (executable, addr) = at(&cache, libc::qsort as *const () as u64);
         let frames = one(&mut NativeSymbols::new(), &executable, addr.0 + 1).unwrap();
         let [frame] = frames.as_slice() else { panic!("{frames:?}") };
-        assert_eq!((frame.function.as_str(), frame.offset), ("qsort", 1));
+        assert_eq!(frame.function, "qsort");
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! One clock event per CPU, with the sampling program on it.
 //!
-//! aya opens perf events too, but without `exclude_idle`, without a period in nanoseconds that can be changed later, and
-//! it enables them at once.
+//! aya opens perf events too, but without `exclude_idle`, and it enables them at once.
 
 use std::{
     io,
@@ -36,7 +35,6 @@ const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 
 const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
 const PERF_EVENT_IOC_DISABLE: libc::Ioctl = 0x2401;
-const PERF_EVENT_IOC_PERIOD: libc::Ioctl = 0x4008_2404u32 as libc::Ioctl;
 const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408u32 as libc::Ioctl;
 
 /// A clock event of one CPU. Closing it detaches the program.
@@ -91,15 +89,9 @@ impl CpuClock {
         self.ioctl(PERF_EVENT_IOC_DISABLE, 0)
     }
 
-    /// Changes the period, in nanoseconds; samples carry the new one from then on.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for rates changed at run time"))]
-    pub(crate) fn set_period(&self, period_ns: u64) -> io::Result<()> {
-        self.ioctl(PERF_EVENT_IOC_PERIOD, (&raw const period_ns) as libc::c_ulong)
-    }
-
     fn ioctl(&self, request: libc::Ioctl, argument: libc::c_ulong) -> io::Result<()> {
-        // SAFETY: the descriptor is a perf event of ours; the argument is what each request documents: nothing, a
-        // program's descriptor, or the address of a u64 that lives through the call.
+        // SAFETY: the descriptor is a perf event of ours; the argument is what each request documents: nothing,
+        // or a program's descriptor. Neither is an address.
         let status = unsafe { libc::ioctl(self.fd.as_fd().as_raw_fd(), request, argument) };
         if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
@@ -111,10 +103,9 @@ mod tests {
 
     #[test]
     #[ignore = "needs root and BPF"]
-    fn an_event_opens_changes_its_period_and_stops() {
+    fn an_event_opens_starts_and_stops() {
         let event = CpuClock::open(0, 52_631_578).expect("CPU 0 has a clock");
         event.enable().expect("enable");
-        event.set_period(10_000_000).expect("new period");
         event.disable().expect("disable");
     }
 }

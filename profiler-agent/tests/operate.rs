@@ -1,0 +1,104 @@
+//! How the agent is started and stopped: bad values, signals, addresses.
+
+#[path = "support/spawned.rs"]
+mod spawned;
+
+use std::{net::TcpListener, process::Command};
+
+use spawned::{Spawned, account, get, term};
+
+/// An agent with these arguments ends with 2 and says why in one line that holds all of `parts`.
+#[track_caller]
+fn refused(arguments: &[&str], parts: &[&str]) {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_profiler-agent")).args(arguments).output().expect("it starts");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+    for part in parts {
+        assert!(message.contains(part), "{message:?} has {part:?}");
+    }
+    assert!(!message.contains("secret"), "{message}");
+}
+
+#[test]
+fn a_bad_value_ends_with_2_and_one_line_that_names_key_value_and_what_is_accepted() {
+    refused(&["-F", "0"], &["frequency", "\"0\"", "1 to 1000"]);
+    refused(&["-F", "often"], &["frequency", "\"often\"", "1 to 1000"]);
+    refused(&["--window", "1h"], &["window", "\"1h\"", "1s to 10m"]);
+    refused(&["--listen", "here"], &["listen", "\"here\"", "127.0.0.1:7700"]);
+    refused(&["--label", "comm=x"], &["label", "\"comm=x\"", "not pid, comm or thread_name"]);
+    refused(&["--upload", "ftp://user:secret@h/?token=secret"], &["upload", "ftp://***@h/", "http://HOST"]);
+    refused(&["--config", "/nowhere.toml"], &["config", "/nowhere.toml", "TOML"]);
+}
+
+#[test]
+fn the_help_does_not_show_the_credentials_in_the_environment() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_profiler-agent"));
+    let output = command.arg("--help").env("PROFILER_UPLOAD", "https://user:secret@h/").output();
+    let help = String::from_utf8_lossy(&output.expect("it starts").stdout).into_owned();
+    assert!(help.contains("PROFILER_UPLOAD") && !help.contains("secret"), "{help}");
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn sigterm_flushes_the_open_window_and_ends_with_0() {
+    // The first windows end after 1 s and 5 s, the next after 10 minutes: one is open whenever the signal comes.
+    let agent = Spawned::start(&["-F", "99", "--window", "600s"]);
+    agent.wait_for("samples in the last window", || {
+        let in_window = agent.metric("profiler_agent_samples_waiting{type=\"cpu\",place=\"window\"}");
+        (in_window > 0).then_some(())
+    });
+    agent.signal(libc::SIGTERM);
+    let (code, log) = agent.end();
+    let account = account(&log);
+    assert_eq!(code, Some(0), "{log}");
+    assert!(term(account, "delivered") > 0, "{account}");
+    assert!(account.ends_with("waiting 0 + dropped 0"), "{account}");
+    assert_eq!(term(account, "taken"), term(account, "delivered"), "{account}");
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_second_interrupt_ends_at_once_with_130_and_says_so() {
+    // It takes connections and never answers, so that the flush lasts.
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = silent.local_addr().expect("a bound socket has an address");
+    let agent = Spawned::start(&["-F", "99", "--window", "1s", "--upload", &format!("http://{address}/")]);
+    agent.wait_for("a batch that waits", || {
+        let name = format!("profiler_agent_upload_queue_bytes{{destination=\"http://{address}/\"}}");
+        (agent.metric(&name) > 0).then_some(())
+    });
+    agent.signal(libc::SIGINT);
+    agent.wait_for_line("flushing the open window");
+    agent.signal(libc::SIGINT);
+    let (code, log) = agent.end();
+    assert_eq!(code, Some(130), "{log}");
+    assert!(log.contains("exiting at once"), "{log}");
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn port_0_is_told_as_the_port_that_was_taken_and_answers() {
+    let agent = Spawned::start(&[]);
+    let address = agent.address();
+    assert_ne!(address.port(), 0);
+    assert!(get(address, "/readyz").starts_with("HTTP/1.1 200 "), "{}", agent.log());
+    agent.signal(libc::SIGINT);
+    assert_eq!(agent.end().0, Some(0));
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_proxy_in_the_environment_is_not_asked_for_the_embedded_backend() {
+    let dead_proxy = [("http_proxy", "http://127.0.0.1:1"), ("HTTP_PROXY", "http://127.0.0.1:1")];
+    let agent = Spawned::start_with(&["-F", "99", "--window", "1s"], &dead_proxy);
+    agent.wait_for("samples", || {
+        (agent.metric("profiler_agent_samples_taken_total{type=\"cpu\"}") > 0).then_some(())
+    });
+    agent.signal(libc::SIGINT);
+    let (code, log) = agent.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(account(&log).ends_with("waiting 0 + dropped 0"), "{log}");
+    assert!(term(account(&log), "delivered") > 0, "{log}");
+}
