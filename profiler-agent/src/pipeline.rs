@@ -16,24 +16,25 @@ use std::{
 };
 
 use anyhow::Context as _;
-use profiler_common::stats::Counter;
+use profiler_common::{stats::Counter, wire::StackEnd};
 use reqwest::Client;
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::error;
 
 use crate::{
     bpf::{KernelCounts, LoadOptions, Programs},
-    config::Config,
+    config::{Config, Unwind},
     drain::{self, BATCHES_MAX, RawSample, Record},
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
     label::{Labeler, fold_kworker, task_name},
     ledger::{Balance, Cause, Ledger, Place},
     normalize::{self, Location},
-    process::Processes,
+    process::{ImageReader, Processes},
     symbolize::{self, LocationKey, Symbols},
     sys::clock::{self, WallClock},
     telemetry::Gauges,
+    unwind::{self, TableRequests, UnwindCounts, Unwinder},
     window::{Closed, SampleLabels, Windows},
 };
 
@@ -76,6 +77,8 @@ pub(crate) struct Shared {
     pub(crate) gauges: Arc<Gauges>,
     /// The symbolizer.
     pub(crate) symbols: Arc<Symbols>,
+    /// Unwind tables.
+    pub(crate) unwind: Arc<UnwindCounts>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
@@ -84,7 +87,9 @@ impl Shared {
     fn new(exporters: Arc<[Exporter]>) -> anyhow::Result<Self> {
         let symbols =
             Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
-        Ok(Self { ledger: Arc::default(), gauges: Arc::default(), symbols: Arc::new(symbols), exporters })
+        let symbols = Arc::new(symbols);
+        let (ledger, gauges, unwind) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, exporters })
     }
 
     /// The account of every destination, for so many samples taken.
@@ -137,6 +142,7 @@ pub(crate) struct Pipeline {
     stop_drain: Sender<()>,
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
+    unwinder: Option<JoinHandle<()>>,
     encoder: JoinHandle<()>,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
 }
@@ -148,8 +154,12 @@ impl Pipeline {
         destinations: Vec<Destination>,
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
-        let options =
-            LoadOptions { ring_bytes: ring_bytes(), period_ns: config.period_ns(), sys_root: "/sys".into() };
+        let options = LoadOptions {
+            ring_bytes: ring_bytes(),
+            has_tables: config.unwind == Unwind::Dwarf,
+            period_ns: config.period_ns(),
+            sys_root: "/sys".into(),
+        };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
         let ring = programs.take_events()?;
         forward_messages(&mut programs, runtime);
@@ -162,9 +172,19 @@ impl Pipeline {
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
+        let executables = executables();
+        let (tables, unwinder) = match config.unwind {
+            Unwind::Dwarf => {
+                let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
+                (Some(tables), Some(unwinder))
+            }
+            Unwind::FramePointers => (None, None),
+        };
+        let labeler = Labeler::new(&config.node, &config.labels);
+        let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
         let worker =
-            Worker { shared: shared.clone(), processes: processes(config), windows, closed: closed_sender };
+            Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
@@ -172,6 +192,7 @@ impl Pipeline {
             drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches))?,
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
+            unwinder,
             programs,
             view,
             uploads,
@@ -196,7 +217,8 @@ impl Pipeline {
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Vec<Balance> {
         self.programs.stop();
         drop(self.stop_drain);
-        for stage in [self.drain, self.worker, self.encoder] {
+        let stages = [self.drain, self.worker, self.encoder];
+        for stage in stages.into_iter().chain(self.unwinder) {
             let name = stage.thread().name().unwrap_or_default().to_owned();
             if stage.join().is_err() {
                 error!(stage = name, "a stage ended by a panic; the account below shows what it lost");
@@ -225,14 +247,22 @@ fn ring_bytes() -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-fn processes(config: &Config) -> Processes {
+fn executables() -> Arc<ExecutableCache> {
     let open_files = crate::sys::limits::raise_open_files().unwrap_or(1024);
     let executables = usize::try_from((open_files / OPEN_FILES_SHARE).min(EXECUTABLES_MAX)).unwrap_or(256);
-    Processes::new(
-        "/proc".into(),
-        ExecutableCache::new(executables),
-        Labeler::new(&config.node, &config.labels),
-    )
+    Arc::new(ExecutableCache::new(executables))
+}
+
+fn start_unwinder(
+    programs: &mut Programs,
+    shared: &Shared,
+    executables: &Arc<ExecutableCache>,
+) -> anyhow::Result<(TableRequests, JoinHandle<()>)> {
+    let maps = programs.take_unwind_maps()?;
+    let images = ImageReader::new("/proc".into(), Arc::clone(executables));
+    let unwinder = Unwinder::new(maps, images, Arc::clone(&shared.unwind));
+    let (tables, requests) = unwind::requests(Arc::clone(&shared.unwind));
+    Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
 
 /// The BPF programs' rare messages become log lines.
@@ -310,6 +340,9 @@ impl Worker {
         let comm = if comm.is_empty() { thread_name.clone() } else { comm };
         let series = self.processes.get(raw.tgid, raw.start_ns, &comm).series.clone();
         let stack = normalize::stack(raw, &mut self.processes);
+        if !raw.by_tables && raw.user_end != StackEnd::NoUserStack {
+            self.processes.walked_without_tables(raw.tgid);
+        }
         let labels = SampleLabels { comm, thread_name, pid: raw.tgid };
         let symbols = &self.shared.symbols;
         let prefetch = |location: &Location| {
@@ -317,7 +350,7 @@ impl Worker {
                 symbols.prefetch(key.clone());
             }
         };
-        self.shared.gauges.count_stack(raw.user_end);
+        self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
         match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
             Ok(()) => self.shared.ledger.enter(Place::Window, 1),
             Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
@@ -415,7 +448,8 @@ mod tests {
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let now = clock::boot_ns();
-        let processes = Processes::new("/proc".into(), ExecutableCache::new(8), Labeler::new("n", &[]));
+        let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
+        let processes = Processes::new(images, Labeler::new("n", &[]), None);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
         let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };

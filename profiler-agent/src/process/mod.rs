@@ -1,62 +1,33 @@
 //! Processes by pid and start time: what they map, and which series they belong to.
 
+mod image;
 pub(crate) mod maps;
 
 use std::{
     collections::HashMap,
-    ffi::OsStr,
     fs,
-    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use tracing::debug;
+pub(crate) use image::{Backing, ImageReader, Mapping};
+use profiler_common::unwind::mappings::NS_PER_TICK;
 
-use self::maps::{MapsEntry, executable_ranges};
 use crate::{
-    addr::{Addr, FileOffset},
-    executable::{Executable, ExecutableCache, MappedFile},
+    addr::Addr,
     label::{Labeler, SeriesLabels, Subject, owner},
+    unwind::TableRequests,
 };
 
 /// Processes remembered. A process takes about 2 KiB here.
 const PROCESSES_MAX: usize = 16_384;
-/// Executable ranges of one process. JITs that split their code cache reach hundreds.
-const RANGES_MAX: usize = 4096;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
 /// garbage at the end of a stack.
 const REREAD_INTERVAL: Duration = Duration::from_secs(1);
-/// Source: sysconf(3), _SC_CLK_TCK, 100 on every architecture Linux runs on.
-const NS_PER_TICK: u64 = 10_000_000;
-
-/// What lies behind an executable range.
-#[derive(Clone, Debug)]
-pub(crate) enum Backing {
-    /// An ELF file.
-    Executable(Arc<Executable>),
-    /// Memory without a file (`[vdso]`, `//anon` for generated code), or a file that could not be used, by its name.
-    Unnamed(Arc<str>),
-}
-
-/// One executable range of a process.
-#[derive(Clone, Debug)]
-pub(crate) struct Mapping {
-    start: Addr,
-    end: Addr,
-    offset: FileOffset,
-    pub(crate) backing: Backing,
-}
-
-impl Mapping {
-    /// The byte of the file that lies at an address of the range.
-    pub(crate) fn file_offset(&self, addr: Addr) -> FileOffset {
-        FileOffset(addr.0.wrapping_sub(self.start.0).wrapping_add(self.offset.0))
-    }
-}
+/// Time between two requests for one process's unwind tables, while its samples come without.
+const TABLES_INTERVAL: Duration = Duration::from_secs(5);
 
 /// One process.
 #[derive(Debug)]
@@ -67,6 +38,7 @@ pub(crate) struct Process {
     /// Ascending and disjoint.
     mappings: Vec<Mapping>,
     mappings_read: Instant,
+    tables_requested: Instant,
     last_sampled: Instant,
 }
 
@@ -81,17 +53,17 @@ impl Process {
 /// The process table. Owned by the worker thread; reading `/proc` is its own doing, the drain does not wait for it.
 pub(crate) struct Processes {
     by_pid: HashMap<u32, Process>,
-    executables: ExecutableCache,
+    images: ImageReader,
     labeler: Labeler,
-    proc_root: PathBuf,
+    /// `None` where frame pointers are to be used.
+    tables: Option<TableRequests>,
     gone: u64,
-    unusable_files: u64,
 }
 
 impl Processes {
-    /// An empty table that reads processes below `proc_root`.
-    pub(crate) fn new(proc_root: PathBuf, executables: ExecutableCache, labeler: Labeler) -> Self {
-        Self { by_pid: HashMap::new(), executables, labeler, proc_root, gone: 0, unusable_files: 0 }
+    /// An empty table.
+    pub(crate) fn new(images: ImageReader, labeler: Labeler, tables: Option<TableRequests>) -> Self {
+        Self { by_pid: HashMap::new(), images, labeler, tables, gone: 0 }
     }
 
     /// The process that a sample was taken of, read now when it is new.
@@ -104,6 +76,7 @@ impl Processes {
             self.make_room();
             let process = self.read(pid, start_ns, comm, now);
             self.by_pid.insert(pid, process);
+            self.request_tables(pid);
         }
         let process = self.by_pid.get_mut(&pid).expect("it was there or has just been inserted");
         process.last_sampled = now;
@@ -116,7 +89,8 @@ impl Processes {
         if !due {
             return None;
         }
-        let mappings = self.read_mappings(pid);
+        self.request_tables(pid);
+        let mappings = self.images.mappings(pid);
         let process = self.by_pid.get_mut(&pid)?;
         if !mappings.is_empty() {
             process.mappings = mappings;
@@ -128,6 +102,22 @@ impl Processes {
     /// The process has a new image.
     pub(crate) fn exec(&mut self, pid: u32) {
         self.by_pid.remove(&pid);
+        self.request_tables(pid);
+    }
+
+    /// A sample of the process was walked without its tables: asks for them, unless that was done of late.
+    pub(crate) fn walked_without_tables(&mut self, pid: u32) {
+        let Some(process) = self.by_pid.get_mut(&pid) else { return };
+        if process.tables_requested.elapsed() >= TABLES_INTERVAL {
+            process.tables_requested = Instant::now();
+            self.request_tables(pid);
+        }
+    }
+
+    fn request_tables(&self, pid: u32) {
+        if let Some(tables) = &self.tables {
+            tables.request(pid);
+        }
     }
 
     /// Forgets processes that were not sampled for a while.
@@ -147,12 +137,12 @@ impl Processes {
 
     /// Mappings whose file could not be opened or is no usable ELF file.
     pub(crate) fn unusable_files(&self) -> u64 {
-        self.unusable_files
+        self.images.unusable_files()
     }
 
     /// Executables open now.
     pub(crate) fn executables(&self) -> usize {
-        self.executables.len()
+        self.images.executables()
     }
 
     /// Containers among the known processes.
@@ -175,19 +165,19 @@ impl Processes {
 
     fn read(&mut self, pid: u32, start_ns: u64, comm: &str, now: Instant) -> Process {
         let directory = self.directory(pid);
-        let alive = is_same_process(&directory, start_ns);
+        let alive = is_same_process(self.images.start_ticks(pid), start_ns);
         let (series, mappings) = if alive {
-            (self.read_labels(&directory, comm), self.read_mappings(pid))
+            (self.read_labels(&directory, comm), self.images.mappings(pid))
         } else {
             self.gone += 1;
             let is_kernel_thread = false;
             (self.labeler.series(&Subject { comm, is_kernel_thread, ..Subject::default() }), Vec::new())
         };
-        Process { start_ns, series, mappings, mappings_read: now, last_sampled: now }
+        Process { start_ns, series, mappings, mappings_read: now, tables_requested: now, last_sampled: now }
     }
 
     fn directory(&self, pid: u32) -> PathBuf {
-        self.proc_root.join(pid.to_string())
+        self.images.directory(pid)
     }
 
     fn read_labels(&self, directory: &Path, comm: &str) -> SeriesLabels {
@@ -197,41 +187,11 @@ impl Processes {
         let exe = exe.to_string_lossy();
         self.labeler.series(&Subject { exe: &exe, is_kernel_thread, comm, owner: owner(&cgroup) })
     }
-
-    fn read_mappings(&mut self, pid: u32) -> Vec<Mapping> {
-        let Ok(maps) = fs::read(self.directory(pid).join("maps")) else { return Vec::new() };
-        executable_ranges(&maps).take(RANGES_MAX).map(|entry| self.mapping(pid, &entry)).collect()
-    }
-
-    fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {
-        let &MapsEntry { start, end, offset, device: _, inode, path } = entry;
-        Mapping { start, end, offset, backing: self.backing(pid, start, end, inode, path) }
-    }
-
-    fn backing(&mut self, pid: u32, start: Addr, end: Addr, inode: u64, path: &[u8]) -> Backing {
-        if inode == 0 {
-            let name = if path.is_empty() { "//anon".into() } else { String::from_utf8_lossy(path) };
-            return Backing::Unnamed(name.into());
-        }
-        let path = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(path)));
-        let mapped = MappedFile { pid, range: start..end, inode, path };
-        match self.executables.open(&self.proc_root, &mapped) {
-            Ok(executable) => Backing::Executable(executable),
-            Err(error) => {
-                self.unusable_files += 1;
-                debug!(error = &error as &dyn std::error::Error, pid, "frames of this file stay addresses");
-                let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-                Backing::Unnamed(name.into())
-            }
-        }
-    }
 }
 
-/// Whether the pid still belongs to the process that was sampled. Source: proc_pid_stat(5), starttime.
-fn is_same_process(directory: &Path, start_ns: u64) -> bool {
-    let Ok(stat) = fs::read_to_string(directory.join("stat")) else { return false };
-    let Some(field) = stat_field(&stat, STAT_STARTTIME) else { return false };
-    start_ns == 0 || field.parse() == Ok(start_ns / NS_PER_TICK)
+/// Whether the process that has the pid now, if any, is the one that was sampled.
+fn is_same_process(start_ticks: Option<u64>, start_ns: u64) -> bool {
+    start_ticks.is_some_and(|ticks| start_ns == 0 || ticks == start_ns / NS_PER_TICK)
 }
 
 /// Whether a task without an executable is a kernel thread rather than one that is exiting. Source: proc_pid_stat(5),
@@ -256,10 +216,14 @@ fn stat_field(stat: &str, number: usize) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::executable::ExecutableCache;
 
     fn processes() -> Processes {
-        Processes::new("/proc".into(), ExecutableCache::new(64), Labeler::new("n", &[]))
+        let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
+        Processes::new(images, Labeler::new("n", &[]), None)
     }
 
     #[test]

@@ -7,7 +7,6 @@ mod kernel;
 mod native;
 mod nesting;
 mod queue;
-mod sigbus;
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -17,6 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
+use crate::sys::sigbus;
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
 use kernel::KernelSymbols;

@@ -23,10 +23,10 @@ static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
 /// The file changed under the reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct FileShrank;
+pub(crate) struct FileShrank;
 
 /// Runs `read`, which reads mapped files on this thread and on no other.
-pub(super) fn guard<T>(read: impl FnOnce() -> T) -> Result<T, FileShrank> {
+pub(crate) fn guard<T>(read: impl FnOnce() -> T) -> Result<T, FileShrank> {
     let _done = Reading::start();
     let result = read();
     if REPLACED.get() == Some(0) { Ok(result) } else { Err(FileShrank) }
@@ -48,7 +48,7 @@ impl Drop for Reading {
 }
 
 /// Installs the handler for the whole process, once. Other faults still end it as they did before.
-pub(super) fn install() -> io::Result<()> {
+pub(crate) fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     let installed =
         INSTALLED.get_or_init(|| install_now().map_err(|error| error.raw_os_error().unwrap_or(0)));
