@@ -340,8 +340,8 @@ impl Worker {
         let comm = if comm.is_empty() { thread_name.clone() } else { comm };
         let series = self.processes.get(raw.tgid, raw.start_ns, &comm).series.clone();
         let stack = normalize::stack(raw, &mut self.processes);
-        if !raw.by_tables && raw.user_end != StackEnd::NoUserStack {
-            self.processes.walked_without_tables(raw.tgid);
+        if lacks_tables(raw) {
+            self.processes.lacks_tables(raw.tgid);
         }
         let labels = SampleLabels { comm, thread_name, pid: raw.tgid };
         let symbols = &self.shared.symbols;
@@ -376,6 +376,15 @@ impl Worker {
         let gauges = &self.shared.gauges;
         gauges.set_processes(&self.processes);
         gauges.set_late(self.windows.late());
+    }
+}
+
+/// Whether better tables would have led further: the process had none, or they do not know its latest mappings.
+fn lacks_tables(raw: &RawSample) -> bool {
+    match raw.user_end {
+        StackEnd::NoUserStack | StackEnd::NoRegisters => false,
+        StackEnd::NoMapping => true,
+        _ => !raw.by_tables,
     }
 }
 

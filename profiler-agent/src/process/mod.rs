@@ -105,8 +105,8 @@ impl Processes {
         self.request_tables(pid);
     }
 
-    /// A sample of the process was walked without its tables: asks for them, unless that was done of late.
-    pub(crate) fn walked_without_tables(&mut self, pid: u32) {
+    /// A sample of the process lacked tables: asks for them, unless that was done of late.
+    pub(crate) fn lacks_tables(&mut self, pid: u32) {
         let Some(process) = self.by_pid.get_mut(&pid) else { return };
         if process.tables_requested.elapsed() >= TABLES_INTERVAL {
             process.tables_requested = Instant::now();

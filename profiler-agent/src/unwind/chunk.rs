@@ -2,7 +2,9 @@
 
 use std::{ops::Range, sync::Arc};
 
-use profiler_common::unwind::mappings::{CHUNK_RECORDS, MappingChunk, MappingRecord, NO_DIRECTORY};
+use profiler_common::unwind::mappings::{
+    CHUNK_RECORDS, MappingChunk, MappingRecord, NO_DIRECTORY, UNUSED_START,
+};
 
 /// The code of one directory, by the addresses of the ELF file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +33,8 @@ pub(super) struct CodeRange {
 /// One record with its start.
 pub(super) type Record = (u64, MappingRecord);
 
-/// The records of a process, ascending. Ranges are split where another directory begins; neighbors without a table are
+/// The records of a process, ascending. The vsyscall page, which lies above all user addresses and in the way of the
+/// search, is left out. Ranges are split where another directory begins; neighbors without a table are
 /// one record. `None` where they are more than a chunk holds.
 ///
 /// ```text
@@ -41,7 +44,7 @@ pub(super) type Record = (u64, MappingRecord);
 /// ```
 pub(super) fn records(ranges: &[CodeRange]) -> Option<Vec<Record>> {
     let mut records = Vec::new();
-    for CodeRange { addresses, table } in ranges {
+    for CodeRange { addresses, table } in ranges.iter().filter(|range| range.addresses.end <= UNUSED_START) {
         let mut at = addresses.start;
         for piece in table.iter().flat_map(|table| pieces(table, addresses)) {
             push(&mut records, without_table(at..piece.0));
@@ -160,6 +163,15 @@ mod tests {
         let ranges: Vec<_> = (1..=CHUNK_RECORDS as u64 + 1).map(range).collect();
         assert!(records(&ranges).is_none());
         assert!(records(&ranges[1..]).is_some());
+    }
+
+    #[test]
+    fn the_vsyscall_page_is_in_nobodys_way() {
+        let range = |start| CodeRange { addresses: start..start + 0x1000, table: None };
+        let ranges = [0x1000, 0x3000, 0x5000, 0x7000, 0xffff_ffff_ff60_0000].map(range);
+        check(&ranges, 0x1800, Some((NO_DIRECTORY, 0)));
+        check(&ranges, 0x7800, Some((NO_DIRECTORY, 0)));
+        check(&ranges, 0xffff_ffff_ff60_0000, None);
     }
 
     #[test]
