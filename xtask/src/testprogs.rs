@@ -30,6 +30,26 @@ const C_FLAGS: [&str; 10] = [
     "-pthread",
 ];
 
+/// As distributions build: no frame pointers. Nothing but unwind information leads from frame to caller.
+const DEEP_FLAGS: [&str; 9] = [
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unused-function",
+    "-O2",
+    "-g1",
+    "-fomit-frame-pointer",
+    "-pthread",
+];
+
+/// `deep.c` by compiler: the program it makes, and the flags it needs besides. Those that are not installed are skipped.
+const DEEP_COMPILERS: [(&str, &str, &[&str]); 3] = [
+    ("gcc", "deep_gcc", &[]),
+    ("clang", "deep_clang", &[]),
+    ("musl-gcc", "deep_musl", &["-static"]),
+];
+
 const RUST_FLAGS: [&str; 5] =
     ["--edition=2024", "-O", "-Cforce-frame-pointers=yes", "-Cdebuginfo=1", "-Dwarnings"];
 
@@ -47,6 +67,9 @@ pub(crate) fn build() -> Result<Tally> {
         }
         tally += Tally::PASSED;
     }
+    for (compiler, name, flags) in DEEP_COMPILERS {
+        tally += build_deep(compiler, &into.join(name), flags, &from)?;
+    }
     let source = from.join("rust_burn.rs");
     if is_outdated(&into.join("rust_burn"), std::slice::from_ref(&source)) {
         command::run(
@@ -62,6 +85,18 @@ pub(crate) fn build() -> Result<Tally> {
     }
     tally += Tally::PASSED;
     Ok(tally)
+}
+
+fn build_deep(compiler: &str, program: &Path, flags: &[&str], from: &Path) -> Result<Tally> {
+    let source = from.join("deep.c");
+    if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
+        if Command::new(compiler).arg("--version").output().is_err() {
+            eprintln!("SKIP {}: {compiler} is not installed", program.display());
+            return Ok(Tally::SKIPPED);
+        }
+        command::run(Command::new(compiler).args(DEEP_FLAGS).args(flags).arg("-o").arg(program).arg(source))?;
+    }
+    Ok(Tally::PASSED)
 }
 
 fn is_outdated(program: &Path, sources: &[PathBuf]) -> bool {

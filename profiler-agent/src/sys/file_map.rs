@@ -1,6 +1,6 @@
 //! A file's bytes without a copy of them.
 
-use std::{fs::File, io, os::fd::AsRawFd as _, ptr, slice};
+use std::{fs::File, hint::black_box, io, os::fd::AsRawFd as _, ptr, slice};
 
 use super::sigbus::{self, FileShrank};
 
@@ -29,9 +29,13 @@ impl FileMap {
     /// # Errors
     /// The file was made shorter meanwhile; what `read` gave is thrown away.
     pub(crate) fn read<T>(&self, read: impl FnOnce(&[u8]) -> T) -> Result<T, FileShrank> {
-        // SAFETY: the mapping has this many bytes and lives as long as `self`; nobody can write through it.
-        let bytes = unsafe { slice::from_raw_parts(self.start, self.bytes) };
-        sigbus::guard(|| read(bytes))
+        sigbus::guard(|| {
+            // Opaque to the compiler, which may otherwise read ahead of the guard: it takes the bytes of a slice to be
+            // there.
+            let start = black_box(self.start);
+            // SAFETY: the mapping has this many bytes and lives as long as `self`; nobody can write through it.
+            read(unsafe { slice::from_raw_parts(start, self.bytes) })
+        })
     }
 }
 

@@ -5,6 +5,7 @@
 //! missing pages are replaced by pages of zeros, and what was read is thrown away.
 
 use std::cell::Cell;
+use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -28,7 +29,7 @@ pub(crate) struct FileShrank;
 /// Runs `read`, which reads mapped files on this thread and on no other.
 pub(crate) fn guard<T>(read: impl FnOnce() -> T) -> Result<T, FileShrank> {
     let _done = Reading::start();
-    let result = read();
+    let result = black_box(read());
     if REPLACED.get() == Some(0) { Ok(result) } else { Err(FileShrank) }
 }
 
