@@ -228,7 +228,12 @@ pub(crate) mod tests {
 
     /// The bytes of a sample as the kernel side writes them.
     pub(crate) fn encode(sample: &RawSample) -> Vec<u8> {
-        let mut bytes = vec![WIRE_VERSION, RecordKind::CpuSample as u8, sample.user_end as u8, u8::from(sample.by_tables)];
+        let mut bytes = vec![
+            WIRE_VERSION,
+            RecordKind::CpuSample as u8,
+            sample.user_end as u8,
+            u8::from(sample.by_tables),
+        ];
         bytes.extend((sample.user.len() as u16).to_ne_bytes());
         bytes.extend((sample.kernel.len() as u16).to_ne_bytes());
         bytes.extend(sample.tgid.to_ne_bytes());

@@ -183,8 +183,7 @@ impl Pipeline {
         let labeler = Labeler::new(&config.node, &config.labels);
         let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let worker =
-            Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;

@@ -43,12 +43,8 @@ const DEEP_FLAGS: [&str; 9] = [
     "-pthread",
 ];
 
-/// `deep.c` by compiler: the program it makes, and the flags it needs besides. Those that are not installed are skipped.
-const DEEP_COMPILERS: [(&str, &str, &[&str]); 3] = [
-    ("gcc", "deep_gcc", &[]),
-    ("clang", "deep_clang", &[]),
-    ("musl-gcc", "deep_musl", &["-static"]),
-];
+/// `deep.c` by compiler, and the program it makes. Those that are not installed are skipped.
+const DEEP_COMPILERS: [(&str, &str); 2] = [("gcc", "deep_gcc"), ("clang", "deep_clang")];
 
 const RUST_FLAGS: [&str; 5] =
     ["--edition=2024", "-O", "-Cforce-frame-pointers=yes", "-Cdebuginfo=1", "-Dwarnings"];
@@ -67,8 +63,8 @@ pub(crate) fn build() -> Result<Tally> {
         }
         tally += Tally::PASSED;
     }
-    for (compiler, name, flags) in DEEP_COMPILERS {
-        tally += build_deep(compiler, &into.join(name), flags, &from)?;
+    for (compiler, name) in DEEP_COMPILERS {
+        tally += build_deep(compiler, &into.join(name), &from)?;
     }
     let source = from.join("rust_burn.rs");
     if is_outdated(&into.join("rust_burn"), std::slice::from_ref(&source)) {
@@ -87,14 +83,14 @@ pub(crate) fn build() -> Result<Tally> {
     Ok(tally)
 }
 
-fn build_deep(compiler: &str, program: &Path, flags: &[&str], from: &Path) -> Result<Tally> {
+fn build_deep(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
     let source = from.join("deep.c");
     if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
         if Command::new(compiler).arg("--version").output().is_err() {
             eprintln!("SKIP {}: {compiler} is not installed", program.display());
             return Ok(Tally::SKIPPED);
         }
-        command::run(Command::new(compiler).args(DEEP_FLAGS).args(flags).arg("-o").arg(program).arg(source))?;
+        command::run(Command::new(compiler).args(DEEP_FLAGS).arg("-o").arg(program).arg(source))?;
     }
     Ok(Tally::PASSED)
 }

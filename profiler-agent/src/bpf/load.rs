@@ -84,9 +84,7 @@ impl Programs {
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
         let facts = kernel_facts(&options.sys_root)?.words();
         let mut loader = EbpfLoader::new();
-        loader
-            .override_global("KERNEL_FACTS", &facts, true)
-            .map_max_entries("EVENTS", options.ring_bytes);
+        loader.override_global("KERNEL_FACTS", &facts, true).map_max_entries("EVENTS", options.ring_bytes);
         if options.has_tables {
             for (map, entries) in TABLE_MAPS {
                 loader.map_max_entries(map, entries);

@@ -75,7 +75,9 @@ impl UnwindMaps {
         match self.processes.remove(&pid) {
             // The kernel side deletes entries too, at exec.
             Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
+                Ok(())
+            }
             result => result,
         }
     }

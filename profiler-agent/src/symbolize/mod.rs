@@ -16,9 +16,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-use crate::sys::sigbus;
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
+use crate::sys::sigbus;
 use kernel::KernelSymbols;
 use native::NativeSymbols;
 use queue::{Lane, Queue, Source, Work};

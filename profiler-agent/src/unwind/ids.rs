@@ -54,7 +54,8 @@ impl Ids {
             return None;
         }
         let again = self.free.split_off(self.free.len() - count.min(self.free.len()));
-        let new = u32::try_from(count - again.len()).expect("no more than the unused ones, counted in 32 bits");
+        let new =
+            u32::try_from(count - again.len()).expect("no more than the unused ones, counted in 32 bits");
         let first = self.next;
         self.next += new;
         Some(again.into_iter().chain(first..self.next).collect())

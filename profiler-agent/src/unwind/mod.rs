@@ -198,9 +198,8 @@ impl Unwinder {
             self.withdraw(pid, now);
             return;
         };
-        let is_known = |known: &Published| {
-            (known.start_ticks, &known.records) == (image.start_ticks, &image.records)
-        };
+        let is_known =
+            |known: &Published| (known.start_ticks, &known.records) == (image.start_ticks, &image.records);
         if self.processes.get(&pid).is_some_and(is_known) {
             self.renew(pid);
         } else if let Err(reason) = self.publish(pid, image, now) {

@@ -121,9 +121,8 @@ impl Tables {
             return Err(PlaceError::Write(error));
         }
         let ids = space.directories.iter().zip(table.directories());
-        let parts: Arc<[Part]> = ids
-            .map(|(&directory, of)| Part { addresses: of.addresses.clone(), directory })
-            .collect();
+        let parts: Arc<[Part]> =
+            ids.map(|(&directory, of)| Part { addresses: of.addresses.clone(), directory }).collect();
         self.placed.insert(owner, Placed { parts: Arc::clone(&parts), space, users: 0, last_used: now });
         Ok(parts)
     }
@@ -303,7 +302,8 @@ mod tests {
         });
         assert_eq!(refused, Err(PlaceError::Write("no")));
         assert_eq!((tables.len(), tables.leaves_used()), (0, 0));
-        let again = tables.place(owner(0), &table, start + Duration::from_secs(1), |_| Ok::<_, Infallible>(()));
+        let again =
+            tables.place(owner(0), &table, start + Duration::from_secs(1), |_| Ok::<_, Infallible>(()));
         assert!(again.is_ok());
     }
 }

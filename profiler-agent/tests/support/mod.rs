@@ -112,10 +112,11 @@ impl Agent {
     /// The same of windows that ended after a moment.
     pub fn merge_since(&self, selector: &str, moment: SystemTime) -> Merged {
         let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+        let to = (since_epoch + Duration::from_secs(3600)).as_millis().to_string();
         let from = since_epoch.as_millis().to_string();
-        let parameters =
-            [("query", selector), ("from", from.as_str()), ("format", "json"), ("max_nodes", "100000")];
-        let body = self.query("/api/v1/merge", &parameters);
+        let range = [("from", from.as_str()), ("to", to.as_str())];
+        let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
+        let body = self.query("/api/v1/merge", &[&range[..], &what[..]].concat());
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
