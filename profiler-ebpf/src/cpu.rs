@@ -104,7 +104,8 @@ fn submit(scratch: &Scratch, frames: u64) {
     const { assert!(BYTES_MAX < 4096, "the mask below lets every size through") };
     let bytes = mask!(HEADER_BYTES + 8 * frames, 4095);
     // SAFETY: `bytes` is below 4096, and sample and slack together are larger.
-    let record = unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
+    let record =
+        unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
     match EVENTS.output::<[u8]>(record, NO_WAKEUP) {
         Ok(()) => count(Counter::CpuSubmitted),
         Err(_) => count(Counter::CpuDroppedRingFull),

@@ -1,6 +1,6 @@
 //! Runs the real agent against the real kernel, and asks the embedded backend what it saw.
 
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 use std::{
     fs,

@@ -7,8 +7,8 @@ use crate::stack::load_context;
 /// Words of `struct pt_regs`. Not one more may be read: it lies at the very top of the kernel stack, before a guard page.
 pub const PT_REGS_WORDS: usize = 21;
 
-pub use profiler_common::unwind::x86_64::{FRAME_POINTER, OFFSET_SHIFT, Regs, step};
 use profiler_common::unwind::x86_64::BaseReg;
+pub use profiler_common::unwind::x86_64::{FRAME_POINTER, OFFSET_SHIFT, Regs, step};
 
 /// Registers by their word in `pt_regs`, each with the way to read it from `$from`.
 macro_rules! copy_registers {
