@@ -50,7 +50,7 @@ pub(crate) enum BpfError {
     },
 }
 
-/// Sizes of the maps of unwind tables. Values of 4, 2, 2 KiB, 16 and about 64 bytes: 15.3 MiB.
+/// Sizes of the maps of unwind tables. Values of 4, 2, 2 KiB, 16 and about 64 bytes: 15.6 MiB.
 const TABLE_MAPS: [(&str, u32); 5] = [
     ("PROCESSES", limits::UNWIND_PROCESSES_MAX),
     ("CHUNKS", limits::UNWIND_PROCESSES_MAX),

@@ -101,8 +101,10 @@ impl Processes {
 
     /// The process has a new image.
     pub(crate) fn exec(&mut self, pid: u32) {
-        self.by_pid.remove(&pid);
-        self.request_tables(pid);
+        // Others get theirs with their first sample: most programs end before.
+        if self.by_pid.remove(&pid).is_some() {
+            self.request_tables(pid);
+        }
     }
 
     /// A sample of the process lacked tables: asks for them, unless that was done of late.

@@ -44,6 +44,11 @@ impl Ids {
         Self { next: 0, max, free: Vec::new(), resting: Quarantine::new() }
     }
 
+    /// Whether there are so many numbers, used or not.
+    pub(super) fn has_as_many(&self, count: usize) -> bool {
+        count <= self.max as usize
+    }
+
     /// So many numbers, or none of them where there are too few.
     pub(super) fn take(&mut self, count: usize, now: Instant) -> Option<Vec<u32>> {
         while let Some(rested) = self.resting.take_rested(now) {

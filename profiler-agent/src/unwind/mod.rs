@@ -52,6 +52,8 @@ const ARCHITECTURE: Architecture = Architecture::Aarch64;
 const REQUESTS_MAX: usize = 4096;
 /// Time between two looks for processes that have exited.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// Time between two attempts to find room for what had none.
+const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 /// Executables remembered to have no table. Emptied when full; they are then tried once more.
 const REFUSED_MAX: usize = 8192;
 
@@ -129,7 +131,7 @@ struct Published {
     owners: HashSet<Owner>,
 }
 
-/// A process as it is to be published.
+/// A process as it is to be published. Its tables are held.
 struct Image {
     start_ticks: u64,
     records: Vec<Record>,
@@ -155,7 +157,7 @@ impl Unwinder {
     /// Looks at every process there is, then at those asked for, until nobody can ask any more.
     pub(crate) fn run(mut self, requests: &Receiver<u32>) {
         self.waiting = self.images.pids().into();
-        let mut swept = Instant::now();
+        let (mut swept, mut retried) = (Instant::now(), Instant::now());
         while self.receive(requests).is_some() {
             if let Some(pid) = self.waiting.pop_front() {
                 self.update(pid);
@@ -166,6 +168,10 @@ impl Unwinder {
             if swept.elapsed() >= SWEEP_INTERVAL {
                 self.sweep();
                 swept = Instant::now();
+            }
+            if retried.elapsed() >= RETRY_INTERVAL {
+                self.waiting.extend(self.incomplete.drain());
+                retried = Instant::now();
             }
             self.update_counts();
         }
@@ -201,6 +207,7 @@ impl Unwinder {
         let is_known =
             |known: &Published| (known.start_ticks, &known.records) == (image.start_ticks, &image.records);
         if self.processes.get(&pid).is_some_and(is_known) {
+            self.release(image.owners, now);
             self.renew(pid);
         } else if let Err(reason) = self.publish(pid, image, now) {
             self.counts.count_error(reason);
@@ -218,12 +225,19 @@ impl Unwinder {
         let mut owners = HashSet::new();
         let ranges: Vec<_> =
             mappings.iter().map(|mapping| self.code_range(pid, mapping, &mut owners, now)).collect();
-        let Some(records) = chunk::records(&ranges) else {
+        let records = chunk::records(&ranges);
+        if records.is_none() {
             self.counts.count_error(Reason::TooManyMappings);
-            return None;
-        };
+        }
         // Another process may have taken the pid meanwhile.
-        (self.images.start_ticks(pid) == Some(start_ticks)).then_some(Image { start_ticks, records, owners })
+        let is_same = self.images.start_ticks(pid) == Some(start_ticks);
+        match records.filter(|_| is_same) {
+            Some(records) => Some(Image { start_ticks, records, owners }),
+            None => {
+                self.release(owners, now);
+                None
+            }
+        }
     }
 
     fn code_range(
@@ -244,7 +258,10 @@ impl Unwinder {
         };
         let parts = owner.and_then(|owner| {
             let parts = self.parts(pid, owner, executable, now)?;
-            owners.insert(owner);
+            // Held from now on, lest the next table of this very process takes its place.
+            if owners.insert(owner) {
+                self.tables.hold(owner);
+            }
             Some(parts)
         });
         let table = parts.map(|parts| MappedTable { bias, parts });
@@ -297,6 +314,7 @@ impl Unwinder {
         });
         placed.map_err(|error| match error {
             PlaceError::NoRoom => Reason::NoRoom,
+            PlaceError::TooLarge => Reason::TooLarge,
             PlaceError::Write(error) => map_failed(&error),
         })
     }
@@ -311,15 +329,17 @@ impl Unwinder {
     /// Writes the image to a free chunk and makes that the process's, then gives up what it had.
     fn publish(&mut self, pid: u32, image: Image, now: Instant) -> Result<(), Reason> {
         let Image { start_ticks, records, owners } = image;
-        let chunk = self.chunks.take(1, now).and_then(|ids| ids.first().copied());
-        let chunk = chunk.ok_or(Reason::TooManyProcesses)?;
+        let Some(chunk) = self.chunks.take(1, now).and_then(|ids| ids.first().copied()) else {
+            self.release(owners, now);
+            return Err(Reason::TooManyProcesses);
+        };
         let entry = ProcessEntry { start_ticks, chunk, reserved: 0 };
         let written = self.maps.set_chunk(chunk, &chunk::chunk(&records));
         if let Err(error) = written.and_then(|()| self.maps.publish(pid, entry)) {
             self.chunks.give_back(vec![chunk], now);
+            self.release(owners, now);
             return Err(map_failed(&error));
         }
-        owners.iter().for_each(|&owner| self.tables.hold(owner));
         let before = self.processes.insert(pid, Published { start_ticks, chunk, records, owners });
         self.give_up(before, now);
         Ok(())
@@ -345,16 +365,19 @@ impl Unwinder {
     fn give_up(&mut self, before: Option<Published>, now: Instant) {
         let Some(Published { chunk, owners, .. }) = before else { return };
         self.chunks.give_back(vec![chunk], now);
+        self.release(owners, now);
+    }
+
+    fn release(&mut self, owners: HashSet<Owner>, now: Instant) {
         owners.into_iter().for_each(|owner| self.tables.release(owner, now));
     }
 
-    /// Forgets processes that are gone, and tries again for those that lacked a table.
+    /// Forgets processes that are gone.
     fn sweep(&mut self) {
         let now = Instant::now();
         let is_gone = |&pid: &u32| !self.images.directory(pid).exists();
         let gone: Vec<u32> = self.processes.keys().copied().filter(is_gone).collect();
         gone.into_iter().for_each(|pid| self.withdraw(pid, now));
-        self.waiting.extend(self.incomplete.drain());
     }
 
     fn update_counts(&self) {

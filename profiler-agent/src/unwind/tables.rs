@@ -32,6 +32,8 @@ pub(super) enum Write<'a> {
 pub(super) enum PlaceError<E> {
     /// Too few leaves, directories or rules, even without the tables that no process uses.
     NoRoom,
+    /// More leaves or directories than there are in all.
+    TooLarge,
     /// A map would not be written.
     Write(E),
 }
@@ -115,6 +117,11 @@ impl Tables {
         now: Instant,
         mut write: impl FnMut(Write<'_>) -> Result<(), E>,
     ) -> Result<Arc<[Part]>, PlaceError<E>> {
+        if !self.leaves.has_as_many(table.leaves().len())
+            || !self.directories.has_as_many(table.directories().len())
+        {
+            return Err(PlaceError::TooLarge);
+        }
         let space = self.take_space(table, now).ok_or(PlaceError::NoRoom)?;
         if let Err(error) = write_table(table, &space, &mut write) {
             self.give_back(space, now);
@@ -288,6 +295,15 @@ mod tests {
         assert_eq!(place(&mut tables, 3, later(11)), Err(PlaceError::NoRoom), "what 0 had rests");
         place(&mut tables, 3, later(12)).expect("the room of 0");
         assert!(tables.parts(owner(0), later(12)).is_none());
+    }
+
+    #[test]
+    fn a_table_larger_than_the_maps_drives_nobody_out() {
+        let (table, now) = (table(), Instant::now());
+        let (leaves, directories) = sizes(&table);
+        let mut tables = Tables::new(ARCHITECTURE, leaves - 1, directories);
+        let refused = tables.place(owner(0), &table, now, |_| Ok::<_, Infallible>(()));
+        assert_eq!(refused, Err(PlaceError::TooLarge));
     }
 
     #[test]
