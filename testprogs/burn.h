@@ -12,7 +12,11 @@
 #include <unistd.h>
 
 /* A function that is called as it is written: not inlined, not cloned, not merged with another. */
+#ifdef __clang__
+#define WORK __attribute__((noinline))
+#else
 #define WORK __attribute__((noipa))
+#endif
 
 /*
  * Asking for the frame's address makes a frame: gcc leaves it out of a function that calls nothing and has nothing on

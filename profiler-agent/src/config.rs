@@ -31,7 +31,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[command(name = "profiler-agent", version, max_term_width = 100)]
 pub(crate) struct Flags {
     /// Configuration file (TOML). Keys are the long flags with underscores: listen, backend_listen, data_dir,
-    /// frequency, window, upload, node, labels, log, log_format. Flags win over the environment, which wins over the
+    /// frequency, window, unwind, upload, node, labels, log, log_format. Flags win over the environment, which wins over the
     /// file.
     #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -55,6 +55,11 @@ pub(crate) struct Flags {
     /// Where the embedded backend keeps profiles [default: /var/lib/profiler]
     #[arg(long, env = "PROFILER_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
+
+    /// How to find the callers of native code: dwarf (unwind tables made from each executable's .eh_frame; frame
+    /// pointers where there are none) or frame-pointers [default: dwarf]
+    #[arg(long, env = "PROFILER_UNWIND", value_name = "HOW")]
+    unwind: Option<String>,
 
     /// Send profiles to a remote backend instead; may be given more than once. KIND is `profiler`
     #[arg(
@@ -92,6 +97,7 @@ struct File {
     listen: Option<String>,
     backend_listen: Option<String>,
     data_dir: Option<PathBuf>,
+    unwind: Option<String>,
     #[serde(default)]
     upload: Vec<String>,
     node: Option<String>,
@@ -110,6 +116,15 @@ pub(crate) enum LogFormat {
     Json,
 }
 
+/// How the callers of native code are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unwind {
+    /// By tables made from call frame information; by frame pointers where there is none.
+    Dwarf,
+    /// By frame pointers alone.
+    FramePointers,
+}
+
 /// The validated configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
@@ -123,6 +138,8 @@ pub(crate) struct Config {
     pub(crate) backend_listen: SocketAddr,
     /// Where the embedded backend keeps profiles.
     pub(crate) data_dir: PathBuf,
+    /// How the callers of native code are found.
+    pub(crate) unwind: Unwind,
     /// Remote backends; empty means the embedded one.
     pub(crate) uploads: Vec<Destination>,
     /// Label `node`.
@@ -205,6 +222,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         listen,
         backend_listen,
         data_dir,
+        unwind,
         upload,
         node,
         label,
@@ -222,6 +240,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             DEFAULT_BACKEND_LISTEN,
         )?,
         data_dir: data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
+        unwind: parse_unwind(unwind.or(file.unwind))?,
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
@@ -328,6 +347,14 @@ fn is_label_name(name: &str) -> bool {
     starts_well && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') && !name.starts_with("__")
 }
 
+fn parse_unwind(value: Option<String>) -> Result<Unwind, ConfigError> {
+    match value.as_deref() {
+        None | Some("dwarf") => Ok(Unwind::Dwarf),
+        Some("frame-pointers") => Ok(Unwind::FramePointers),
+        Some(other) => Err(refuse("unwind", other, "accepted: dwarf, frame-pointers")),
+    }
+}
+
 fn parse_log_format(value: Option<String>) -> Result<LogFormat, ConfigError> {
     match value.as_deref() {
         None | Some("text") => Ok(LogFormat::Text),
@@ -363,14 +390,16 @@ mod tests {
         assert_eq!(config.listen.to_string(), "127.0.0.1:7701");
         assert_eq!(config.backend_listen.to_string(), "127.0.0.1:7700");
         assert_eq!(config.data_dir, Path::new("/var/lib/profiler"));
+        assert_eq!(config.unwind, Unwind::Dwarf);
         assert_eq!(config.uploads, []);
     }
 
     #[test]
     fn flags_win_over_the_file() {
-        let file = "frequency = 49\nwindow = \"20s\"\n[labels]\ncluster = \"c\"\nteam = \"t\"\n";
+        let file = "frequency = 49\nunwind = \"frame-pointers\"\nwindow = \"20s\"\n[labels]\ncluster = \"c\"\nteam = \"t\"\n";
         let config = config(&["-F", "99", "--label", "cluster=d"], file).expect("valid");
         assert_eq!((config.frequency_hz, config.window), (99, Duration::from_secs(20)));
+        assert_eq!(config.unwind, Unwind::FramePointers);
         assert_eq!(config.labels, [("cluster".into(), "d".into()), ("team".into(), "t".into())]);
     }
 
@@ -390,6 +419,7 @@ mod tests {
         refused(&["--label", "thread_name=x"], "", &["label", "thread_name=x"]);
         refused(&["-F", "fast"], "", &["frequency", "\"fast\"", "1 to 1000"]);
         refused(&["--upload", "http://h/,http://h/?tenant=b"], "", &["upload", "twice"]);
+        refused(&["--unwind", "lbr"], "", &["unwind", "lbr", "frame-pointers"]);
         refused(&["--log-format", "xml"], "", &["log-format", "xml", "json"]);
     }
 

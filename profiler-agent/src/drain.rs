@@ -15,7 +15,7 @@ use std::{
 use aya::maps::{MapData, RingBuf};
 use profiler_common::{
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
-    wire::{Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
+    wire::{FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
 
 use crate::{
@@ -182,6 +182,8 @@ pub(crate) struct RawSample {
     pub(crate) user: Vec<Frame>,
     /// Why the user stack has no further frame.
     pub(crate) user_end: StackEnd,
+    /// The process had unwind tables.
+    pub(crate) by_tables: bool,
     /// Kernel frames, leaf first: the instruction pointer, then return addresses.
     pub(crate) kernel: Vec<u64>,
 }
@@ -192,7 +194,7 @@ pub(crate) type TaskName = [u8; COMM_BYTES];
 /// Reads one record. `None` for bytes that are none of this version's.
 pub(crate) fn decode(record: &[u8]) -> Option<Record> {
     let mut reader = Reader { rest: record };
-    let [version, kind, user_end, _flags] = reader.array()?;
+    let [version, kind, user_end, flags] = reader.array()?;
     if version != WIRE_VERSION {
         return None;
     }
@@ -223,6 +225,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 thread_name,
                 user: reader.words(user_frames)?.map(Frame).collect(),
                 user_end: StackEnd::decode(user_end)?,
+                by_tables: flags & FLAG_TABLES != 0,
                 kernel: reader.words(kernel_frames)?.collect(),
             }))
         }
@@ -268,7 +271,12 @@ pub(crate) mod tests {
 
     /// The bytes of a sample as the kernel side writes them.
     pub(crate) fn encode(sample: &RawSample) -> Vec<u8> {
-        let mut bytes = vec![WIRE_VERSION, RecordKind::CpuSample as u8, sample.user_end as u8, 0];
+        let mut bytes = vec![
+            WIRE_VERSION,
+            RecordKind::CpuSample as u8,
+            sample.user_end as u8,
+            u8::from(sample.by_tables),
+        ];
         bytes.extend((sample.user.len() as u16).to_ne_bytes());
         bytes.extend((sample.kernel.len() as u16).to_ne_bytes());
         bytes.extend(sample.tgid.to_ne_bytes());
@@ -295,6 +303,7 @@ pub(crate) mod tests {
             thread_name: *b"worker-1\0\0\0\0\0\0\0\0",
             user: vec![Frame::raw(0x1000, false), Frame::raw(0x2000, true)],
             user_end: StackEnd::Root,
+            by_tables: true,
             kernel: vec![0xffff_ffff_8100_0000],
         }
     }

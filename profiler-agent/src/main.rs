@@ -17,6 +17,7 @@ mod process;
 mod symbolize;
 mod sys;
 mod telemetry;
+mod unwind;
 mod window;
 
 use std::{net::SocketAddr, process::ExitCode, time::Duration};

@@ -17,26 +17,27 @@ use std::{
 };
 
 use anyhow::Context as _;
-use profiler_common::stats::Counter;
+use profiler_common::{stats::Counter, wire::StackEnd};
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, warn};
 
 use crate::{
     bpf::{KernelCounts, LoadOptions, Programs},
-    config::Config,
+    config::{Config, Unwind},
     drain::{self, BATCHES_MAX, Progress, RawSample, Record},
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
     label::{Labeler, fold_kworker, task_name},
     ledger::{Balance, Cause, KernelTotals, Ledger, Place},
     normalize::{self, Location},
-    process::{Processes, Sampled},
+    process::{ImageReader, Processes, Sampled},
     symbolize::{self, LocationKey, Symbols},
     sys::{
         clock::{self, WallClock},
         cpu,
     },
     telemetry::Gauges,
+    unwind::{self, TableRequests, UnwindCounts, Unwinder},
     window::{Closed, SampleLabels, Windows},
 };
 
@@ -81,6 +82,8 @@ pub(crate) struct Shared {
     pub(crate) gauges: Arc<Gauges>,
     /// The symbolizer.
     pub(crate) symbols: Arc<Symbols>,
+    /// Unwind tables.
+    pub(crate) unwind: Arc<UnwindCounts>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
@@ -89,7 +92,9 @@ impl Shared {
     fn new(exporters: Arc<[Exporter]>) -> anyhow::Result<Self> {
         let symbols =
             Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
-        Ok(Self { ledger: Arc::default(), gauges: Arc::default(), symbols: Arc::new(symbols), exporters })
+        let symbols = Arc::new(symbols);
+        let (ledger, gauges, unwind) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, exporters })
     }
 
     /// The account of every destination.
@@ -152,6 +157,7 @@ pub(crate) struct Pipeline {
     stop_drain: Sender<()>,
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
+    unwinder: Option<JoinHandle<()>>,
     encoder: JoinHandle<()>,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
 }
@@ -166,6 +172,7 @@ impl Pipeline {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus),
+            has_tables: config.unwind == Unwind::Dwarf,
             period_ns: config.period_ns(),
             sys_root: "/sys".into(),
         };
@@ -182,9 +189,18 @@ impl Pipeline {
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
+        let executables = executables();
+        let (tables, unwinder) = match config.unwind {
+            Unwind::Dwarf => {
+                let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
+                (Some(tables), Some(unwinder))
+            }
+            Unwind::FramePointers => (None, None),
+        };
+        let labeler = Labeler::new(&config.node, &config.labels);
+        let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let worker =
-            Worker { shared: shared.clone(), processes: processes(config), windows, closed: closed_sender };
+        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
@@ -193,6 +209,7 @@ impl Pipeline {
             drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
+            unwinder,
             programs,
             view,
             uploads,
@@ -223,8 +240,8 @@ impl Pipeline {
 
     /// A stage that has ended by itself, which none does but by a panic.
     pub(crate) fn dead_stage(&self) -> Option<&str> {
-        let threads = [&self.drain, &self.worker, &self.encoder];
-        let thread = threads.into_iter().find(|thread| thread.is_finished());
+        let mut threads = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
+        let thread = threads.find(|thread| thread.is_finished());
         let name = thread.map(|thread| thread.thread().name().unwrap_or("unnamed"));
         let upload = self.uploads.iter().any(Task::is_finished).then_some("upload");
         name.or_else(|| self.view.shared.symbols.dead_thread()).or(upload)
@@ -234,7 +251,8 @@ impl Pipeline {
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
         drop(self.stop_drain);
-        let failure = join_in_order([self.drain, self.worker, self.encoder], STAGE_DEADLINE).err();
+        let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
+        let failure = join_in_order(stages, STAGE_DEADLINE).err();
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -306,14 +324,22 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-fn processes(config: &Config) -> Processes {
+fn executables() -> Arc<ExecutableCache> {
     let open_files = crate::sys::limits::raise_open_files().unwrap_or(1024);
     let executables = usize::try_from((open_files / OPEN_FILES_SHARE).min(EXECUTABLES_MAX)).unwrap_or(256);
-    Processes::new(
-        "/proc".into(),
-        ExecutableCache::new(executables),
-        Labeler::new(&config.node, &config.labels),
-    )
+    Arc::new(ExecutableCache::new(executables))
+}
+
+fn start_unwinder(
+    programs: &mut Programs,
+    shared: &Shared,
+    executables: &Arc<ExecutableCache>,
+) -> anyhow::Result<(TableRequests, JoinHandle<()>)> {
+    let maps = programs.take_unwind_maps()?;
+    let images = ImageReader::new("/proc".into(), Arc::clone(executables));
+    let unwinder = Unwinder::new(maps, images, Arc::clone(&shared.unwind));
+    let (tables, requests) = unwind::requests(Arc::clone(&shared.unwind));
+    Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
 
 /// The BPF programs' rare messages become log lines.
@@ -422,6 +448,9 @@ impl Worker {
             if exec_is_ahead { self.processes.get_before_exec(sampled) } else { self.processes.get(sampled) };
         let series = process.series.clone();
         let stack = normalize::stack(raw, &mut self.processes);
+        if lacks_tables(raw) {
+            self.processes.lacks_tables(raw.tgid);
+        }
         let labels = SampleLabels { comm, thread_name, pid: raw.tgid };
         let symbols = &self.shared.symbols;
         let prefetch = |location: &Location| {
@@ -429,7 +458,7 @@ impl Worker {
                 symbols.prefetch(key.clone());
             }
         };
-        self.shared.gauges.count_stack(raw.user_end);
+        self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
         match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
             Ok(()) => self.shared.ledger.enter(Place::Window, 1),
             Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
@@ -488,6 +517,15 @@ impl Execs {
         if let Some(execs) = self.ahead.get_mut(&tgid) {
             *execs -= 1;
         }
+    }
+}
+
+/// Whether better tables would have led further: the process had none, or they do not know its latest mappings.
+fn lacks_tables(raw: &RawSample) -> bool {
+    match raw.user_end {
+        StackEnd::NoUserStack | StackEnd::NoRegisters => false,
+        StackEnd::NoMapping => true,
+        _ => !raw.by_tables,
     }
 }
 
@@ -562,7 +600,8 @@ mod tests {
         let (drain_sender, drained) = sync_channel(BATCHES_MAX);
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let now = clock::boot_ns();
-        let processes = Processes::new("/proc".into(), ExecutableCache::new(8), Labeler::new("n", &[]));
+        let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
+        let processes = Processes::new(images, Labeler::new("n", &[]), None);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
         let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::wire::StackEnd;
+use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
     process::Processes,
     symbolize,
     sys::usage,
+    unwind::UnwindCounts,
 };
 
 /// Starts logging to standard error.
@@ -41,6 +42,8 @@ pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), Confi
 #[derive(Debug, Default)]
 pub(crate) struct Gauges {
     stacks: [AtomicU64; StackEnd::ALL.len()],
+    walked_by_tables: AtomicU64,
+    walked_by_frame_pointers: AtomicU64,
     processes: AtomicU64,
     containers: AtomicU64,
     executables: AtomicU64,
@@ -52,8 +55,10 @@ pub(crate) struct Gauges {
 }
 
 impl Gauges {
-    /// One stack, by its end.
-    pub(crate) fn count_stack(&self, end: StackEnd) {
+    /// One stack, by its end and by how it was walked.
+    pub(crate) fn count_stack(&self, end: StackEnd, by_tables: bool) {
+        let walked = if by_tables { &self.walked_by_tables } else { &self.walked_by_frame_pointers };
+        walked.fetch_add(u64::from(end != StackEnd::NoUserStack), Relaxed);
         let slot = StackEnd::ALL.iter().position(|&known| known == end).expect("ALL holds every end");
         self.stacks[slot].fetch_add(1, Relaxed);
     }
@@ -95,6 +100,7 @@ pub(crate) fn metrics(view: &View) -> String {
         late,
     );
     stacks(&mut text, shared);
+    unwind_tables(&mut text, &shared.unwind);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
@@ -174,6 +180,39 @@ fn stacks(text: &mut Text, shared: &Shared) {
     for (end, count) in shared.gauges.stacks() {
         text.line(format_args!("{metric}{{end=\"{}\"}} {count}", end.name()));
     }
+    let metric = "profiler_agent_stacks_walked_total";
+    text.head(metric, "User stacks, by what led from frame to caller.", "counter");
+    let Gauges { walked_by_tables, walked_by_frame_pointers, .. } = &*shared.gauges;
+    for (by, count) in [("tables", walked_by_tables), ("frame_pointers", walked_by_frame_pointers)] {
+        text.line(format_args!("{metric}{{by=\"{by}\"}} {}", count.load(Relaxed)));
+    }
+}
+
+fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
+    let UnwindCounts { tables, leaves, processes, has_scanned, requests_dropped, .. } = counts;
+    text.gauge("profiler_agent_unwind_tables", "Unwind tables in the kernel.", tables.load(Relaxed));
+    let processes = processes.load(Relaxed);
+    text.gauge("profiler_agent_unwind_processes", "Processes that are walked by tables.", processes);
+    let has_scanned = has_scanned.load(Relaxed).into();
+    text.gauge(
+        "profiler_agent_unwind_scanned",
+        "1 once the processes that ran at the start have their tables.",
+        has_scanned,
+    );
+    let metric = "profiler_agent_unwind_leaves";
+    text.head(metric, "Pages of 512 unwind rows in the kernel.", "gauge");
+    text.line(format_args!("{metric}{{state=\"used\"}} {}", leaves.load(Relaxed)));
+    text.line(format_args!("{metric}{{state=\"max\"}} {UNWIND_LEAVES_MAX}"));
+    let metric = "profiler_agent_unwind_table_errors_total";
+    text.head(metric, "Executables or processes that must do without unwind tables, by reason.", "counter");
+    for (reason, count) in counts.errors() {
+        text.line(format_args!("{metric}{{reason=\"{}\"}} {count}", reason.name()));
+    }
+    text.counter(
+        "profiler_agent_unwind_requests_dropped_total",
+        "Requests for unwind tables there was no room for.",
+        requests_dropped.load(Relaxed),
+    );
 }
 
 fn symbols(text: &mut Text, counts: &symbolize::Counts) {

@@ -56,10 +56,8 @@ fn header(top: &str) -> (f64, f64, f64) {
     (next(), next(), next())
 }
 
-/// `1.5mins` is never printed below two minutes; both units are read.
+/// pprof writes times in the unit that suits the smallest of them: `25.01s`, `19848.48ms`, `1.5mins`.
 fn seconds_or_percent(word: &str) -> Option<f64> {
-    if let Some(minutes) = word.strip_suffix("mins") {
-        return minutes.parse::<f64>().ok().map(|minutes| minutes * 60.0);
-    }
-    word.strip_suffix(['s', '%'])?.parse().ok()
+    const UNITS: [(&str, f64); 4] = [("mins", 60.0), ("ms", 1e-3), ("s", 1.0), ("%", 1.0)];
+    UNITS.iter().find_map(|(unit, seconds)| Some(word.strip_suffix(unit)?.parse::<f64>().ok()? * seconds))
 }

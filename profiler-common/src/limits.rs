@@ -17,3 +17,16 @@ pub const FREQUENCY_HZ_MAX: u32 = 1000;
 /// Bytes of the ring buffer when the agent does not say otherwise. A 30-frame sample takes 312 bytes, so 1 MiB holds
 /// about 3,300 of them: 2.6 s of 64 CPUs at 19 Hz between drains.
 pub const EVENTS_BYTES: u32 = 1 << 20;
+
+/// Pages of unwind rows in the kernel, 2 KiB each: 11.5 MiB. A Debian host's 510 shared libraries would fill 16,000, those in
+/// use at one time some hundreds; node takes 570, rustc with its libraries 4,900.
+pub const UNWIND_LEAVES_MAX: u32 = 5888;
+
+/// Directories of pages in the kernel, 2 KiB each: 768 KiB. An executable takes one for every 256 of its pages.
+pub const UNWIND_DIRECTORIES_MAX: u32 = 384;
+
+/// Processes whose mappings the kernel side knows, 4 KiB each: 3 MiB.
+pub const UNWIND_PROCESSES_MAX: u32 = 768;
+
+/// Distinct unwind rules in the kernel, 12 bytes each. 510 shared libraries have 3,600.
+pub const UNWIND_RULES_MAX: u32 = 16_384;

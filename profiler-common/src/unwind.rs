@@ -20,6 +20,7 @@
 //! A row holds from its address to the next row's. Code without unwind information has rows too ([`RuleKind::Gap`]).
 
 pub mod aarch64;
+pub mod mappings;
 pub mod x86_64;
 
 /// Rows of one leaf; a power of two, for the search. 512 rows make a map value of 2 KiB: 97 % full over the shared
@@ -333,11 +334,11 @@ pub fn find_row<T: RowTable>(table: &T, address: u64, offset_shift: u32) -> Opti
     if address >= UNUSED_BASE as u64 {
         return None;
     }
-    let slot = last_not_above::<T, DIRECTORY_LEAVES_LOG2>(address, |at| table.leaf_base(at));
+    let slot = last_not_above::<DIRECTORY_LEAVES_LOG2>(address, |at| table.leaf_base(at), T::below);
     let offset = address.wrapping_sub(table.leaf_base(slot)) >> offset_shift;
     let leaf = table.leaf(slot)?;
     let key = clamp_offset::<T>(offset);
-    let row = last_not_above::<T, LEAF_ROWS_LOG2>(key, |at| T::row_offset(&leaf, at));
+    let row = last_not_above::<LEAF_ROWS_LOG2>(key, |at| T::row_offset(&leaf, at), T::below);
     Some(T::row_rule(&leaf, row))
 }
 
@@ -345,14 +346,18 @@ pub fn find_row<T: RowTable>(table: &T, address: u64, offset_shift: u32) -> Opti
 ///
 /// One straight line once unrolled: each round adds 0 or 1 at a bit position of its own, so the result needs no mask.
 #[inline(always)]
-fn last_not_above<T: RowTable, const LOG2: u32>(key: u64, key_at: impl Fn(u64) -> u64) -> u64 {
+fn last_not_above<const LOG2: u32>(
+    key: u64,
+    key_at: impl Fn(u64) -> u64,
+    below: impl Fn(u64, u64) -> u64,
+) -> u64 {
     let bound = key.wrapping_add(1);
     let mut position = 0u64;
     let mut shift = LOG2;
     while shift > 0 {
         shift = shift.wrapping_sub(1);
         position = position
-            .wrapping_add(T::below(key_at(position.wrapping_add(1 << shift)), bound).wrapping_shl(shift));
+            .wrapping_add(below(key_at(position.wrapping_add(1 << shift)), bound).wrapping_shl(shift));
     }
     position
 }

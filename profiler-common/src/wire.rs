@@ -32,7 +32,8 @@ impl RecordKind {
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StackEnd {
-    /// The caller's frame pointer or return address is zero: the thread's first frame.
+    /// Unwind information says so, or the return address is zero: the thread's first frame. Also for a frame pointer of
+    /// zero where the process has no tables.
     Root = 1,
     /// The task has no user stack: a kernel thread, or one past `exit_mm`.
     NoUserStack = 2,
@@ -44,17 +45,33 @@ pub enum StackEnd {
     DepthLimit = 5,
     /// User registers of a task sampled in kernel mode could not be found.
     NoRegisters = 6,
+    /// The frame pointer is zero where only frame pointers lead on: a thread's first frame, or one that uses the register
+    /// for something else.
+    FramePointerZero = 7,
+    /// The address lies in no known mapping, and no frame pointer led on.
+    NoMapping = 8,
+    /// No unwind information covers the address, and no frame pointer led on.
+    NoUnwindInformation = 9,
+    /// The unwind information at the address cannot be expressed by a rule, or the rule is damaged.
+    InvalidRule = 10,
+    /// The rule needs a register that is only known in the innermost frame.
+    RegisterLost = 11,
 }
 
 impl StackEnd {
     /// Every end, in the order of its number.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 11] = [
         Self::Root,
         Self::NoUserStack,
         Self::ReadFailed,
         Self::NotRising,
         Self::DepthLimit,
         Self::NoRegisters,
+        Self::FramePointerZero,
+        Self::NoMapping,
+        Self::NoUnwindInformation,
+        Self::InvalidRule,
+        Self::RegisterLost,
     ];
 
     /// The end named by a byte, `None` for one this version does not know.
@@ -67,6 +84,11 @@ impl StackEnd {
             4 => Some(Self::NotRising),
             5 => Some(Self::DepthLimit),
             6 => Some(Self::NoRegisters),
+            7 => Some(Self::FramePointerZero),
+            8 => Some(Self::NoMapping),
+            9 => Some(Self::NoUnwindInformation),
+            10 => Some(Self::InvalidRule),
+            11 => Some(Self::RegisterLost),
             _ => None,
         }
     }
@@ -74,7 +96,7 @@ impl StackEnd {
     /// Nothing is missing from the stack.
     #[must_use]
     pub const fn is_complete(self) -> bool {
-        matches!(self, Self::Root | Self::NoUserStack)
+        matches!(self, Self::Root | Self::NoUserStack | Self::FramePointerZero)
     }
 
     /// The name used in metrics and marker frames.
@@ -87,6 +109,11 @@ impl StackEnd {
             Self::NotRising => "not_rising",
             Self::DepthLimit => "depth_limit",
             Self::NoRegisters => "no_registers",
+            Self::FramePointerZero => "frame_pointer_zero",
+            Self::NoMapping => "no_mapping",
+            Self::NoUnwindInformation => "no_unwind_information",
+            Self::InvalidRule => "invalid_rule",
+            Self::RegisterLost => "register_lost",
         }
     }
 }
@@ -149,6 +176,9 @@ impl Frame {
     }
 }
 
+/// Flag of a sample: the user stack was walked by the tables of its process, not by frame pointers alone.
+pub const FLAG_TABLES: u8 = 1;
+
 /// What every record starts with.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,7 +189,7 @@ pub struct RecordHead {
     pub kind: u8,
     /// [`StackEnd`] of the user stack; 0 in records without one.
     pub user_end: u8,
-    /// Unused; 0.
+    /// [`FLAG_TABLES`], or 0.
     pub flags: u8,
     /// User frames that follow, leaf first; at most [`USER_FRAMES_MAX`].
     pub user_frames: u16,

@@ -5,12 +5,12 @@ use aya_log_ebpf::error;
 use profiler_common::{
     limits::KERNEL_FRAMES_MAX,
     stats::Counter,
-    wire::{FRAMES_MAX, RecordHead, RecordKind, SampleHeader, WIRE_VERSION},
+    wire::{FLAG_TABLES, FRAMES_MAX, RecordHead, RecordKind, SampleHeader, WIRE_VERSION},
 };
 
 use crate::{
     helpers::{boot_time_ns, current_cgroup_id, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, Scratch, count},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, Scratch, count},
     stack::{mask, walk_user},
     task,
 };
@@ -29,11 +29,29 @@ pub fn sample(ctx: &PerfEventContext) {
     };
     // SAFETY: the look-up gave this CPU's value; a perf event program is not interrupted by itself.
     let scratch = unsafe { &mut *scratch };
-    walk_user(ctx, scratch);
+    let task = Task::current();
+    walk_user(ctx, scratch, task.tgid, task.start_ns);
     let user_frames = scratch.frames;
     let kernel_frames = append_kernel_stack(ctx, scratch, user_frames);
-    write_header(ctx, scratch, user_frames, kernel_frames);
+    write_header(ctx, scratch, &task, user_frames, kernel_frames);
     submit(scratch, user_frames + kernel_frames);
+}
+
+/// Whose sample it is.
+struct Task {
+    leader: Option<u64>,
+    start_ns: u64,
+    tgid: u32,
+    tid: u32,
+}
+
+impl Task {
+    #[inline(always)]
+    fn current() -> Self {
+        let leader = task::group_leader();
+        let (tgid, tid) = current_ids();
+        Self { leader, start_ns: task::start_ns(leader), tgid, tid }
+    }
 }
 
 /// Puts the kernel stack behind the user frames; gives the number of its frames.
@@ -49,16 +67,22 @@ fn append_kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch, user_frame
 
 /// Fills in everything but the frames.
 #[inline(always)]
-fn write_header(ctx: &PerfEventContext, scratch: &mut Scratch, user_frames: u64, kernel_frames: u64) {
-    let leader = task::group_leader();
-    let (tgid, tid) = current_ids();
+fn write_header(
+    ctx: &PerfEventContext,
+    scratch: &mut Scratch,
+    task: &Task,
+    user_frames: u64,
+    kernel_frames: u64,
+) {
+    let &Task { leader, start_ns, tgid, tid } = task;
+    let flags = if scratch.chunk == NO_CHUNK { 0 } else { FLAG_TABLES };
     let context = ctx.as_ptr();
     let header = &mut scratch.sample.header;
     header.head = RecordHead {
         version: WIRE_VERSION,
         kind: RecordKind::CpuSample as u8,
         user_end: scratch.end as u8,
-        flags: 0,
+        flags,
         user_frames: user_frames as u16,
         kernel_frames: kernel_frames as u16,
         tgid,
@@ -67,7 +91,7 @@ fn write_header(ctx: &PerfEventContext, scratch: &mut Scratch, user_frames: u64,
     };
     header.value = crate::arch::context_period!(context);
     header.cgroup_id = current_cgroup_id();
-    header.start_ns = task::start_ns(leader);
+    header.start_ns = start_ns;
     header.thread_name = current_thread_name();
     task::read_comm(leader, &raw mut header.comm);
 }
@@ -80,7 +104,8 @@ fn submit(scratch: &Scratch, frames: u64) {
     const { assert!(BYTES_MAX < 4096, "the mask below lets every size through") };
     let bytes = mask!(HEADER_BYTES + 8 * frames, 4095);
     // SAFETY: `bytes` is below 4096, and sample and slack together are larger.
-    let record = unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
+    let record =
+        unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
     match EVENTS.output::<[u8]>(record, NO_WAKEUP) {
         Ok(()) => count(Counter::CpuSubmitted),
         Err(_) => count(Counter::CpuDroppedRingFull),

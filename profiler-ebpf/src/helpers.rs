@@ -2,8 +2,8 @@
 
 use aya_ebpf::{
     EbpfContext,
-    helpers::{generated as raw, bpf_get_current_comm},
     cty::c_void,
+    helpers::{bpf_get_current_comm, generated as raw},
 };
 use profiler_common::limits::COMM_BYTES;
 
@@ -46,7 +46,8 @@ pub fn current_task() -> u64 {
 pub fn read_kernel<T>(from: u64, to: *mut T) -> Option<()> {
     // SAFETY: the helper checks `from` itself and writes exactly size_of::<T>() bytes to `to`, which the verifier has
     // proved to be ours.
-    let status = unsafe { raw::bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, from as *const c_void) };
+    let status =
+        unsafe { raw::bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, from as *const c_void) };
     (status == 0).then_some(())
 }
 

@@ -17,6 +17,7 @@ mod helpers;
 mod maps;
 mod process;
 mod stack;
+mod table;
 mod task;
 
 /// On-CPU samples: attached to one clock event per CPU.

@@ -2,14 +2,20 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{PerCpuArray, RingBuf},
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use profiler_common::{
     config::KernelFacts,
     limits::EVENTS_BYTES,
     stats::Counter,
+    unwind::{
+        Block, Directory, Leaf, UnwindRule,
+        mappings::{MappingChunk, ProcessEntry},
+    },
     wire::{FRAMES_MAX, SampleBuffer},
 };
+
+use crate::arch::Regs;
 
 /// Records to the agent (`profiler_common::wire`). Written by every program, read by the agent's drain thread. When it is
 /// full the record is dropped and counted. The agent sizes it before loading.
@@ -20,6 +26,30 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
 
+/// Processes whose mappings are known: key process id, value [`ProcessEntry`]. Written by the agent, which counts those it
+/// has no room for; an entry is deleted by `process_exec`. Without an entry a process is walked by frame pointers.
+///
+/// This and the four maps below have one entry unless the agent sizes them before loading (`profiler_common::limits`).
+#[map]
+pub static PROCESSES: HashMap<u32, ProcessEntry> = HashMap::with_max_entries(1, 0);
+
+/// Executable ranges: key `ProcessEntry::chunk`. Written by the agent while no entry names the chunk, and not again until
+/// a second after the last entry named it, so that no program in flight sees a change.
+#[map]
+pub static CHUNKS: Array<MappingChunk> = Array::with_max_entries(1, 0);
+
+/// Directories of unwind tables: key `MappingRecord::directory`. Written as [`CHUNKS`] are.
+#[map]
+pub static DIRECTORIES: Array<Directory> = Array::with_max_entries(1, 0);
+
+/// Pages of unwind tables: key `Directory::leaves`. Written as [`CHUNKS`] are.
+#[map]
+pub static LEAVES: Array<Leaf> = Array::with_max_entries(1, 0);
+
+/// Unwind rules of all tables: key `Leaf::rules`. Written as [`CHUNKS`] are.
+#[map]
+pub static RULES: Array<UnwindRule> = Array::with_max_entries(1, 0);
+
 /// The state of one sample in the making: one value per CPU, because it is far larger than the 512 bytes of BPF stack and
 /// because the verifier then sees an almost empty state at the head of the unwind loop. Only `cpu_sample` uses it: a
 /// program that can interrupt another must never share its scratch.
@@ -29,16 +59,18 @@ pub static CPU_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 
 /// Registers the walk needs, and the record under construction.
 #[repr(C)]
 pub struct Scratch {
-    /// Address of the frame being walked: instruction pointer, then return addresses.
-    pub ip: u64,
-    /// Frame pointer of the frame being walked.
-    pub fp: u64,
+    /// Registers of the frame being walked.
+    pub regs: Regs,
     /// Frames written so far, user then kernel; at most `FRAMES_MAX`.
     pub frames: u64,
     /// `StackEnd` once the walk has ended, 0 before.
     pub end: u64,
-    /// What the walk reads from the sampled task's stack: saved frame pointer, return address.
-    pub frame_record: [u64; 2],
+    /// Chunk of the process, or [`NO_CHUNK`].
+    pub chunk: u64,
+    /// What the walk reads from the sampled task's stack.
+    pub block: Block,
+    /// As `block`, for single words.
+    pub word: u64,
     /// User registers of a task sampled in kernel mode, as the kernel saved them.
     pub user_regs: [u64; crate::arch::PT_REGS_WORDS],
     /// The record.
@@ -46,6 +78,9 @@ pub struct Scratch {
     /// Room behind the frames, so that a kernel stack of constant size may be asked for wherever the user frames end.
     pub slack: [u64; FRAMES_MAX],
 }
+
+/// The process has no tables: it is walked by frame pointers.
+pub const NO_CHUNK: u64 = u32::MAX as u64;
 
 /// Set by the agent before loading, frozen by the kernel: the verifier follows only the branches it takes.
 #[unsafe(no_mangle)]

@@ -8,7 +8,7 @@ use profiler_common::{
 
 use crate::{
     helpers::{boot_time_ns, current_ids},
-    maps::{EVENTS, count},
+    maps::{EVENTS, PROCESSES, count},
     task,
 };
 
@@ -17,6 +17,8 @@ use crate::{
 #[inline(always)]
 pub fn exec(_ctx: &RawTracePointContext) {
     let (tgid, tid) = current_ids();
+    // The tables are those of the old image. A process that has none is no error.
+    let _ = PROCESSES.remove(tgid);
     let head = RecordHead {
         version: WIRE_VERSION,
         kind: RecordKind::Exec as u8,

@@ -1,16 +1,19 @@
-//! The user stack of the sampled task: its registers, then the walk along frame pointers.
+//! The user stack of the sampled task: its registers, then the walk from frame to caller.
+//!
+//! Each frame has a rule: from the tables where they cover its address, else that of frame pointers.
 
 use aya_ebpf::{EbpfContext, programs::PerfEventContext};
 use profiler_common::{
     limits::USER_FRAMES_MAX,
+    unwind::{Block, ReadUser, Step, StopReason, UnwindRule},
     wire::{Frame, StackEnd},
 };
 
 use crate::{
-    arch,
+    arch::{self, Regs},
     helpers::{current_user_regs, read_kernel, read_user},
-    maps::{CPU_SCRATCH, Scratch, kernel_fact},
-    task,
+    maps::{CPU_SCRATCH, NO_CHUNK, Scratch, kernel_fact},
+    table, task,
 };
 
 /// Loads a word of the context at a constant offset. In assembly: LLVM would merge this load with one of another branch
@@ -39,11 +42,13 @@ macro_rules! mask {
 }
 pub(crate) use mask;
 
-/// Fills `scratch.sample.frames` with the user stack, leaf first, and sets `scratch.frames` and `scratch.end`.
+/// Fills `scratch.sample.frames` with the user stack, leaf first, and sets `scratch.frames`, `scratch.end` and
+/// `scratch.chunk`.
 #[inline(always)]
-pub fn walk_user(ctx: &PerfEventContext, scratch: &mut Scratch) {
+pub fn walk_user(ctx: &PerfEventContext, scratch: &mut Scratch, tgid: u32, start_ns: u64) {
     scratch.frames = 0;
     scratch.end = 0;
+    scratch.chunk = NO_CHUNK;
     if !task::has_user_memory() {
         scratch.end = StackEnd::NoUserStack as u64;
         return;
@@ -52,7 +57,8 @@ pub fn walk_user(ctx: &PerfEventContext, scratch: &mut Scratch) {
         scratch.end = StackEnd::NoRegisters as u64;
         return;
     }
-    let first = Frame::raw(scratch.ip, false).0;
+    scratch.chunk = table::chunk_of(tgid, start_ns);
+    let first = Frame::raw(scratch.regs.ip, false).0;
     scratch.sample.frames[0] = first;
     scratch.frames = 1;
     let mut i = 1;
@@ -69,10 +75,8 @@ pub fn walk_user(ctx: &PerfEventContext, scratch: &mut Scratch) {
 #[inline(always)]
 fn read_user_registers(ctx: &PerfEventContext, scratch: &mut Scratch) -> Option<()> {
     let context = ctx.as_ptr();
-    let ip = arch::context_ip!(context);
-    if arch::is_user_address(ip) {
-        scratch.ip = ip;
-        scratch.fp = arch::context_fp!(context);
+    if arch::is_user_address(arch::context_ip!(context)) {
+        arch::context_registers(context, &mut scratch.regs);
         return Some(());
     }
     let saved = if kernel_fact!(has_task_pt_regs) == 1 {
@@ -81,32 +85,27 @@ fn read_user_registers(ctx: &PerfEventContext, scratch: &mut Scratch) -> Option<
         task::saved_user_regs(8 * arch::PT_REGS_WORDS as u64)?
     };
     read_kernel(saved, &raw mut scratch.user_regs)?;
-    scratch.ip = scratch.user_regs[arch::IP];
-    scratch.fp = scratch.user_regs[arch::FP];
-    arch::is_user_address(scratch.ip).then_some(())
+    arch::saved_registers(&scratch.user_regs, &mut scratch.regs);
+    arch::is_user_address(scratch.regs.ip).then_some(())
 }
 
 /// Walks from one frame to its caller; 0 while there may be another, 1 at the end.
 ///
 /// A global function, so that the verifier checks it once by itself and not once per turn of the loop. It takes only the
 /// number of the frame and finds the state in this CPU's scratch value.
-///
-/// ```text
-/// fp + 8   return address
-/// fp       frame pointer of the caller
-/// ```
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn step(frame: u32) -> u32 {
     let Some(scratch) = CPU_SCRATCH.get_ptr_mut(0) else { return 1 };
     // SAFETY: the look-up gave this CPU's value, and nothing else on this CPU uses it while the program runs.
     let scratch = unsafe { &mut *scratch };
-    match caller(scratch) {
-        Ok(return_address) => {
+    match go_to_caller(scratch) {
+        Ok(()) => {
+            let Regs { ip, exact, .. } = scratch.regs;
             let index = mask!(u64::from(frame), 127) as usize;
             let frames = (&raw mut scratch.sample.frames).cast::<u64>();
             // SAFETY: index is at most 127, and the array has FRAMES_MAX slots.
-            unsafe { frames.add(index).write(Frame::raw(return_address, true).0) };
+            unsafe { frames.add(index).write(Frame::raw(ip, exact == 0).0) };
             scratch.frames = u64::from(frame) + 1;
             0
         }
@@ -117,22 +116,88 @@ extern "C" fn step(frame: u32) -> u32 {
     }
 }
 
-/// The return address of the frame at `scratch.fp`, which then becomes the caller's.
+/// Makes `scratch.regs` the caller's.
+///
+/// Generated code and code without unwind information often keeps frame pointers; where they lead nowhere, the reason is
+/// that there was no rule.
 #[inline(always)]
-fn caller(scratch: &mut Scratch) -> Result<u64, StackEnd> {
-    let fp = scratch.fp;
-    if fp == 0 {
-        return Err(StackEnd::Root);
+fn go_to_caller(scratch: &mut Scratch) -> Result<(), StackEnd> {
+    let has_tables = scratch.chunk != NO_CHUNK;
+    let (rule, missing) = match find_rule(scratch, has_tables) {
+        Ok(rule) => (rule, None),
+        Err(missing) => (&arch::FRAME_POINTER, missing),
+    };
+    go_by(rule, scratch).map_err(|reason| match (reason, missing) {
+        (StopReason::FramePointerZero, _) if !has_tables => StackEnd::Root,
+        (StopReason::FramePointerZero, _) | (_, None) => stack_end(reason),
+        (_, Some(missing)) => missing,
+    })?;
+    if has_tables || chain_rises(&scratch.regs) { Ok(()) } else { Err(StackEnd::NotRising) }
+}
+
+/// The rule from the tables, or what they lack; nothing where there are none.
+#[inline(always)]
+fn find_rule(scratch: &Scratch, has_tables: bool) -> Result<&'static UnwindRule, Option<StackEnd>> {
+    if !has_tables {
+        return Err(None);
     }
-    read_user(fp, &raw mut scratch.frame_record).ok_or(StackEnd::ReadFailed)?;
-    let [next_fp, return_address] = scratch.frame_record;
-    let return_address = arch::strip(return_address);
-    if return_address == 0 {
-        return Err(StackEnd::Root);
+    table::find_rule(scratch.chunk, scratch.regs.lookup_address()).map_err(Some)
+}
+
+/// In a process without tables nothing but its order tells a chain of frame pointers from other uses of the register.
+///
+/// ```text
+/// sp ▶         (behind the frame that was left)
+/// sp - 8       return address
+/// sp - 16      frame pointer, above sp or 0
+/// ```
+#[inline(always)]
+fn chain_rises(caller: &Regs) -> bool {
+    let fp = arch::frame_pointer(caller);
+    fp == 0 || fp >= arch::stack_pointer(caller)
+}
+
+/// Makes `scratch.regs` the caller's by a rule; leaves them as they are where it leads nowhere.
+#[inline(always)]
+fn go_by(rule: &UnwindRule, scratch: &mut Scratch) -> Result<(), StopReason> {
+    let Scratch { regs, block, word, .. } = scratch;
+    match arch::step(rule, regs, &mut UserStack { block, word }) {
+        Step::Caller => Ok(()),
+        Step::Stop(reason) => Err(reason),
     }
-    if next_fp != 0 && next_fp <= fp {
-        return Err(StackEnd::NotRising);
+}
+
+/// The stack of the sampled task.
+struct UserStack<'a> {
+    block: &'a mut Block,
+    word: &'a mut u64,
+}
+
+impl ReadUser for UserStack<'_> {
+    #[inline(always)]
+    fn read_u64(&mut self, addr: u64) -> Option<u64> {
+        read_user(addr, &raw mut *self.word)?;
+        Some(*self.word)
     }
-    scratch.fp = next_fp;
-    Ok(return_address)
+
+    #[inline(always)]
+    fn read_block64(&mut self, addr: u64) -> Option<&Block> {
+        read_user(addr, &raw mut *self.block)?;
+        Some(self.block)
+    }
+}
+
+#[inline(always)]
+fn stack_end(reason: StopReason) -> StackEnd {
+    match reason {
+        StopReason::End | StopReason::ReturnAddressZero => StackEnd::Root,
+        StopReason::FramePointerZero => StackEnd::FramePointerZero,
+        StopReason::NoMapping => StackEnd::NoMapping,
+        StopReason::NoUnwindInformation => StackEnd::NoUnwindInformation,
+        StopReason::InvalidRule => StackEnd::InvalidRule,
+        StopReason::RegisterLost => StackEnd::RegisterLost,
+        StopReason::ReadFailed => StackEnd::ReadFailed,
+        StopReason::NotRising => StackEnd::NotRising,
+        StopReason::DepthLimit => StackEnd::DepthLimit,
+    }
 }

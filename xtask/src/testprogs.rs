@@ -33,6 +33,22 @@ const C_FLAGS: [&str; 10] = [
     "-pthread",
 ];
 
+/// As distributions build: no frame pointers. Nothing but unwind information leads from frame to caller.
+const DEEP_FLAGS: [&str; 9] = [
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unused-function",
+    "-O2",
+    "-g1",
+    "-fomit-frame-pointer",
+    "-pthread",
+];
+
+/// `deep.c` by compiler, and the program it makes. Those that are not installed are skipped.
+const DEEP_COMPILERS: [(&str, &str); 2] = [("gcc", "deep_gcc"), ("clang", "deep_clang")];
+
 const RUST_FLAGS: [&str; 5] =
     ["--edition=2024", "-O", "-Cforce-frame-pointers=yes", "-Cdebuginfo=1", "-Dwarnings"];
 
@@ -49,6 +65,9 @@ pub(crate) fn build() -> Result<Tally> {
     for name in CONTAINER_PROGRAMS {
         build_c(&from, name, &into.join("container"), &["-static"])?;
         tally += Tally::PASSED;
+    }
+    for (compiler, name) in DEEP_COMPILERS {
+        tally += build_deep(compiler, &into.join(name), &from)?;
     }
     let source = from.join("rust_burn.rs");
     if is_outdated(&into.join("rust_burn"), std::slice::from_ref(&source)) {
@@ -74,6 +93,18 @@ fn build_c(from: &Path, name: &str, into: &Path, flags: &[&str]) -> Result<()> {
     }
     tools::need(&[CC])?;
     command::run(Command::new("cc").args(C_FLAGS).args(flags).arg("-o").arg(program).arg(source))
+}
+
+fn build_deep(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
+    let source = from.join("deep.c");
+    if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
+        if Command::new(compiler).arg("--version").output().is_err() {
+            eprintln!("SKIP {}: {compiler} is not installed", program.display());
+            return Ok(Tally::SKIPPED);
+        }
+        command::run(Command::new(compiler).args(DEEP_FLAGS).arg("-o").arg(program).arg(source))?;
+    }
+    Ok(Tally::PASSED)
 }
 
 /// Whether a program is older than one of its sources, or than this program, which holds the flags.

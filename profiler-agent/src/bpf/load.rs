@@ -13,9 +13,10 @@ use aya::{
     programs::{PerfEvent, Program, ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
+use profiler_common::limits;
 use tracing::{info, warn};
 
-use super::{probe::kernel_facts, stats::KernelCounts};
+use super::{probe::kernel_facts, stats::KernelCounts, unwind::UnwindMaps};
 use crate::sys::{btf::BtfError, cpu, perf_event::CpuClock};
 
 #[cfg(target_arch = "x86_64")]
@@ -54,11 +55,22 @@ pub(crate) enum BpfError {
     },
 }
 
+/// Sizes of the maps of unwind tables. Values of 4, 2, 2 KiB, 16 and about 64 bytes: 15.6 MiB.
+const TABLE_MAPS: [(&str, u32); 5] = [
+    ("PROCESSES", limits::UNWIND_PROCESSES_MAX),
+    ("CHUNKS", limits::UNWIND_PROCESSES_MAX),
+    ("DIRECTORIES", limits::UNWIND_DIRECTORIES_MAX),
+    ("LEAVES", limits::UNWIND_LEAVES_MAX),
+    ("RULES", limits::UNWIND_RULES_MAX),
+];
+
 /// What may be chosen before loading.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadOptions {
     /// Bytes of the ring buffer; a power of two and a multiple of the page size.
     pub(crate) ring_bytes: u32,
+    /// Whether to make room for unwind tables.
+    pub(crate) has_tables: bool,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
     /// Root of sysfs.
@@ -82,10 +94,14 @@ impl Programs {
     /// Loads everything and attaches the process events; sampling starts with [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
         let facts = kernel_facts(&options.sys_root)?.words();
-        let ebpf = EbpfLoader::new()
-            .override_global("KERNEL_FACTS", &facts, true)
-            .map_max_entries("EVENTS", options.ring_bytes)
-            .load(OBJECT)?;
+        let mut loader = EbpfLoader::new();
+        loader.override_global("KERNEL_FACTS", &facts, true).map_max_entries("EVENTS", options.ring_bytes);
+        if options.has_tables {
+            for (map, entries) in TABLE_MAPS {
+                loader.map_max_entries(map, entries);
+            }
+        }
+        let ebpf = loader.load(OBJECT)?;
         let mut programs = Self {
             ebpf,
             clocks: BTreeMap::new(),
@@ -188,6 +204,11 @@ impl Programs {
         let map = self.take_map("STATS")?;
         let map = PerCpuArray::try_from(map).map_err(|source| BpfError::Map { map: "STATS", source })?;
         Ok(KernelCounts::new(map))
+    }
+
+    /// The maps of unwind tables; can be taken once.
+    pub(crate) fn take_unwind_maps(&mut self) -> Result<UnwindMaps, BpfError> {
+        UnwindMaps::new(|name| self.take_map(name))
     }
 
     /// The programs' own rare messages; can be taken once.

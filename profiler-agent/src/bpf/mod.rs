@@ -3,6 +3,8 @@
 mod load;
 mod probe;
 mod stats;
+mod unwind;
 
 pub(crate) use load::{LoadOptions, Programs};
 pub(crate) use stats::KernelCounts;
+pub(crate) use unwind::UnwindMaps;

@@ -323,9 +323,13 @@ fn native_line(frame: &symbolize::Frame) -> LineSpec<'_> {
 /// The frame at the root end that says why there is no further one.
 fn marker(end: StackEnd) -> &'static str {
     match end {
-        StackEnd::Root | StackEnd::NoUserStack => "[complete]",
+        StackEnd::Root | StackEnd::NoUserStack | StackEnd::FramePointerZero => "[complete]",
         StackEnd::ReadFailed => "[truncated: stack memory not readable]",
         StackEnd::NotRising => "[truncated: no frame pointers]",
+        StackEnd::NoMapping => "[truncated: address in no known mapping]",
+        StackEnd::NoUnwindInformation => "[truncated: no unwind information]",
+        StackEnd::InvalidRule => "[truncated: unwind information not usable]",
+        StackEnd::RegisterLost => "[truncated: unwind information needs a lost register]",
         StackEnd::DepthLimit => "[truncated: too deep]",
         StackEnd::NoRegisters => "[truncated: user registers not found]",
     }

@@ -1,31 +1,27 @@
 //! Processes by pid and start time: what they map, and which series they belong to.
 
+mod image;
 pub(crate) mod maps;
 
 use std::{
     collections::HashMap,
-    ffi::OsStr,
     fs,
-    io::Read as _,
-    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use tracing::debug;
+use image::ImageCounts;
+pub(crate) use image::{Backing, ImageReader, Mapping};
+use profiler_common::unwind::mappings::NS_PER_TICK;
 
-use self::maps::{MapsEntry, executable_ranges};
 use crate::{
-    addr::{Addr, FileOffset},
-    executable::{Executable, ExecutableCache, MappedFile},
+    addr::Addr,
     label::{Labeler, SeriesLabels, Subject, owner},
+    unwind::TableRequests,
 };
 
 /// Processes remembered. A process takes about 2 KiB here.
 const PROCESSES_MAX: usize = 16_384;
-/// Executable ranges of one process. JITs that split their code cache reach hundreds.
-const RANGES_MAX: usize = 4096;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
@@ -33,37 +29,8 @@ const IDLE_MAX: Duration = Duration::from_secs(60);
 const REREAD_INTERVAL: Duration = Duration::from_secs(1);
 /// Labels are read again after this long: a process may be moved to another cgroup.
 const LABELS_INTERVAL: Duration = Duration::from_secs(10);
-/// Bytes of `/proc/<pid>/maps` that are read: 65,000 lines.
-const MAPS_BYTES_MAX: u64 = 8 << 20;
-/// Source: sysconf(3), _SC_CLK_TCK, 100 on every architecture Linux runs on.
-const NS_PER_TICK: u64 = 10_000_000;
-
-/// What lies behind an executable range.
-#[derive(Clone, Debug)]
-pub(crate) enum Backing {
-    /// An ELF file.
-    Executable(Arc<Executable>),
-    /// Memory without a file: generated code.
-    Anonymous,
-    /// Memory that the kernel names (`[vdso]`), or a file that could not be used, by its name.
-    Unnamed(Arc<str>),
-}
-
-/// One executable range of a process.
-#[derive(Clone, Debug)]
-pub(crate) struct Mapping {
-    start: Addr,
-    end: Addr,
-    offset: FileOffset,
-    pub(crate) backing: Backing,
-}
-
-impl Mapping {
-    /// The byte of the file that lies at an address of the range.
-    pub(crate) fn file_offset(&self, addr: Addr) -> FileOffset {
-        FileOffset(addr.0.wrapping_sub(self.start.0).wrapping_add(self.offset.0))
-    }
-}
+/// Time between two requests for one process's unwind tables, while its samples come without.
+const TABLES_INTERVAL: Duration = Duration::from_secs(5);
 
 /// One process.
 #[derive(Debug)]
@@ -78,6 +45,7 @@ pub(crate) struct Process {
     cgroup_id: u64,
     mappings_read: Instant,
     labels_read: Instant,
+    tables_requested: Instant,
     last_sampled: Instant,
 }
 
@@ -137,16 +105,17 @@ pub(crate) struct ProcessCounts {
 /// The process table. Owned by the worker thread; reading `/proc` is its own doing, the drain does not wait for it.
 pub(crate) struct Processes {
     by_pid: HashMap<u32, Process>,
-    executables: ExecutableCache,
+    images: ImageReader,
     labeler: Labeler,
-    proc_root: PathBuf,
+    /// `None` where frame pointers are to be used.
+    tables: Option<TableRequests>,
     counts: ProcessCounts,
 }
 
 impl Processes {
-    /// An empty table that reads processes below `proc_root`.
-    pub(crate) fn new(proc_root: PathBuf, executables: ExecutableCache, labeler: Labeler) -> Self {
-        Self { by_pid: HashMap::new(), executables, labeler, proc_root, counts: ProcessCounts::default() }
+    /// An empty table.
+    pub(crate) fn new(images: ImageReader, labeler: Labeler, tables: Option<TableRequests>) -> Self {
+        Self { by_pid: HashMap::new(), images, labeler, tables, counts: ProcessCounts::default() }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -159,6 +128,7 @@ impl Processes {
                 self.make_room();
                 let process = self.read(sampled, now);
                 self.by_pid.insert(sampled.pid, process);
+                self.request_tables(sampled.pid);
             }
             Known::OldLabels => self.read_labels_again(sampled, now),
         }
@@ -189,7 +159,8 @@ impl Processes {
         if !due {
             return None;
         }
-        let mappings = self.read_mappings(pid);
+        self.request_tables(pid);
+        let mappings = self.images.mappings(pid);
         let process = self.by_pid.get_mut(&pid)?;
         if !mappings.is_empty() {
             process.mappings = mappings;
@@ -200,7 +171,25 @@ impl Processes {
 
     /// The process has a new image.
     pub(crate) fn exec(&mut self, pid: u32) {
-        self.by_pid.remove(&pid);
+        // Others get theirs with their first sample: most programs end before.
+        if self.by_pid.remove(&pid).is_some() {
+            self.request_tables(pid);
+        }
+    }
+
+    /// A sample of the process lacked tables: asks for them, unless that was done of late.
+    pub(crate) fn lacks_tables(&mut self, pid: u32) {
+        let Some(process) = self.by_pid.get_mut(&pid) else { return };
+        if process.tables_requested.elapsed() >= TABLES_INTERVAL {
+            process.tables_requested = Instant::now();
+            self.request_tables(pid);
+        }
+    }
+
+    fn request_tables(&self, pid: u32) {
+        if let Some(tables) = &self.tables {
+            tables.request(pid);
+        }
     }
 
     /// Exec records were lost: whatever is known may be of an earlier image.
@@ -220,12 +209,13 @@ impl Processes {
 
     /// What the table has met so far.
     pub(crate) fn counts(&self) -> ProcessCounts {
-        self.counts
+        let ImageCounts { unusable_files, ranges_cut } = self.images.counts();
+        ProcessCounts { unusable_files, ranges_cut, ..self.counts }
     }
 
     /// Executables open now.
     pub(crate) fn executables(&self) -> usize {
-        self.executables.len()
+        self.images.executables()
     }
 
     /// Containers among the known processes.
@@ -251,8 +241,8 @@ impl Processes {
     fn read(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
         let directory = self.directory(sampled.pid);
         let series = self.read_labels(&directory, sampled.comm);
-        let mappings = self.read_mappings(sampled.pid);
-        if !is_same_process(&directory, sampled.start_ns) {
+        let mappings = self.images.mappings(sampled.pid);
+        if !self.is_same_process(sampled) {
             self.counts.gone += 1;
             return self.unread(sampled, now);
         }
@@ -271,14 +261,21 @@ impl Processes {
             cgroup_id,
             mappings_read: now,
             labels_read: now,
+            tables_requested: now,
             last_sampled: now,
         }
+    }
+
+    /// Whether the process that has the pid now, if any, is the one that was sampled.
+    fn is_same_process(&self, sampled: Sampled<'_>) -> bool {
+        let started = self.images.start_ticks(sampled.pid);
+        started.is_some_and(|ticks| sampled.start_ns == 0 || ticks == sampled.start_ns / NS_PER_TICK)
     }
 
     fn read_labels_again(&mut self, sampled: Sampled<'_>, now: Instant) {
         let directory = self.directory(sampled.pid);
         let series = self.read_labels(&directory, sampled.comm);
-        let is_same = is_same_process(&directory, sampled.start_ns);
+        let is_same = self.is_same_process(sampled);
         let Some(process) = self.by_pid.get_mut(&sampled.pid) else { return };
         (process.labels_read, process.cgroup_id) = (now, sampled.cgroup_id);
         // One that has exited meanwhile keeps what it had.
@@ -288,7 +285,7 @@ impl Processes {
     }
 
     fn directory(&self, pid: u32) -> PathBuf {
-        self.proc_root.join(pid.to_string())
+        self.images.directory(pid)
     }
 
     fn read_labels(&self, directory: &Path, comm: &str) -> SeriesLabels {
@@ -299,51 +296,6 @@ impl Processes {
         let exe = exe.to_string_lossy();
         self.labeler.series(&Subject { exe: &exe, is_kernel_thread, comm, owner: owner(&cgroup) })
     }
-
-    fn read_mappings(&mut self, pid: u32) -> Vec<Mapping> {
-        let Ok(file) = fs::File::open(self.directory(pid).join("maps")) else { return Vec::new() };
-        let mut maps = Vec::new();
-        // A process that exits while it is read gives what came before.
-        let _ = file.take(MAPS_BYTES_MAX).read_to_end(&mut maps);
-        let mut ranges = executable_ranges(&maps);
-        let mappings = ranges.by_ref().take(RANGES_MAX).map(|entry| self.mapping(pid, &entry)).collect();
-        self.counts.ranges_cut += u64::from(ranges.next().is_some());
-        mappings
-    }
-
-    fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {
-        let &MapsEntry { start, end, offset, device: _, inode, path } = entry;
-        Mapping { start, end, offset, backing: self.backing(pid, start, end, inode, path) }
-    }
-
-    fn backing(&mut self, pid: u32, start: Addr, end: Addr, inode: u64, path: &[u8]) -> Backing {
-        if inode == 0 {
-            // `[anon:NAME]` is what a process calls its own memory: prctl(2), PR_SET_VMA_ANON_NAME.
-            let is_anonymous = path.is_empty() || path.starts_with(b"[anon");
-            return if is_anonymous {
-                Backing::Anonymous
-            } else {
-                Backing::Unnamed(String::from_utf8_lossy(path).into())
-            };
-        }
-        let path = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(path)));
-        let mapped = MappedFile { pid, range: start..end, inode, path };
-        match self.executables.open(&self.proc_root, &mapped) {
-            Ok(executable) => Backing::Executable(executable),
-            Err(error) => {
-                self.counts.unusable_files += 1;
-                debug!(error = &error as &dyn std::error::Error, pid, "frames of this file stay addresses");
-                let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-                Backing::Unnamed(name.into())
-            }
-        }
-    }
-}
-
-/// Whether the pid still belongs to the process that was sampled. Source: proc_pid_stat(5), starttime.
-fn is_same_process(directory: &Path, start_ns: u64) -> bool {
-    let started = stat_number(directory, STAT_STARTTIME);
-    started.is_some_and(|ticks| start_ns == 0 || ticks == start_ns / NS_PER_TICK)
 }
 
 /// Whether a task without an executable is a kernel thread rather than one that is exiting. Source: proc_pid_stat(5),
@@ -371,10 +323,14 @@ fn stat_field(stat: &[u8], number: usize) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::executable::ExecutableCache;
 
     fn processes() -> Processes {
-        Processes::new("/proc".into(), ExecutableCache::new(64), Labeler::new("n", &[]))
+        let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
+        Processes::new(images, Labeler::new("n", &[]), None)
     }
 
     fn sampled(pid: u32, start_ns: u64, comm: &str) -> Sampled<'_> {

@@ -7,7 +7,6 @@ mod kernel;
 mod native;
 mod nesting;
 mod queue;
-mod sigbus;
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -19,6 +18,7 @@ use std::{io, thread};
 
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
+use crate::sys::sigbus;
 pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
 use native::NativeSymbols;

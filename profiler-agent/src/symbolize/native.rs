@@ -15,8 +15,9 @@ use rustix::fs::{Mode, OFlags};
 
 use super::demangle::{cut, demangle, is_mangled};
 use super::inflate::is_honest;
-use super::{NewFrame, Reason, nesting, sigbus};
+use super::{NewFrame, Reason, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableId, SymbolSections};
+use crate::sys::sigbus;
 
 /// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them and the
 /// DWARF of units that were asked for are our own: 26 MB after 2000 addresses all over a 48 MB Rust program.

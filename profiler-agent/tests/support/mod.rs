@@ -109,6 +109,29 @@ impl Agent {
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
+    /// The same of windows that ended after a moment.
+    pub fn merge_since(&self, selector: &str, moment: SystemTime) -> Merged {
+        let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+        let to = (since_epoch + Duration::from_secs(3600)).as_millis().to_string();
+        let from = since_epoch.as_millis().to_string();
+        let range = [("from", from.as_str()), ("to", to.as_str())];
+        let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
+        let body = self.query("/api/v1/merge", &[&range[..], &what[..]].concat());
+        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+    }
+
+    /// The sum of a metric of the agent's over all its labels; `None` while it does not answer.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        let (_, body) = self.get(self.agent, "/metrics")?;
+        let text = String::from_utf8(body).expect("text");
+        let value = |line: &str| -> Option<f64> {
+            let behind = line.strip_prefix(name)?;
+            let is_whole_name = behind.starts_with([' ', '{']);
+            if is_whole_name { behind.rsplit(' ').next()?.parse().ok() } else { None }
+        };
+        Some(text.lines().filter_map(value).sum())
+    }
+
     /// Waits until a window is stored that began after a moment: then so are all that ended before it.
     pub fn wait_for_window_after(&self, moment: SystemTime) {
         let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
@@ -202,6 +225,26 @@ impl Merged {
         self.share(self.nodes.iter().filter(is_called).map(|node| node.total).sum())
     }
 
+    /// Share of the total whose outermost frame has one of these names.
+    pub fn share_from(&self, roots: &[&str]) -> f64 {
+        let is_root = |node: &&Node| node.parent == Some(0) && roots.contains(&node.name.as_str());
+        self.share(self.nodes.iter().filter(is_root).map(|node| node.total).sum())
+    }
+
+    /// Outermost frames and their values.
+    pub fn roots(&self) -> Vec<(&str, i64)> {
+        let roots = self.nodes.iter().filter(|node| node.parent == Some(0));
+        roots.map(|node| (node.name.as_str(), node.total)).collect()
+    }
+
+    /// Whether a function was seen with all of these callers, nearest first, others between them.
+    pub fn has_stack(&self, function: &str, callers: &[&str]) -> bool {
+        self.nodes.iter().filter(|node| node.name == function).any(|node| {
+            let mut above = std::iter::successors(node.parent, |&at| self.nodes[at].parent);
+            callers.iter().all(|caller| above.any(|at| self.nodes[at].name == *caller))
+        })
+    }
+
     /// The stack with the largest own value, leaf first, inlined calls included.
     pub fn hottest_stack(&self) -> Vec<&str> {
         let hottest = self.nodes.iter().max_by_key(|node| node.own).expect("a node");
@@ -239,6 +282,11 @@ impl Program {
         assert_eq!(line, "ready\n", "{name}");
         let input = child.stdin.take();
         Self { child, input }
+    }
+
+    /// Starts a test program that not every machine can build.
+    pub fn start_if_built(name: &str) -> Option<Self> {
+        testprogs().join(name).exists().then(|| Self::start(name, &[]))
     }
 
     /// Starts a program of the system that writes nothing.

@@ -5,6 +5,7 @@
 //! missing pages are replaced by pages of zeros, and what was read is thrown away.
 
 use std::cell::Cell;
+use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -23,12 +24,12 @@ static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
 /// The file changed under the reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct FileShrank;
+pub(crate) struct FileShrank;
 
 /// Runs `read`, which reads mapped files on this thread and on no other.
-pub(super) fn guard<T>(read: impl FnOnce() -> T) -> Result<T, FileShrank> {
+pub(crate) fn guard<T>(read: impl FnOnce() -> T) -> Result<T, FileShrank> {
     let _done = Reading::start();
-    let result = read();
+    let result = black_box(read());
     if REPLACED.get() == Some(0) { Ok(result) } else { Err(FileShrank) }
 }
 
@@ -48,7 +49,7 @@ impl Drop for Reading {
 }
 
 /// Installs the handler for the whole process, once. Other faults still end it as they did before.
-pub(super) fn install() -> io::Result<()> {
+pub(crate) fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     let installed =
         INSTALLED.get_or_init(|| install_now().map_err(|error| error.raw_os_error().unwrap_or(0)));

@@ -1,0 +1,155 @@
+//! What a process has mapped as code, as `/proc` tells it.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::Read as _,
+    ops::Range,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tracing::debug;
+
+use super::{
+    STAT_STARTTIME,
+    maps::{MapsEntry, executable_ranges},
+    stat_number,
+};
+use crate::{
+    addr::{Addr, FileOffset},
+    executable::{Executable, ExecutableCache, MappedFile},
+};
+
+/// Executable ranges of one process. JITs that split their code cache reach hundreds.
+const RANGES_MAX: usize = 4096;
+/// Bytes of `/proc/<pid>/maps` that are read: 65,000 lines.
+const MAPS_BYTES_MAX: u64 = 8 << 20;
+
+/// What lies behind an executable range.
+#[derive(Clone, Debug)]
+pub(crate) enum Backing {
+    /// An ELF file.
+    Executable(Arc<Executable>),
+    /// Memory without a file: generated code.
+    Anonymous,
+    /// Memory that the kernel names (`[vdso]`), or a file that could not be used, by its name.
+    Unnamed(Arc<str>),
+}
+
+/// One executable range of a process.
+#[derive(Clone, Debug)]
+pub(crate) struct Mapping {
+    pub(super) start: Addr,
+    pub(super) end: Addr,
+    offset: FileOffset,
+    pub(crate) backing: Backing,
+}
+
+impl Mapping {
+    /// First address, and first address behind.
+    pub(crate) fn range(&self) -> Range<Addr> {
+        self.start..self.end
+    }
+
+    /// The byte of the file that lies at the first address.
+    pub(crate) fn offset(&self) -> FileOffset {
+        self.offset
+    }
+
+    /// The byte of the file that lies at an address of the range.
+    pub(crate) fn file_offset(&self, addr: Addr) -> FileOffset {
+        FileOffset(addr.0.wrapping_sub(self.start.0).wrapping_add(self.offset.0))
+    }
+}
+
+/// What a reader has met so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ImageCounts {
+    /// Mappings whose file could not be opened or is no usable ELF file.
+    pub(super) unusable_files: u64,
+    /// Processes with more executable ranges than are kept.
+    pub(super) ranges_cut: u64,
+}
+
+/// Reads the mappings of processes. Each thread that does has one; they share the executables.
+pub(crate) struct ImageReader {
+    proc_root: PathBuf,
+    executables: Arc<ExecutableCache>,
+    counts: ImageCounts,
+}
+
+impl ImageReader {
+    /// Reads processes below `proc_root`.
+    pub(crate) fn new(proc_root: PathBuf, executables: Arc<ExecutableCache>) -> Self {
+        Self { proc_root, executables, counts: ImageCounts::default() }
+    }
+
+    /// What was met so far.
+    pub(super) fn counts(&self) -> ImageCounts {
+        self.counts
+    }
+
+    /// Executables open now.
+    pub(crate) fn executables(&self) -> usize {
+        self.executables.len()
+    }
+
+    /// The process's directory below `/proc`.
+    pub(crate) fn directory(&self, pid: u32) -> PathBuf {
+        self.proc_root.join(pid.to_string())
+    }
+
+    /// Every process there is.
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        let Ok(entries) = fs::read_dir(&self.proc_root) else { return Vec::new() };
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+    }
+
+    /// When the process with this pid started, in clock ticks since boot; `None` when there is none. Source:
+    /// proc_pid_stat(5), starttime.
+    pub(crate) fn start_ticks(&self, pid: u32) -> Option<u64> {
+        stat_number(&self.directory(pid), STAT_STARTTIME)
+    }
+
+    /// The executable ranges, ascending; none for a kernel thread or a process that is gone.
+    pub(crate) fn mappings(&mut self, pid: u32) -> Vec<Mapping> {
+        let Ok(file) = fs::File::open(self.directory(pid).join("maps")) else { return Vec::new() };
+        let mut maps = Vec::new();
+        // A process that exits while it is read gives what came before.
+        let _ = file.take(MAPS_BYTES_MAX).read_to_end(&mut maps);
+        let mut ranges = executable_ranges(&maps);
+        let mappings = ranges.by_ref().take(RANGES_MAX).map(|entry| self.mapping(pid, &entry)).collect();
+        self.counts.ranges_cut += u64::from(ranges.next().is_some());
+        mappings
+    }
+
+    fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {
+        let &MapsEntry { start, end, offset, device: _, inode, path } = entry;
+        Mapping { start, end, offset, backing: self.backing(pid, start, end, inode, path) }
+    }
+
+    fn backing(&mut self, pid: u32, start: Addr, end: Addr, inode: u64, path: &[u8]) -> Backing {
+        if inode == 0 {
+            // `[anon:NAME]` is what a process calls its own memory: prctl(2), PR_SET_VMA_ANON_NAME.
+            let is_anonymous = path.is_empty() || path.starts_with(b"[anon");
+            return if is_anonymous {
+                Backing::Anonymous
+            } else {
+                Backing::Unnamed(String::from_utf8_lossy(path).into())
+            };
+        }
+        let path = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(path)));
+        let mapped = MappedFile { pid, range: start..end, inode, path };
+        match self.executables.open(&self.proc_root, &mapped) {
+            Ok(executable) => Backing::Executable(executable),
+            Err(error) => {
+                self.counts.unusable_files += 1;
+                debug!(error = &error as &dyn std::error::Error, pid, "frames of this file stay addresses");
+                let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+                Backing::Unnamed(name.into())
+            }
+        }
+    }
+}

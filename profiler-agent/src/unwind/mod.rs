@@ -1,0 +1,405 @@
+//! Unwind tables for the kernel side: made from the executables of processes, kept in its maps, named by its process
+//! entries. All on a thread of its own; until a process has its tables, its stacks are walked by frame pointers.
+//!
+//! ```text
+//! worker: new process, exec, unknown address ─▶ requests (bounded) ─▶ unwind thread
+//!                                                                      /proc/<pid>/maps
+//!                                                                      ELF files ─▶ rules, leaves, directories
+//!                                                                      a free chunk ─▶ the process's entry
+//! ```
+//! A request may be lost: the worker asks again for as long as samples come without tables.
+
+mod chunk;
+mod ids;
+mod make;
+mod tables;
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel},
+    },
+    time::{Duration, Instant},
+};
+
+use aya::maps::MapError;
+use profiler_common::{limits, unwind::mappings::ProcessEntry};
+use profiler_unwind::Architecture;
+use tracing::{debug, warn};
+
+pub(crate) use self::make::Reason;
+use self::{
+    chunk::{CodeRange, MappedTable, Part, Record},
+    ids::Ids,
+    make::{MakeError, VDSO},
+    tables::{Owner, PlaceError, Tables, Write},
+};
+use crate::{
+    addr::FileOffset,
+    bpf::UnwindMaps,
+    executable::Executable,
+    process::{Backing, ImageReader, Mapping},
+};
+
+#[cfg(target_arch = "x86_64")]
+const ARCHITECTURE: Architecture = Architecture::X86_64;
+#[cfg(target_arch = "aarch64")]
+const ARCHITECTURE: Architecture = Architecture::Aarch64;
+
+/// Requests between worker and unwind thread, 4 bytes each. A machine that starts more processes at a time asks again.
+const REQUESTS_MAX: usize = 4096;
+/// Time between two looks for processes that have exited.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// Time between two attempts to find room for what had none.
+const RETRY_INTERVAL: Duration = Duration::from_secs(30);
+/// Executables remembered to have no table. Emptied when full; they are then tried once more.
+const REFUSED_MAX: usize = 8192;
+
+/// What happened to tables.
+#[derive(Debug, Default)]
+pub(crate) struct UnwindCounts {
+    /// Tables in the kernel now.
+    pub(crate) tables: AtomicU64,
+    /// Pages of rows they take, of `limits::UNWIND_LEAVES_MAX`.
+    pub(crate) leaves: AtomicU64,
+    /// Processes with tables now.
+    pub(crate) processes: AtomicU64,
+    /// The processes that ran when the agent started have their tables.
+    pub(crate) has_scanned: AtomicBool,
+    /// Requests there was no room for.
+    pub(crate) requests_dropped: AtomicU64,
+    errors: [AtomicU64; Reason::ALL.len()],
+}
+
+impl UnwindCounts {
+    /// Tables, or processes, that had to do without.
+    pub(crate) fn errors(&self) -> impl Iterator<Item = (Reason, u64)> {
+        Reason::ALL.into_iter().zip(self.errors.iter().map(|count| count.load(Relaxed)))
+    }
+
+    fn count_error(&self, reason: Reason) {
+        let known = Reason::ALL.iter().zip(&self.errors).find(|(known, _)| **known == reason);
+        known.expect("ALL holds every reason").1.fetch_add(1, Relaxed);
+    }
+}
+
+/// Where the worker asks for tables. The unwind thread ends when all of these are gone.
+#[derive(Clone, Debug)]
+pub(crate) struct TableRequests {
+    pids: SyncSender<u32>,
+    counts: Arc<UnwindCounts>,
+}
+
+impl TableRequests {
+    /// Asks for the tables of a process as it is now. Never waits.
+    pub(crate) fn request(&self, pid: u32) {
+        if self.pids.try_send(pid).is_err() {
+            self.counts.requests_dropped.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+/// The channel that requests go through.
+pub(crate) fn requests(counts: Arc<UnwindCounts>) -> (TableRequests, Receiver<u32>) {
+    let (pids, received) = sync_channel(REQUESTS_MAX);
+    (TableRequests { pids, counts }, received)
+}
+
+/// Makes tables and gives them to the kernel side. The only writer of its maps.
+pub(crate) struct Unwinder {
+    maps: UnwindMaps,
+    images: ImageReader,
+    counts: Arc<UnwindCounts>,
+    tables: Tables,
+    chunks: Ids,
+    processes: HashMap<u32, Published>,
+    /// Executables that have no table, and will not have one on another try.
+    refused: HashSet<Owner>,
+    /// Processes that lack a table for want of room.
+    incomplete: HashSet<u32>,
+    /// Processes to look at.
+    waiting: VecDeque<u32>,
+}
+
+/// A process that has an entry.
+struct Published {
+    start_ticks: u64,
+    chunk: u32,
+    records: Vec<Record>,
+    owners: HashSet<Owner>,
+}
+
+/// A process as it is to be published. Its tables are held.
+struct Image {
+    start_ticks: u64,
+    records: Vec<Record>,
+    owners: HashSet<Owner>,
+}
+
+impl Unwinder {
+    /// No tables yet.
+    pub(crate) fn new(maps: UnwindMaps, images: ImageReader, counts: Arc<UnwindCounts>) -> Self {
+        Self {
+            maps,
+            images,
+            counts,
+            tables: Tables::new(ARCHITECTURE, limits::UNWIND_LEAVES_MAX, limits::UNWIND_DIRECTORIES_MAX),
+            chunks: Ids::new(limits::UNWIND_PROCESSES_MAX),
+            processes: HashMap::new(),
+            refused: HashSet::new(),
+            incomplete: HashSet::new(),
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// Looks at every process there is, then at those asked for, until nobody can ask any more.
+    pub(crate) fn run(mut self, requests: &Receiver<u32>) {
+        self.waiting = self.images.pids().into();
+        let (mut swept, mut retried) = (Instant::now(), Instant::now());
+        while self.receive(requests).is_some() {
+            if let Some(pid) = self.waiting.pop_front() {
+                self.update(pid);
+            }
+            if self.waiting.is_empty() {
+                self.counts.has_scanned.store(true, Relaxed);
+            }
+            if swept.elapsed() >= SWEEP_INTERVAL {
+                self.sweep();
+                swept = Instant::now();
+            }
+            if retried.elapsed() >= RETRY_INTERVAL {
+                self.waiting.extend(self.incomplete.drain());
+                retried = Instant::now();
+            }
+            self.update_counts();
+        }
+    }
+
+    /// Takes what has been asked for; waits only while there is nothing to do. `None` at the end.
+    fn receive(&mut self, requests: &Receiver<u32>) -> Option<()> {
+        if self.waiting.is_empty() {
+            match requests.recv_timeout(SWEEP_INTERVAL) {
+                Ok(pid) => self.waiting.push_back(pid),
+                Err(RecvTimeoutError::Timeout) => return Some(()),
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+        while self.waiting.len() < REQUESTS_MAX {
+            match requests.try_recv() {
+                Ok(pid) if self.waiting.contains(&pid) => {}
+                Ok(pid) => self.waiting.push_back(pid),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return None,
+            }
+        }
+        Some(())
+    }
+
+    fn update(&mut self, pid: u32) {
+        let now = Instant::now();
+        self.incomplete.remove(&pid);
+        let Some(image) = self.read(pid, now) else {
+            self.withdraw(pid, now);
+            return;
+        };
+        let is_known =
+            |known: &Published| (known.start_ticks, &known.records) == (image.start_ticks, &image.records);
+        if self.processes.get(&pid).is_some_and(is_known) {
+            self.release(image.owners, now);
+            self.renew(pid);
+        } else if let Err(reason) = self.publish(pid, image, now) {
+            self.counts.count_error(reason);
+            self.withdraw(pid, now);
+        }
+    }
+
+    /// The process as it is now, and tables for all of it that can be had; `None` for a process without code of its own.
+    fn read(&mut self, pid: u32, now: Instant) -> Option<Image> {
+        let start_ticks = self.images.start_ticks(pid)?;
+        let mappings = self.images.mappings(pid);
+        if mappings.is_empty() {
+            return None;
+        }
+        let mut owners = HashSet::new();
+        let ranges: Vec<_> =
+            mappings.iter().map(|mapping| self.code_range(pid, mapping, &mut owners, now)).collect();
+        let records = chunk::records(&ranges);
+        if records.is_none() {
+            self.counts.count_error(Reason::TooManyMappings);
+        }
+        // Another process may have taken the pid meanwhile.
+        let is_same = self.images.start_ticks(pid) == Some(start_ticks);
+        match records.filter(|_| is_same) {
+            Some(records) => Some(Image { start_ticks, records, owners }),
+            None => {
+                self.release(owners, now);
+                None
+            }
+        }
+    }
+
+    fn code_range(
+        &mut self,
+        pid: u32,
+        mapping: &Mapping,
+        owners: &mut HashSet<Owner>,
+        now: Instant,
+    ) -> CodeRange {
+        let range = mapping.range();
+        let (owner, bias, executable) = match &mapping.backing {
+            Backing::Unnamed(name) if &**name == VDSO => (Some(Owner::Vdso), range.start.0, None),
+            Backing::Anonymous | Backing::Unnamed(_) => (None, 0, None),
+            Backing::Executable(executable) => match bias(mapping, executable) {
+                Some(bias) => (Some(Owner::Executable(executable.id())), bias, Some(&**executable)),
+                None => (None, 0, None),
+            },
+        };
+        let parts = owner.and_then(|owner| {
+            let parts = self.parts(pid, owner, executable, now)?;
+            // Held from now on, lest the next table of this very process takes its place.
+            if owners.insert(owner) {
+                self.tables.hold(owner);
+            }
+            Some(parts)
+        });
+        let table = parts.map(|parts| MappedTable { bias, parts });
+        CodeRange { addresses: range.start.0..range.end.0, table }
+    }
+
+    /// Where a table lies, made now unless it is there; `None` where it cannot be had.
+    fn parts(
+        &mut self,
+        pid: u32,
+        owner: Owner,
+        executable: Option<&Executable>,
+        now: Instant,
+    ) -> Option<Arc<[Part]>> {
+        if let Some(parts) = self.tables.parts(owner, now) {
+            return Some(parts);
+        }
+        if self.refused.contains(&owner) {
+            return None;
+        }
+        match self.make(owner, executable, now) {
+            Ok(parts) => Some(parts),
+            Err(reason) => {
+                self.counts.count_error(reason);
+                if reason == Reason::NoRoom {
+                    self.incomplete.insert(pid);
+                } else {
+                    self.refuse(owner);
+                }
+                None
+            }
+        }
+    }
+
+    fn make(
+        &mut self,
+        owner: Owner,
+        executable: Option<&Executable>,
+        now: Instant,
+    ) -> Result<Arc<[Part]>, Reason> {
+        let table = executable.map_or_else(make::of_vdso, make::of_executable).map_err(|error| {
+            log_refusal(executable, &error);
+            error.reason()
+        })?;
+        let maps = &mut self.maps;
+        let placed = self.tables.place(owner, &table, now, |write| match write {
+            Write::Rule(id, rule) => maps.set_rule(id, rule),
+            Write::Leaf(id, leaf) => maps.set_leaf(id, leaf),
+            Write::Directory(id, directory) => maps.set_directory(id, directory),
+        });
+        placed.map_err(|error| match error {
+            PlaceError::NoRoom => Reason::NoRoom,
+            PlaceError::TooLarge => Reason::TooLarge,
+            PlaceError::Write(error) => map_failed(&error),
+        })
+    }
+
+    fn refuse(&mut self, owner: Owner) {
+        if self.refused.len() >= REFUSED_MAX {
+            self.refused.clear();
+        }
+        self.refused.insert(owner);
+    }
+
+    /// Writes the image to a free chunk and makes that the process's, then gives up what it had.
+    fn publish(&mut self, pid: u32, image: Image, now: Instant) -> Result<(), Reason> {
+        let Image { start_ticks, records, owners } = image;
+        let Some(chunk) = self.chunks.take(1, now).and_then(|ids| ids.first().copied()) else {
+            self.release(owners, now);
+            return Err(Reason::TooManyProcesses);
+        };
+        let entry = ProcessEntry { start_ticks, chunk, reserved: 0 };
+        let written = self.maps.set_chunk(chunk, &chunk::chunk(&records));
+        if let Err(error) = written.and_then(|()| self.maps.publish(pid, entry)) {
+            self.chunks.give_back(vec![chunk], now);
+            self.release(owners, now);
+            return Err(map_failed(&error));
+        }
+        let before = self.processes.insert(pid, Published { start_ticks, chunk, records, owners });
+        self.give_up(before, now);
+        Ok(())
+    }
+
+    /// Writes the entry again: the kernel side deletes it at exec, also when the new image is as the old one.
+    fn renew(&mut self, pid: u32) {
+        let Some(&Published { start_ticks, chunk, .. }) = self.processes.get(&pid) else { return };
+        if let Err(error) = self.maps.publish(pid, ProcessEntry { start_ticks, chunk, reserved: 0 }) {
+            self.counts.count_error(map_failed(&error));
+        }
+    }
+
+    /// The process goes back to frame pointers.
+    fn withdraw(&mut self, pid: u32, now: Instant) {
+        let Some(before) = self.processes.remove(&pid) else { return };
+        if let Err(error) = self.maps.withdraw(pid) {
+            self.counts.count_error(map_failed(&error));
+        }
+        self.give_up(Some(before), now);
+    }
+
+    fn give_up(&mut self, before: Option<Published>, now: Instant) {
+        let Some(Published { chunk, owners, .. }) = before else { return };
+        self.chunks.give_back(vec![chunk], now);
+        self.release(owners, now);
+    }
+
+    fn release(&mut self, owners: HashSet<Owner>, now: Instant) {
+        owners.into_iter().for_each(|owner| self.tables.release(owner, now));
+    }
+
+    /// Forgets processes that are gone.
+    fn sweep(&mut self) {
+        let now = Instant::now();
+        let is_gone = |&pid: &u32| !self.images.directory(pid).exists();
+        let gone: Vec<u32> = self.processes.keys().copied().filter(is_gone).collect();
+        gone.into_iter().for_each(|pid| self.withdraw(pid, now));
+    }
+
+    fn update_counts(&self) {
+        self.counts.tables.store(self.tables.len() as u64, Relaxed);
+        self.counts.leaves.store(self.tables.leaves_used() as u64, Relaxed);
+        self.counts.processes.store(self.processes.len() as u64, Relaxed);
+    }
+}
+
+/// What is added to an ELF address of a mapping's file to get that of the process.
+fn bias(mapping: &Mapping, executable: &Executable) -> Option<u64> {
+    let FileOffset(offset) = mapping.offset();
+    let first = executable.elf_addr(FileOffset(offset))?;
+    Some(mapping.range().start.0.wrapping_sub(first.0))
+}
+
+fn log_refusal(executable: Option<&Executable>, error: &MakeError) {
+    let name = executable.map_or(VDSO.into(), Executable::name);
+    debug!(error = error as &dyn std::error::Error, %name, "no unwind table; frame pointers stay");
+}
+
+fn map_failed(error: &MapError) -> Reason {
+    warn!(error = error as &dyn std::error::Error, "unwind tables cannot be written");
+    Reason::Map
+}
