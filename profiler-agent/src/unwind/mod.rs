@@ -41,6 +41,7 @@ use crate::{
     bpf::UnwindMaps,
     executable::Executable,
     process::{Backing, ImageReader, Mapping},
+    sys::memory,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -121,6 +122,7 @@ pub(crate) struct Unwinder {
     incomplete: HashSet<u32>,
     /// Processes to look at.
     waiting: VecDeque<u32>,
+    has_made_tables: bool,
 }
 
 /// A process that has an entry.
@@ -151,6 +153,7 @@ impl Unwinder {
             refused: HashSet::new(),
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
+            has_made_tables: false,
         }
     }
 
@@ -164,6 +167,7 @@ impl Unwinder {
             }
             if self.waiting.is_empty() {
                 self.counts.has_scanned.store(true, Relaxed);
+                self.release_memory();
             }
             if swept.elapsed() >= SWEEP_INTERVAL {
                 self.sweep();
@@ -195,6 +199,13 @@ impl Unwinder {
             }
         }
         Some(())
+    }
+
+    /// Files were read: their rows are in the kernel now.
+    fn release_memory(&mut self) {
+        if std::mem::take(&mut self.has_made_tables) {
+            memory::release_free();
+        }
     }
 
     fn update(&mut self, pid: u32) {
@@ -302,6 +313,7 @@ impl Unwinder {
         executable: Option<&Executable>,
         now: Instant,
     ) -> Result<Arc<[Part]>, Reason> {
+        self.has_made_tables = true;
         let table = executable.map_or_else(make::of_vdso, make::of_executable).map_err(|error| {
             log_refusal(executable, &error);
             error.reason()
