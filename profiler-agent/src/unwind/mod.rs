@@ -53,7 +53,7 @@ const ARCHITECTURE: Architecture = Architecture::Aarch64;
 const REQUESTS_MAX: usize = 4096;
 /// Time between two looks for processes that have exited.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
-/// Time between two attempts to find room for what had none.
+/// Time between two attempts to find room for what had none: the largest tables take 0.15 s to make.
 const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 /// Executables remembered to have no table. Emptied when full; they are then tried once more.
 const REFUSED_MAX: usize = 8192;
@@ -118,6 +118,8 @@ pub(crate) struct Unwinder {
     processes: HashMap<u32, Published>,
     /// Executables that have no table, and will not have one on another try.
     refused: HashSet<Owner>,
+    /// Executables there was no room for, and when.
+    crowded_out: HashMap<Owner, Instant>,
     /// Processes that lack a table for want of room.
     incomplete: HashSet<u32>,
     /// Processes to look at.
@@ -151,6 +153,7 @@ impl Unwinder {
             chunks: Ids::new(limits::UNWIND_PROCESSES_MAX),
             processes: HashMap::new(),
             refused: HashSet::new(),
+            crowded_out: HashMap::new(),
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
             has_made_tables: false,
@@ -173,6 +176,7 @@ impl Unwinder {
                 self.sweep();
                 swept = Instant::now();
             }
+            self.crowded_out.retain(|_, since| since.elapsed() < RETRY_INTERVAL);
             if retried.elapsed() >= RETRY_INTERVAL {
                 self.waiting.extend(self.incomplete.drain());
                 retried = Instant::now();
@@ -293,11 +297,16 @@ impl Unwinder {
         if self.refused.contains(&owner) {
             return None;
         }
+        if self.crowded_out.contains_key(&owner) {
+            self.incomplete.insert(pid);
+            return None;
+        }
         match self.make(owner, executable, now) {
             Ok(parts) => Some(parts),
             Err(reason) => {
                 self.counts.count_error(reason);
                 if reason == Reason::NoRoom {
+                    self.crowded_out.insert(owner, now);
                     self.incomplete.insert(pid);
                 } else {
                     self.refuse(owner);
