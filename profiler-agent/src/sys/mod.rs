@@ -6,6 +6,7 @@ pub(crate) mod clock;
 pub(crate) mod cpu;
 pub(crate) mod file_map;
 pub(crate) mod limits;
+pub(crate) mod memory;
 pub(crate) mod perf_event;
 pub(crate) mod random;
 pub(crate) mod sigbus;

@@ -41,6 +41,7 @@ use crate::{
     bpf::UnwindMaps,
     executable::Executable,
     process::{Backing, ImageReader, Mapping},
+    sys::memory,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -52,7 +53,7 @@ const ARCHITECTURE: Architecture = Architecture::Aarch64;
 const REQUESTS_MAX: usize = 4096;
 /// Time between two looks for processes that have exited.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
-/// Time between two attempts to find room for what had none.
+/// Time between two attempts to find room for what had none: the largest tables take 0.15 s to make.
 const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 /// Executables remembered to have no table. Emptied when full; they are then tried once more.
 const REFUSED_MAX: usize = 8192;
@@ -117,10 +118,13 @@ pub(crate) struct Unwinder {
     processes: HashMap<u32, Published>,
     /// Executables that have no table, and will not have one on another try.
     refused: HashSet<Owner>,
+    /// Executables there was no room for, and when.
+    crowded_out: HashMap<Owner, Instant>,
     /// Processes that lack a table for want of room.
     incomplete: HashSet<u32>,
     /// Processes to look at.
     waiting: VecDeque<u32>,
+    has_made_tables: bool,
 }
 
 /// A process that has an entry.
@@ -149,8 +153,10 @@ impl Unwinder {
             chunks: Ids::new(limits::UNWIND_PROCESSES_MAX),
             processes: HashMap::new(),
             refused: HashSet::new(),
+            crowded_out: HashMap::new(),
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
+            has_made_tables: false,
         }
     }
 
@@ -164,11 +170,13 @@ impl Unwinder {
             }
             if self.waiting.is_empty() {
                 self.counts.has_scanned.store(true, Relaxed);
+                self.release_memory();
             }
             if swept.elapsed() >= SWEEP_INTERVAL {
                 self.sweep();
                 swept = Instant::now();
             }
+            self.crowded_out.retain(|_, since| since.elapsed() < RETRY_INTERVAL);
             if retried.elapsed() >= RETRY_INTERVAL {
                 self.waiting.extend(self.incomplete.drain());
                 retried = Instant::now();
@@ -195,6 +203,13 @@ impl Unwinder {
             }
         }
         Some(())
+    }
+
+    /// Files were read: their rows are in the kernel now.
+    fn release_memory(&mut self) {
+        if std::mem::take(&mut self.has_made_tables) {
+            memory::release_free();
+        }
     }
 
     fn update(&mut self, pid: u32) {
@@ -282,11 +297,16 @@ impl Unwinder {
         if self.refused.contains(&owner) {
             return None;
         }
+        if self.crowded_out.contains_key(&owner) {
+            self.incomplete.insert(pid);
+            return None;
+        }
         match self.make(owner, executable, now) {
             Ok(parts) => Some(parts),
             Err(reason) => {
                 self.counts.count_error(reason);
                 if reason == Reason::NoRoom {
+                    self.crowded_out.insert(owner, now);
                     self.incomplete.insert(pid);
                 } else {
                     self.refuse(owner);
@@ -302,6 +322,7 @@ impl Unwinder {
         executable: Option<&Executable>,
         now: Instant,
     ) -> Result<Arc<[Part]>, Reason> {
+        self.has_made_tables = true;
         let table = executable.map_or_else(make::of_vdso, make::of_executable).map_err(|error| {
             log_refusal(executable, &error);
             error.reason()
