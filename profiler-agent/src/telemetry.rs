@@ -3,7 +3,10 @@
 use std::{
     fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -15,7 +18,7 @@ use crate::{
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
     pipeline::{Exporter, Shared, View},
-    process::Processes,
+    process::{ProcessCounts, Processes},
     symbolize,
     sys::usage,
     unwind::UnwindCounts,
@@ -47,8 +50,7 @@ pub(crate) struct Gauges {
     processes: AtomicU64,
     containers: AtomicU64,
     executables: AtomicU64,
-    processes_gone: AtomicU64,
-    unusable_files: AtomicU64,
+    process_counts: Mutex<ProcessCounts>,
     late: AtomicU64,
     named: AtomicU64,
     unnamed: AtomicU64,
@@ -68,8 +70,7 @@ impl Gauges {
         self.processes.store(processes.len() as u64, Relaxed);
         self.containers.store(processes.containers() as u64, Relaxed);
         self.executables.store(processes.executables() as u64, Relaxed);
-        self.processes_gone.store(processes.counts().gone, Relaxed);
-        self.unusable_files.store(processes.counts().unusable_files, Relaxed);
+        *self.process_counts.lock().unwrap_or_else(PoisonError::into_inner) = processes.counts();
     }
 
     /// Samples that came after their window had closed.
@@ -107,14 +108,30 @@ pub(crate) fn metrics(view: &View) -> String {
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
     text.gauge("profiler_agent_executables", "Executables open now.", gauges.executables.load(Relaxed));
-    let gone = gauges.processes_gone.load(Relaxed);
-    text.counter("profiler_agent_processes_gone_total", "Processes gone before they could be read.", gone);
-    let unusable = gauges.unusable_files.load(Relaxed);
-    text.counter("profiler_agent_unusable_files_total", "Mappings whose file could not be used.", unusable);
+    process_counts(&mut text, *gauges.process_counts.lock().unwrap_or_else(PoisonError::into_inner));
+    let execs_lost = shared.ledger.execs_lost();
+    text.counter(
+        "profiler_agent_exec_events_lost_total",
+        "Exec events lost; each time all processes are read again.",
+        execs_lost,
+    );
     text.gauge("profiler_agent_resident_bytes", "Resident memory of the agent.", usage::resident_bytes());
     text.head("profiler_agent_cpu_seconds_total", "CPU time of the agent, user and system.", "counter");
     text.line(format_args!("profiler_agent_cpu_seconds_total {}", usage::cpu_time().as_secs_f64()));
     text.0
+}
+
+fn process_counts(text: &mut Text, counts: ProcessCounts) {
+    let ProcessCounts { gone, unusable_files, ranges_cut, evicted } = counts;
+    let counters = [
+        ("processes_gone", "Processes gone before they could be read.", gone),
+        ("processes_evicted", "Processes forgotten to make room for others.", evicted),
+        ("unusable_files", "Mappings whose file could not be used.", unusable_files),
+        ("mappings_cut", "Processes with more executable ranges than are kept.", ranges_cut),
+    ];
+    for (name, help, value) in counters {
+        text.counter(&format!("profiler_agent_{name}_total"), help, value);
+    }
 }
 
 /// A destination's name, and what became of the samples that it was given.
