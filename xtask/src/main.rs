@@ -1,5 +1,7 @@
 //! The project's own tasks: `cargo xtask help`.
 
+mod aarch64;
+mod bench;
 mod cargo_test;
 mod command;
 mod dist;
@@ -49,6 +51,11 @@ enum Task {
     },
     /// Build the test programs in target/testprogs.
     Testprogs,
+    /// Measure what the agent costs, beside perf record, on a steady load.
+    Bench {
+        #[command(subcommand)]
+        bench: bench::Bench,
+    },
     /// Pack a release: an archive and its checksum in target/dist.
     Dist,
 }
@@ -67,6 +74,7 @@ fn main() -> Result<ExitCode> {
         }
         Task::BuildEbpf { check: false } => ebpf::build()?,
         Task::Testprogs => testprogs::build().map(drop)?,
+        Task::Bench { bench } => bench::run(&bench)?,
         Task::Dist => dist::build()?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,141 @@
+//! `cargo xtask bench overhead`: what the agent costs, beside `perf record` on the same load in the same run, with an
+//! A/A control.
+//!
+//! The load keeps every CPU busy throughout. Cases take turns on it, and every second round takes them in reverse, so
+//! that a drift of the machine falls on all alike. The agent uploads to a backend of its own process, which is not
+//! counted: remote agents do the same.
+
+mod case;
+mod load;
+mod proc;
+mod profiler;
+mod report;
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Subcommand;
+
+use self::{
+    case::{Case, Profiler},
+    load::{Backend, Load},
+    proc::BpfStats,
+};
+use crate::{
+    command, project, testprogs,
+    tools::{self, PERF},
+};
+
+/// Samples per second and CPU: the default, what people ask for, and enough to see the target slow down.
+const FREQUENCIES_HZ: [u32; 3] = [19, 99, 997];
+
+#[derive(Subcommand)]
+pub(crate) enum Bench {
+    /// CPU time, memory and bytes of the agent and of perf record at several rates.
+    Overhead {
+        /// Measured seconds of each case.
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        seconds: u64,
+        /// Seconds that a profiler runs before it is measured: its start is told apart.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+        warm_up: u64,
+        /// How often each case is measured.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+        rounds: u32,
+    },
+}
+
+/// How long things are measured.
+struct Plan {
+    warm_up: Duration,
+    measured: Duration,
+    rounds: u32,
+}
+
+pub(crate) fn run(bench: &Bench) -> Result<()> {
+    let Bench::Overhead { seconds, warm_up, rounds } = *bench;
+    if !command::is_root() {
+        bail!("measuring needs root, as the agent and perf record -a do");
+    }
+    tools::need(&[PERF])?;
+    testprogs::build()?;
+    build_programs()?;
+    overhead(&Plan { warm_up: Duration::from_secs(warm_up), measured: Duration::from_secs(seconds), rounds })
+}
+
+fn build_programs() -> Result<()> {
+    let mut cargo = command::cargo();
+    cargo.args(["build", "--release", "--package", "profiler-agent", "--package", "profiler-backend"]);
+    command::run(&mut cargo)
+}
+
+fn overhead(plan: &Plan) -> Result<()> {
+    let machine = report::Machine::read()?;
+    let folder = Folder::create()?;
+    let _counting = BpfStats::enable()?;
+    let backend = Backend::start(&folder.work())?;
+    let _load = Load::start()?;
+    let mut runs = Vec::new();
+    for round in 0..plan.rounds {
+        for case in in_order(round) {
+            eprintln!("round {} of {}: {case}", round + 1, plan.rounds);
+            runs.push(case::measure(case, plan, &backend, &folder.work()).with_context(|| case.to_string())?);
+        }
+    }
+    folder.write("overhead.json", &report::json(&machine, &runs)?)?;
+    print!("{}", report::markdown(&machine, plan, &runs));
+    Ok(())
+}
+
+/// Nobody first and last: the two should not differ.
+fn in_order(round: u32) -> Vec<Case> {
+    let mut cases = vec![Case { profiler: Profiler::Nobody, hz: 0 }];
+    for hz in FREQUENCIES_HZ {
+        cases.extend([Profiler::Agent, Profiler::Perf].map(|profiler| Case { profiler, hz }));
+    }
+    cases.push(Case { profiler: Profiler::NobodyAgain, hz: 0 });
+    if round % 2 == 1 {
+        cases.reverse();
+    }
+    cases
+}
+
+/// `target/bench`: results stay; `work/` holds logs, recordings and the backend's store of the last run.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn create() -> Result<Self> {
+        let folder = Self(project::target().join("bench"));
+        let work = folder.work();
+        if work.exists() {
+            fs::remove_dir_all(&work).with_context(|| format!("remove {}", work.display()))?;
+        }
+        fs::create_dir_all(&work).with_context(|| format!("create {}", work.display()))?;
+        Ok(folder)
+    }
+
+    fn work(&self) -> PathBuf {
+        self.0.join("work")
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.0.join(name);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        eprintln!("raw numbers: {}", path.display());
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_case_is_measured_once_a_round_and_the_order_turns() {
+        let (first, mut second) = (in_order(0), in_order(1));
+        assert_eq!(first.len(), 2 + 2 * FREQUENCIES_HZ.len());
+        assert_ne!(first, second);
+        second.reverse();
+        assert_eq!(first, second);
+    }
+}
