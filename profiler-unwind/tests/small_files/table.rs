@@ -203,7 +203,7 @@ fn an_entry_point_and_stubs_without_unwind_information_are_known_code() {
         2000 cfa=rsp+8
         2100 gap
         2200 end
-        2280 gap
+        221a gap
     ");
 }
 
