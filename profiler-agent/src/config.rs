@@ -10,6 +10,7 @@ use std::{
 
 use clap::Parser;
 use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
+use profiler_pprof::push;
 use serde::Deserialize;
 
 use crate::export::Destination;
@@ -342,9 +343,7 @@ const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
-    let mut bytes = name.bytes();
-    let starts_well = bytes.next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_');
-    starts_well && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') && !name.starts_with("__")
+    push::is_label_name(name) && !name.starts_with("__")
 }
 
 fn parse_unwind(value: Option<String>) -> Result<Unwind, ConfigError> {

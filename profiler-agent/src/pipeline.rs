@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, channel, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -467,18 +467,16 @@ impl Worker {
 
     /// The last windows wait for the encoder as long as it takes.
     fn finish(&self, window: Closed) {
-        let ledger = &self.shared.ledger;
-        let samples = window.samples;
-        ledger.leave(Place::Window, samples);
-        ledger.enter(Place::EncodeQueue, samples);
-        if samples > 0 && self.closed.send(window).is_err() {
-            ledger.leave(Place::EncodeQueue, samples);
-            ledger.drop_events(Cause::EncodeQueueFull, samples);
-        }
+        self.pass_on(window, |encoder, window| encoder.send(window).is_ok());
     }
 
-    /// Gives a closed window to the encoder; its samples are counted from what it holds.
+    /// Gives a closed window to the encoder, unless that is too far behind.
     fn hand_on(&self, window: Closed) {
+        self.pass_on(window, |encoder, window| encoder.try_send(window).is_ok());
+    }
+
+    /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
+    fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
         let ledger = &self.shared.ledger;
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
@@ -486,7 +484,7 @@ impl Worker {
             return;
         }
         ledger.enter(Place::EncodeQueue, samples);
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.closed.try_send(window) {
+        if !send(&self.closed, window) {
             ledger.leave(Place::EncodeQueue, samples);
             ledger.drop_events(Cause::EncodeQueueFull, samples);
         }
