@@ -154,16 +154,13 @@ impl Programs {
             self.clocks.remove(&cpu);
         }
         self.refused.retain(|cpu| online.contains(cpu));
+        self.renew_clocks()?;
         if changes.new.is_empty() {
             return Ok(());
         }
         let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
         for cpu in changes.new {
-            let clock = open_clock(cpu, self.period_ns, fd).and_then(|clock| {
-                clock.enable()?;
-                Ok(clock)
-            });
-            match clock {
+            match start_clock(cpu, self.period_ns, fd) {
                 Ok(clock) => {
                     info!(cpu, "CPU came online and is sampled");
                     self.clocks.insert(cpu, clock);
@@ -172,6 +169,40 @@ impl Programs {
                 Err(error) => {
                     if self.refused.insert(cpu) {
                         warn!(cpu, %error, "CPU came online but cannot be sampled; trying again");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Samples with another period from now on, for a running sampler. A CPU whose event cannot be opened anew keeps the
+    /// old one until [`Self::follow_cpus`] succeeds.
+    ///
+    /// What a CPU has used up of its old period is in no sample: half a period on average.
+    pub(crate) fn set_period(&mut self, period_ns: u64) -> Result<(), BpfError> {
+        self.period_ns = period_ns;
+        self.renew_clocks()
+    }
+
+    /// Opens events of another period than the wanted one anew. The new one runs before the old one is closed.
+    fn renew_clocks(&mut self) -> Result<(), BpfError> {
+        let period_ns = self.period_ns;
+        let old = self.clocks.iter().filter(|(_, clock)| clock.period_ns() != period_ns);
+        let old: Vec<u32> = old.map(|(&cpu, _)| cpu).collect();
+        if old.is_empty() {
+            return Ok(());
+        }
+        let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
+        for cpu in old {
+            match start_clock(cpu, period_ns, fd) {
+                Ok(clock) => {
+                    self.clocks.insert(cpu, clock);
+                    self.refused.remove(&cpu);
+                }
+                Err(error) => {
+                    if self.refused.insert(cpu) {
+                        warn!(cpu, %error, "CPU keeps its old sampling frequency; trying again");
                     }
                 }
             }
@@ -238,6 +269,12 @@ fn sample_failed(source: ProgramError) -> BpfError {
 fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
     let clock = CpuClock::open(cpu, period_ns)?;
     clock.set_program(program)?;
+    Ok(clock)
+}
+
+fn start_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
+    let clock = open_clock(cpu, period_ns, program)?;
+    clock.enable()?;
     Ok(clock)
 }
 
