@@ -13,7 +13,7 @@ use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
 use profiler_pprof::push;
 use serde::Deserialize;
 
-use crate::export::Destination;
+use crate::{budget::CpuShare, export::Destination, pipeline};
 
 const DEFAULT_FREQUENCY_HZ: u32 = 19;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(10);
@@ -32,14 +32,19 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[command(name = "profiler-agent", version, max_term_width = 100)]
 pub(crate) struct Flags {
     /// Configuration file (TOML). Keys are the long flags with underscores: listen, backend_listen, data_dir,
-    /// frequency, window, unwind, upload, node, labels, log, log_format. Flags win over the environment, which wins over the
-    /// file.
+    /// frequency, cpu_budget, window, unwind, upload, node, labels, log, log_format. Flags win over the environment, which
+    /// wins over the file.
     #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
 
     /// Samples per second and CPU, 1 to 1000 [default: 19]
     #[arg(short = 'F', long, env = "PROFILER_FREQUENCY", value_name = "HZ")]
     frequency: Option<String>,
+
+    /// What profiling may take of the CPU time of all CPUs, as 1% or 0.5%, or off. Above it the sampling frequency is halved
+    /// until it fits [default: 1%]
+    #[arg(long, env = "PROFILER_CPU_BUDGET", value_name = "SHARE")]
+    cpu_budget: Option<String>,
 
     /// Length of a window: what one uploaded profile covers, 1s to 10m [default: 10s]
     #[arg(long, env = "PROFILER_WINDOW", value_name = "DURATION")]
@@ -94,6 +99,7 @@ pub(crate) struct Flags {
 #[serde(deny_unknown_fields)]
 struct File {
     frequency: Option<u32>,
+    cpu_budget: Option<String>,
     window: Option<String>,
     listen: Option<String>,
     backend_listen: Option<String>,
@@ -131,6 +137,8 @@ pub(crate) enum Unwind {
 pub(crate) struct Config {
     /// Samples per second and CPU.
     pub(crate) frequency_hz: u32,
+    /// What profiling may take of the node's CPU time; `None` for all of it.
+    pub(crate) cpu_budget: Option<CpuShare>,
     /// Length of a window.
     pub(crate) window: Duration,
     /// Address of the agent's own HTTP.
@@ -156,7 +164,7 @@ pub(crate) struct Config {
 impl Config {
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) fn period_ns(&self) -> u64 {
-        1_000_000_000 / u64::from(self.frequency_hz)
+        pipeline::period_ns(self.frequency_hz)
     }
 }
 
@@ -219,6 +227,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     let Flags {
         config: _,
         frequency,
+        cpu_budget,
         window,
         listen,
         backend_listen,
@@ -233,6 +242,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     let upload = if upload.is_empty() { file.upload } else { upload };
     Ok(Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
+        cpu_budget: parse_cpu_budget(cpu_budget.or(file.cpu_budget))?,
         window: parse_window(window.or(file.window))?,
         listen: parse_address("listen", listen.or(file.listen), DEFAULT_LISTEN)?,
         backend_listen: parse_address(
@@ -255,6 +265,20 @@ fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
     let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
     let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
     hz.ok_or_else(|| refuse("frequency", text, accepted))
+}
+
+fn parse_cpu_budget(value: Option<String>) -> Result<Option<CpuShare>, ConfigError> {
+    match value.as_deref() {
+        None => Ok(Some(CpuShare::DEFAULT)),
+        Some("off") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(|()| {
+            refuse(
+                "cpu-budget",
+                text,
+                "accepted: a share of all CPUs above 0% and up to 100%, as 1% or 0.5%, or off",
+            )
+        }),
+    }
 }
 
 fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
@@ -385,6 +409,7 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         let config = config(&[], "").expect("defaults are valid");
         assert_eq!(config.frequency_hz, 19);
+        assert_eq!(config.cpu_budget.map(|budget| budget.to_string()), Some("1%".into()));
         assert_eq!(config.window, Duration::from_secs(10));
         assert_eq!(config.listen.to_string(), "127.0.0.1:7701");
         assert_eq!(config.backend_listen.to_string(), "127.0.0.1:7700");
@@ -406,6 +431,8 @@ mod tests {
     fn bad_values_are_refused_with_what_is_accepted() {
         refused(&["-F", "0"], "", &["frequency", "\"0\"", "1 to 1000"]);
         refused(&["-F", "1001"], "", &["frequency", "1001"]);
+        refused(&["--cpu-budget", "1"], "", &["cpu-budget", "\"1\"", "0.5%", "off"]);
+        refused(&[], "cpu_budget = \"0%\"\n", &["cpu-budget", "0%"]);
         refused(&["--window", "10"], "", &["window", "\"10\"", "10s"]);
         refused(&["--window", "0s"], "", &["window"]);
         refused(&["--listen", "localhost"], "", &["listen", "localhost", "port"]);

@@ -101,7 +101,10 @@ async fn metrics(State(front): State<Front>) -> Response {
 }
 
 async fn status(State(front): State<Front>) -> Response {
-    front.look(|view| view.balances().iter().map(|balance| format!("{balance}\n")).collect::<String>())
+    front.look(|view| {
+        let balances: String = view.balances().iter().map(|balance| format!("{balance}\n")).collect();
+        format!("{balances}sampling: {}\n", view.shared.sampling)
+    })
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 mod addr;
 mod bpf;
+mod budget;
 mod config;
 mod drain;
 mod embedded;
@@ -95,6 +96,7 @@ fn profile(config: &Config, runtime: &Runtime) -> anyhow::Result<()> {
     let mut status = Status::new(pipeline.view().clone());
     let check = || {
         pipeline.follow_cpus();
+        pipeline.keep_to_budget();
         let own_http = server.is_finished().then_some("the agent's own HTTP");
         let embedded = backend.as_ref().is_some_and(Backend::is_dead).then_some("the embedded backend");
         let stage = pipeline.dead_stage().map(|stage| format!("stage {stage}"));
@@ -139,6 +141,12 @@ fn announce(config: &Config, listen: SocketAddr, pipeline: &Pipeline, backend: O
         "sampling on-CPU stacks of every process on {} CPUs at {frequency_hz} Hz, windows of {window:?}",
         pipeline.cpus()
     );
+    match config.cpu_budget {
+        Some(budget) => {
+            info!("sampling less often while that takes more than {budget} of the CPUs (--cpu-budget)")
+        }
+        None => info!("no CPU budget: sampling at this rate whatever it takes"),
+    }
     match backend {
         Some(backend) => {
             info!("keeping profiles in {}", data_dir.display());

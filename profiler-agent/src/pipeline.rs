@@ -7,7 +7,7 @@
 //! the worker, the encoder, and last the uploads, so that what was taken is delivered or counted.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
@@ -19,12 +19,14 @@ use std::{
 use anyhow::Context as _;
 use profiler_common::{stats::Counter, wire::StackEnd};
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::{
-    bpf::{KernelCounts, LoadOptions, Programs},
+    bpf::{BpfError, KernelCounts, LoadOptions, Programs},
+    budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
     drain::{self, BATCHES_MAX, Progress, RawSample, Record},
+    embedded,
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
     label::{Labeler, fold_kworker, task_name},
@@ -35,6 +37,8 @@ use crate::{
     sys::{
         clock::{self, WallClock},
         cpu,
+        threads::ThreadGroup,
+        usage,
     },
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
@@ -84,6 +88,8 @@ pub(crate) struct Shared {
     pub(crate) symbols: Arc<Symbols>,
     /// Unwind tables.
     pub(crate) unwind: Arc<UnwindCounts>,
+    /// The sampling frequency, and what profiling takes.
+    pub(crate) sampling: Arc<Sampling>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
@@ -93,8 +99,8 @@ impl Shared {
         let symbols =
             Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, exporters })
+        let (ledger, gauges, unwind, sampling) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, exporters })
     }
 
     /// The account of every destination.
@@ -152,6 +158,9 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    governor: Governor,
+    meter: Meter,
+    periods: Sender<NewPeriod>,
     view: View,
     uploads: Vec<Task<()>>,
     stop_drain: Sender<()>,
@@ -200,8 +209,17 @@ impl Pipeline {
         let labeler = Labeler::new(&config.node, &config.labels);
         let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let (periods, new_periods) = channel();
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            periods: new_periods,
+            closed: closed_sender,
+        };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
+        shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
+        shared.sampling.set_budget(config.cpu_budget);
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
@@ -211,6 +229,9 @@ impl Pipeline {
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
             unwinder,
             programs,
+            governor: Governor::new(config.cpu_budget, config.frequency_hz, TERM),
+            meter: Meter::new(),
+            periods,
             view,
             uploads,
             stop_drain,
@@ -238,6 +259,46 @@ impl Pipeline {
         }
     }
 
+    /// Samples so many times a second and CPU from now on, as far as the CPU budget lets it. The open window ends.
+    #[expect(dead_code, reason = "for a configuration that changes while the agent runs")]
+    pub(crate) fn set_frequency(&mut self, hz: u32) -> Result<(), BpfError> {
+        self.governor.want(hz);
+        self.apply_frequency()
+    }
+
+    fn apply_frequency(&mut self) -> Result<(), BpfError> {
+        let hz = self.governor.hz();
+        self.view.shared.sampling.set_hz(hz, self.governor.wanted_hz());
+        let period_ns = period_ns(hz);
+        // Told first: who gets a sample of the new period knows of it.
+        let told = self.periods.send(NewPeriod { period_ns, at_ns: clock::boot_ns() });
+        if told.is_err() {
+            // The worker is dead, which ends the agent.
+            return Ok(());
+        }
+        self.programs.set_period(period_ns)
+    }
+
+    /// Looks at what profiling takes of the CPUs, and lowers or restores the frequency. To be called about once a second.
+    pub(crate) fn keep_to_budget(&mut self) {
+        let sampling = &self.view.shared.sampling;
+        let Some((used, elapsed)) = self.meter.read(&self.view.kernel, self.programs.cpus(), sampling) else {
+            return;
+        };
+        let Some(step) = self.governor.observe(used, elapsed) else { return };
+        let Step { hz, direction, used } = step;
+        sampling.count(direction);
+        let (used, budget) =
+            (format!("{:.3}%", used * 100.0), sampling.budget().map(|budget| budget.to_string()));
+        match direction {
+            Direction::Down => warn!(hz, used, budget, "above the CPU budget: sampling less often"),
+            Direction::Up => info!(hz, used, budget, "well below the CPU budget: sampling more often"),
+        }
+        if let Err(error) = self.apply_frequency() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), hz, "change the sampling frequency");
+        }
+    }
+
     /// A stage that has ended by itself, which none does but by a panic.
     pub(crate) fn dead_stage(&self) -> Option<&str> {
         let mut threads = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
@@ -262,6 +323,65 @@ impl Pipeline {
             let _ = runtime.block_on(upload);
         }
         Stopped { balances: self.view.balances(), failure }
+    }
+}
+
+/// The sampling period of a frequency, in nanoseconds of CPU time.
+pub(crate) fn period_ns(hz: u32) -> u64 {
+    1_000_000_000 / u64::from(hz.max(1))
+}
+
+/// From `at_ns` of the boot clock on, samples are taken with another period.
+#[derive(Clone, Copy, Debug)]
+struct NewPeriod {
+    period_ns: u64,
+    at_ns: u64,
+}
+
+/// Threads of the embedded backend, by name. What they take is not what profiling costs: sampling less often makes no
+/// query cheaper.
+const BACKEND_THREADS: &[&str] = &[embedded::THREAD_NAME, "wal-writer", "store-maintain"];
+
+/// Measures what profiling takes: the agent's threads but for the embedded backend's, and the programs in the kernel.
+struct Meter {
+    backend: ThreadGroup,
+    bpf: BpfTime,
+    at: Instant,
+    taken: Duration,
+    recent: VecDeque<Use>,
+}
+
+impl Meter {
+    /// Readings that the shown use is a mean of: those of ten seconds.
+    const RECENT_MAX: usize = 10;
+
+    fn new() -> Self {
+        Self {
+            backend: ThreadGroup::new(BACKEND_THREADS),
+            bpf: BpfTime::default(),
+            at: Instant::now(),
+            taken: Duration::ZERO,
+            recent: VecDeque::new(),
+        }
+    }
+
+    /// What was used since the last call. `None` where the counters cannot be read, which the next call makes up for.
+    fn read(&mut self, kernel: &KernelCounts, cpus: usize, sampling: &Sampling) -> Option<(Use, Duration)> {
+        let count = |counter| kernel.get(counter).ok();
+        self.bpf.update(count(Counter::CpuTaken)?, count(Counter::CpuTimed)?, count(Counter::CpuTimedNs)?);
+        let backend = self.backend.cpu_time();
+        let taken = usage::cpu_time().saturating_sub(backend) + self.bpf.total();
+        let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
+        let elapsed = now - self.at;
+        let used = Use { taken: taken.saturating_sub(self.taken), available: elapsed.saturating_mul(cpus) };
+        (self.at, self.taken) = (now, taken);
+        if self.recent.len() == Self::RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(used);
+        sampling.set_used(self.recent.iter().copied().sum::<Use>().ratio());
+        sampling.set_times(self.bpf.total(), backend);
+        Some((used, elapsed))
     }
 }
 
@@ -374,6 +494,7 @@ struct Worker {
     shared: Shared,
     processes: Processes,
     windows: Windows,
+    periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
 }
 
@@ -422,6 +543,9 @@ impl Worker {
 
     /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
     fn take(&mut self, batch: &drain::Batch) {
+        for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
+            self.windows.set_period(period_ns, at_ns);
+        }
         self.shared.ledger.leave(Place::DrainQueue, batch.samples());
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
@@ -601,7 +725,8 @@ mod tests {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
         let processes = Processes::new(images, Labeler::new("n", &[]), None);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let (_, periods) = channel();
+        let worker = Worker { shared: shared.clone(), processes, windows, periods, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
 
         drain::send(batch(records), &drain_sender, &shared.ledger);

@@ -14,6 +14,7 @@ use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    budget::{CpuShare, Sampling},
     config::{ConfigError, LogFormat},
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
@@ -100,6 +101,7 @@ pub(crate) fn metrics(view: &View) -> String {
         "Samples put into a later window than their own.",
         late,
     );
+    sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
     unwind_tables(&mut text, &shared.unwind);
     symbols(&mut text, &shared.symbols.counts());
@@ -119,6 +121,37 @@ pub(crate) fn metrics(view: &View) -> String {
     text.head("profiler_agent_cpu_seconds_total", "CPU time of the agent, user and system.", "counter");
     text.line(format_args!("profiler_agent_cpu_seconds_total {}", usage::cpu_time().as_secs_f64()));
     text.0
+}
+
+fn sampling(text: &mut Text, sampling: &Sampling) {
+    let hz = sampling.hz().into();
+    text.gauge("profiler_agent_frequency_hz", "Samples per second and CPU.", hz);
+    let metric = "profiler_agent_frequency_changes_total";
+    text.head(metric, "Changes of the frequency by the CPU budget, by direction.", "counter");
+    for (direction, changes) in sampling.changes() {
+        text.line(format_args!("{metric}{{direction=\"{direction}\"}} {changes}"));
+    }
+    let metric = "profiler_agent_cpu_budget_ratio";
+    text.head(
+        metric,
+        "Share of the CPU time of all CPUs that profiling may take; 1 without a budget.",
+        "gauge",
+    );
+    text.line(format_args!("{metric} {}", sampling.budget().map_or(1.0, CpuShare::ratio)));
+    let metric = "profiler_agent_cpu_used_ratio";
+    let help = "Share it took in the last 10 s: the agent without the embedded backend, and its programs in the kernel.";
+    text.head(metric, help, "gauge");
+    text.line(format_args!("{metric} {}", sampling.used()));
+    let metric = "profiler_agent_bpf_seconds_total";
+    text.head(metric, "CPU time of the sampling program, estimated from 1 of 64 runs.", "counter");
+    text.line(format_args!("{metric} {}", sampling.bpf_time().as_secs_f64()));
+    let metric = "profiler_agent_backend_cpu_seconds_total";
+    text.head(
+        metric,
+        "CPU time of the embedded backend, also part of profiler_agent_cpu_seconds_total.",
+        "counter",
+    );
+    text.line(format_args!("{metric} {}", sampling.backend_time().as_secs_f64()));
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {

@@ -83,6 +83,7 @@ struct Key {
 pub(crate) struct Window {
     start_ns: u64,
     end_ns: u64,
+    period_ns: u64,
     series: Interner<SeriesLabels>,
     locations: Interner<Location>,
     stacks: Interner<Box<[LocationIndex]>>,
@@ -96,10 +97,11 @@ pub(crate) struct Window {
 pub(crate) struct Full;
 
 impl Window {
-    fn new(start_ns: u64, end_ns: u64) -> Self {
+    fn new(start_ns: u64, end_ns: u64, period_ns: u64) -> Self {
         Self {
             start_ns,
             end_ns,
+            period_ns,
             series: Interner::new(),
             locations: Interner::new(),
             stacks: Interner::new(),
@@ -174,9 +176,10 @@ impl Window {
     }
 
     /// Ends the window at `end_ns` and sorts what it holds by series.
-    fn close(self, end_ns: u64, clock: WallClock, period_ns: u64) -> Closed {
+    fn close(self, end_ns: u64, clock: WallClock) -> Closed {
         let samples = self.samples();
-        let Self { start_ns, end_ns: _, series, locations, stacks, labels, counts, frames: _ } = self;
+        let Self { start_ns, end_ns: _, period_ns, series, locations, stacks, labels, counts, frames: _ } =
+            self;
         let mut by_series: Vec<_> =
             series.into_values().into_iter().map(|labels| Series { labels, samples: Vec::new() }).collect();
         for (Key { series, stack, labels }, counts) in counts {
@@ -260,9 +263,7 @@ impl Windows {
     /// The window of a boot time. A sample older than every open window goes to the oldest, one for which no further
     /// window may be opened to the newest; both are counted as late.
     pub(crate) fn at(&mut self, time_ns: u64) -> &mut Window {
-        while self.newest_end() <= time_ns && self.open.len() < OPEN_MAX {
-            self.push(self.start_for(time_ns));
-        }
+        self.open_up_to(time_ns);
         let behind = self.open.partition_point(|window| window.start_ns <= time_ns);
         let index = behind.saturating_sub(1);
         let window = &mut self.open[index];
@@ -270,6 +271,12 @@ impl Windows {
             self.late += 1;
         }
         window
+    }
+
+    fn open_up_to(&mut self, time_ns: u64) {
+        while self.newest_end() <= time_ns && self.open.len() < OPEN_MAX {
+            self.push(self.start_for(time_ns));
+        }
     }
 
     /// Where the next window starts: windows follow each other without a gap, but for a time that nobody was sampled in
@@ -302,7 +309,7 @@ impl Windows {
         let ended = self.open.partition_point(|window| window.end_ns <= complete_ns);
         let closed = self.open.drain(..ended).map(|window| {
             let end_ns = window.end_ns;
-            window.close(end_ns, self.clock, self.period_ns)
+            window.close(end_ns, self.clock)
         });
         let closed = closed.collect();
         self.clock = clock;
@@ -312,12 +319,27 @@ impl Windows {
         closed
     }
 
+    /// Samples taken from `at_ns` on have another period: the window that is open then ends there, for a profile states
+    /// one period. Where no further window may be opened, it goes on with the old one.
+    pub(crate) fn set_period(&mut self, period_ns: u64, at_ns: u64) {
+        self.open_up_to(at_ns);
+        self.period_ns = period_ns;
+        let has_room = self.open.len() < OPEN_MAX;
+        let Some(newest) = self.open.back_mut().filter(|_| has_room) else { return };
+        if at_ns <= newest.start_ns {
+            newest.period_ns = period_ns;
+        } else if at_ns < newest.end_ns {
+            newest.end_ns = at_ns;
+            self.push(at_ns);
+        }
+    }
+
     /// Closes everything, the current window at `now_ns`.
     pub(crate) fn close_all(&mut self, now_ns: u64) -> Vec<Closed> {
-        let (clock, period_ns) = (self.clock, self.period_ns);
+        let clock = self.clock;
         let close = |window: Window| {
             let end_ns = window.end_ns.min(now_ns).max(window.start_ns);
-            window.close(end_ns, clock, period_ns)
+            window.close(end_ns, clock)
         };
         self.open.drain(..).map(close).collect()
     }
@@ -337,7 +359,7 @@ impl Windows {
     }
 
     fn push(&mut self, start_ns: u64) {
-        self.open.push_back(Window::new(start_ns, self.end_after(start_ns)));
+        self.open.push_back(Window::new(start_ns, self.end_after(start_ns), self.period_ns));
     }
 
     /// Where a window that starts at a boot time ends: early after the start, then on the grid of the wall clock.
@@ -394,6 +416,22 @@ mod tests {
         let expect = expect.map(|(start, length, samples)| (start * S, length * S, samples));
         assert_eq!(spans(&closed), expect);
         assert!(closed.iter().skip(3).all(|window| window.start_unix_ns % (10 * S) == 0));
+    }
+
+    #[test]
+    fn a_new_period_ends_the_window_and_begins_the_next_one() {
+        let mut windows = windows();
+        add(&mut windows, 100 * S, &[1]);
+        windows.set_period(2, 103 * S);
+        for second in [102, 103, 104, 109] {
+            add(&mut windows, second * S, &[1]);
+        }
+        windows.set_period(3, 107 * S);
+        let closed = windows.close_due(140 * S, clock(0));
+        let periods: Vec<_> = closed.iter().map(|window| window.period_ns).collect();
+        let expect = [(100, 1, 1), (101, 2, 1), (103, 2, 2), (105, 2, 0), (107, 10, 1)];
+        assert_eq!(spans(&closed), expect.map(|(start, length, samples)| (start * S, length * S, samples)));
+        assert_eq!(periods, [1, 1, 2, 2, 3]);
     }
 
     #[test]

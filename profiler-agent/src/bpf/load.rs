@@ -296,13 +296,65 @@ impl Changes {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::Relaxed},
+        },
+        time::{Duration, Instant},
+    };
+
     use super::*;
+    use crate::{drain, sys::clock};
 
     #[track_caller]
     fn check(sampled: &[u32], online: &[u32], new: &[u32], gone: &[u32]) {
         let sampled = sampled.iter().map(|&cpu| (cpu, ())).collect();
         let online = online.iter().copied().collect();
         assert_eq!(Changes::between(&sampled, &online), Changes { new: new.to_vec(), gone: gone.to_vec() });
+    }
+
+    /// The period that each sample of the ring states, with its time.
+    fn periods(ring: &mut RingBuf<MapData>) -> Vec<(u64, u64)> {
+        let sample = |record: &[u8]| match drain::decode(record) {
+            Some(drain::Record::Sample(sample)) => Some((sample.time_ns, sample.value)),
+            _ => None,
+        };
+        std::iter::from_fn(|| Some(sample(&ring.next()?))).flatten().collect()
+    }
+
+    #[test]
+    #[ignore = "needs root and BPF"]
+    fn samples_state_the_period_that_they_were_taken_with() {
+        const PERIODS_NS: [u64; 3] = [5_000_000, 20_000_000, 2_000_000];
+        /// Each CPU goes over to the new period within this time.
+        const CHANGE_NS: u64 = 50_000_000;
+        let end = Instant::now() + Duration::from_secs(60);
+        let stop = Arc::new(AtomicBool::new(false));
+        let is_stopped = Arc::clone(&stop);
+        let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
+        let options = LoadOptions {
+            ring_bytes: 1 << 20,
+            has_tables: false,
+            period_ns: PERIODS_NS[0],
+            sys_root: "/sys".into(),
+        };
+        let mut programs = Programs::load(&options).expect("this kernel runs the programs");
+        let mut ring = programs.take_events().expect("the ring");
+        programs.start().expect("sampling starts");
+        for period_ns in PERIODS_NS {
+            programs.set_period(period_ns).expect("a new period");
+            let changed_ns = clock::boot_ns() + CHANGE_NS;
+            let mut found = Vec::new();
+            while found.len() < 5 {
+                assert!(Instant::now() < end, "no samples of {period_ns} ns");
+                let all = periods(&mut ring);
+                found.extend(all.into_iter().filter(|&(time_ns, _)| time_ns > changed_ns));
+            }
+            assert!(found.iter().all(|&(_, period)| period == period_ns), "{period_ns}: {found:?}");
+        }
+        stop.store(true, Relaxed);
+        burner.join().expect("it ends");
     }
 
     #[test]
