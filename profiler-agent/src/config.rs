@@ -13,7 +13,12 @@ use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
 use profiler_pprof::push;
 use serde::Deserialize;
 
-use crate::{budget::CpuShare, export::Destination, pipeline};
+use crate::{
+    budget::CpuShare,
+    export::Destination,
+    memory::{self, MemoryPlan, TooSmall},
+    pipeline,
+};
 
 const DEFAULT_FREQUENCY_HZ: u32 = 19;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(10);
@@ -32,8 +37,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[command(name = "profiler-agent", version, max_term_width = 100)]
 pub(crate) struct Flags {
     /// Configuration file (TOML). Keys are the long flags with underscores: listen, backend_listen, data_dir,
-    /// frequency, cpu_budget, window, unwind, upload, node, labels, log, log_format. Flags win over the environment, which
-    /// wins over the file.
+    /// frequency, cpu_budget, memory_limit, window, unwind, upload, node, labels, log, log_format. Flags win over the
+    /// environment, which wins over the file.
     #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -45,6 +50,11 @@ pub(crate) struct Flags {
     /// until it fits [default: 1%]
     #[arg(long, env = "PROFILER_CPU_BUDGET", value_name = "SHARE")]
     cpu_budget: Option<String>,
+
+    /// What the agent may take of the machine's memory, its maps in the kernel included, as 128MiB or 1GiB [default: 90% of
+    /// the limit of the agent's own cgroup, else 256MiB]
+    #[arg(long, env = "PROFILER_MEMORY_LIMIT", value_name = "BYTES")]
+    memory_limit: Option<String>,
 
     /// Length of a window: what one uploaded profile covers, 1s to 10m [default: 10s]
     #[arg(long, env = "PROFILER_WINDOW", value_name = "DURATION")]
@@ -100,6 +110,7 @@ pub(crate) struct Flags {
 struct File {
     frequency: Option<u32>,
     cpu_budget: Option<String>,
+    memory_limit: Option<String>,
     window: Option<String>,
     listen: Option<String>,
     backend_listen: Option<String>,
@@ -139,6 +150,8 @@ pub(crate) struct Config {
     pub(crate) frequency_hz: u32,
     /// What profiling may take of the node's CPU time; `None` for all of it.
     pub(crate) cpu_budget: Option<CpuShare>,
+    /// The bound of every map, table, cache and queue.
+    pub(crate) memory: MemoryPlan,
     /// Length of a window.
     pub(crate) window: Duration,
     /// Address of the agent's own HTTP.
@@ -228,6 +241,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         config: _,
         frequency,
         cpu_budget,
+        memory_limit,
         window,
         listen,
         backend_listen,
@@ -243,6 +257,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     Ok(Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
         cpu_budget: parse_cpu_budget(cpu_budget.or(file.cpu_budget))?,
+        memory: parse_memory(memory_limit.or(file.memory_limit), upload.is_empty())?,
         window: parse_window(window.or(file.window))?,
         listen: parse_address("listen", listen.or(file.listen), DEFAULT_LISTEN)?,
         backend_listen: parse_address(
@@ -279,6 +294,34 @@ fn parse_cpu_budget(value: Option<String>) -> Result<Option<CpuShare>, ConfigErr
             )
         }),
     }
+}
+
+fn parse_memory(value: Option<String>, has_backend: bool) -> Result<MemoryPlan, ConfigError> {
+    let bytes = match &value {
+        Some(text) => parse_bytes(text).ok_or_else(|| {
+            refuse("memory-limit", text, "accepted: a number of MiB or GiB, as 128MiB or 1GiB")
+        })?,
+        None => memory::default_limit_bytes("/proc".as_ref()),
+    };
+    MemoryPlan::for_limit(bytes, has_backend).map_err(|TooSmall { least_bytes }| {
+        let least = least_bytes.div_ceil(1 << 20);
+        let shown =
+            value.unwrap_or_else(|| format!("{}MiB (90% of the limit of the agent's cgroup)", bytes >> 20));
+        let with = if has_backend { "with the embedded backend" } else { "without the embedded backend" };
+        refuse("memory-limit", shown, format!("accepted: {least}MiB and more, {with}"))
+    })
+}
+
+/// `128MiB`, `1GiB`.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit {
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
@@ -433,6 +476,13 @@ mod tests {
         refused(&["-F", "1001"], "", &["frequency", "1001"]);
         refused(&["--cpu-budget", "1"], "", &["cpu-budget", "\"1\"", "0.5%", "off"]);
         refused(&[], "cpu_budget = \"0%\"\n", &["cpu-budget", "0%"]);
+        refused(&["--memory-limit", "128"], "", &["memory-limit", "\"128\"", "128MiB"]);
+        refused(&["--memory-limit", "63MiB"], "", &["memory-limit", "63MiB", "64MiB and more"]);
+        refused(
+            &["--upload", "http://h/", "--memory-limit", "47MiB"],
+            "",
+            &["memory-limit", "48MiB and more"],
+        );
         refused(&["--window", "10"], "", &["window", "\"10\"", "10s"]);
         refused(&["--window", "0s"], "", &["window"]);
         refused(&["--listen", "localhost"], "", &["listen", "localhost", "port"]);

@@ -103,7 +103,7 @@ async fn metrics(State(front): State<Front>) -> Response {
 async fn status(State(front): State<Front>) -> Response {
     front.look(|view| {
         let balances: String = view.balances().iter().map(|balance| format!("{balance}\n")).collect();
-        format!("{balances}sampling: {}\n", view.shared.sampling)
+        format!("{balances}sampling: {}\nmemory: {}\n", view.shared.sampling, view.shared.memory)
     })
 }
 

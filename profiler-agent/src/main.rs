@@ -11,6 +11,7 @@ mod export;
 mod http;
 mod label;
 mod ledger;
+mod memory;
 mod normalize;
 mod pipeline;
 mod privileges;

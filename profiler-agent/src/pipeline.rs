@@ -25,15 +25,16 @@ use crate::{
     bpf::{BpfError, KernelCounts, LoadOptions, Programs},
     budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
-    drain::{self, BATCHES_MAX, Progress, RawSample, Record},
+    drain::{self, Progress, RawSample, Record},
     embedded,
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
     label::{Labeler, fold_kworker, task_name},
     ledger::{Balance, Cause, KernelTotals, Ledger, Place},
+    memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{self, LocationKey, Symbols},
+    symbolize::{LocationKey, Symbols},
     sys::{
         clock::{self, WallClock},
         cpu,
@@ -42,7 +43,7 @@ use crate::{
     },
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
-    window::{Closed, SampleLabels, Windows},
+    window::{Closed, Room, SampleLabels, Windows},
 };
 
 /// Closed windows between worker and encoder. Each may hold megabytes; symbolizing is behind by seconds at most.
@@ -59,7 +60,6 @@ const TICK: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
-const EXECUTABLES_MAX: u64 = 8192;
 
 /// One destination and its queue.
 pub(crate) struct Exporter {
@@ -72,8 +72,9 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    fn new(name: String) -> Self {
-        Self { name, queue: Arc::default(), counts: Arc::default() }
+    fn new(name: String, queue_bytes_max: usize) -> Self {
+        let queue = Arc::new(Queue::with_bytes_max(queue_bytes_max));
+        Self { name, queue, counts: Arc::default() }
     }
 }
 
@@ -90,17 +91,19 @@ pub(crate) struct Shared {
     pub(crate) unwind: Arc<UnwindCounts>,
     /// The sampling frequency, and what profiling takes.
     pub(crate) sampling: Arc<Sampling>,
+    /// The bound of everything.
+    pub(crate) memory: MemoryPlan,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>) -> anyhow::Result<Self> {
+    fn new(exporters: Arc<[Exporter]>, memory: MemoryPlan) -> anyhow::Result<Self> {
         let symbols =
-            Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
+            Symbols::start("/proc".as_ref(), memory.symbols_bytes).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
         let (ledger, gauges, unwind, sampling) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, sampling, exporters })
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, exporters })
     }
 
     /// The account of every destination.
@@ -180,8 +183,8 @@ impl Pipeline {
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
         let options = LoadOptions {
-            ring_bytes: ring_bytes(cpus),
-            has_tables: config.unwind == Unwind::Dwarf,
+            ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
+            tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
             period_ns: config.period_ns(),
             sys_root: "/sys".into(),
         };
@@ -190,15 +193,17 @@ impl Pipeline {
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let shared = Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect())?;
+        let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
+        let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
+        let shared = Shared::new(exporters.collect(), config.memory)?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
         let (stop_drain, drain_stop) = channel();
         let progress = Arc::<Progress>::default();
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
-        let executables = executables();
+        let executables = executables(config.memory.executables);
         let (tables, unwinder) = match config.unwind {
             Unwind::Dwarf => {
                 let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
@@ -207,8 +212,11 @@ impl Pipeline {
             Unwind::FramePointers => (None, None),
         };
         let labeler = Labeler::new(&config.node, &config.labels);
-        let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
-        let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
+        let images = ImageReader::new("/proc".into(), executables);
+        let processes = Processes::new(images, labeler, tables, config.memory.processes);
+        let room = Room::new(config.memory.windows_bytes);
+        let windows =
+            Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room);
         let (periods, new_periods) = channel();
         let worker = Worker {
             shared: shared.clone(),
@@ -444,10 +452,10 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-fn executables() -> Arc<ExecutableCache> {
+fn executables(most: usize) -> Arc<ExecutableCache> {
     let open_files = crate::sys::limits::raise_open_files().unwrap_or(1024);
-    let executables = usize::try_from((open_files / OPEN_FILES_SHARE).min(EXECUTABLES_MAX)).unwrap_or(256);
-    Arc::new(ExecutableCache::new(executables))
+    let executables = usize::try_from(open_files / OPEN_FILES_SHARE).unwrap_or(usize::MAX);
+    Arc::new(ExecutableCache::new(executables.min(most)))
 }
 
 fn start_unwinder(
@@ -457,7 +465,7 @@ fn start_unwinder(
 ) -> anyhow::Result<(TableRequests, JoinHandle<()>)> {
     let maps = programs.take_unwind_maps()?;
     let images = ImageReader::new("/proc".into(), Arc::clone(executables));
-    let unwinder = Unwinder::new(maps, images, Arc::clone(&shared.unwind));
+    let unwinder = Unwinder::new(maps, shared.memory.unwind, images, Arc::clone(&shared.unwind));
     let (tables, requests) = unwind::requests(Arc::clone(&shared.unwind));
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
@@ -717,14 +725,19 @@ mod tests {
     /// Sends a batch through worker and encoder to a destination that nobody serves, and gives its account. `between`
     /// sees the batch after the drain and before the worker.
     fn account(records: &[Vec<u8>], between: impl FnOnce(drain::Batch) -> drain::Batch) -> Balance {
-        let shared = Shared::new([Exporter::new("nobody".to_owned())].into()).expect("threads can be had");
+        let shared = {
+            let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
+            let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
+            Shared::new([nobody].into(), memory).expect("threads can be had")
+        };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
-        let (drain_sender, drained) = sync_channel(BATCHES_MAX);
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);
+        let (batch_sender, batches) = sync_channel(shared.memory.drain_batches);
         let now = clock::boot_ns();
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
-        let processes = Processes::new(images, Labeler::new("n", &[]), None);
-        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
+        let processes = Processes::new(images, Labeler::new("n", &[]), None, 8);
+        let room = Room::new(shared.memory.windows_bytes);
+        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
         let (_, periods) = channel();
         let worker = Worker { shared: shared.clone(), processes, windows, periods, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
+use profiler_common::wire::StackEnd;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
     config::{ConfigError, LogFormat},
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
+    memory::MemoryPlan,
     pipeline::{Exporter, Shared, View},
     process::{ProcessCounts, Processes},
     symbolize,
@@ -103,7 +104,8 @@ pub(crate) fn metrics(view: &View) -> String {
     );
     sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
-    unwind_tables(&mut text, &shared.unwind);
+    memory(&mut text, &shared.memory);
+    unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
@@ -238,7 +240,17 @@ fn stacks(text: &mut Text, shared: &Shared) {
     }
 }
 
-fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
+fn memory(text: &mut Text, plan: &MemoryPlan) {
+    let metric = "profiler_agent_memory_limit_bytes";
+    text.gauge(metric, "The limit that all sizes follow from.", plan.limit_bytes);
+    let metric = "profiler_agent_memory_bytes";
+    text.head(metric, "What each table, cache or queue may take of it.", "gauge");
+    for (what, bytes) in plan.parts() {
+        text.line(format_args!("{metric}{{what=\"{what}\"}} {bytes}"));
+    }
+}
+
+fn unwind_tables(text: &mut Text, counts: &UnwindCounts, leaves_max: u32) {
     let UnwindCounts { tables, leaves, processes, has_scanned, requests_dropped, .. } = counts;
     text.gauge("profiler_agent_unwind_tables", "Unwind tables in the kernel.", tables.load(Relaxed));
     let processes = processes.load(Relaxed);
@@ -252,7 +264,7 @@ fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
     let metric = "profiler_agent_unwind_leaves";
     text.head(metric, "Pages of 512 unwind rows in the kernel.", "gauge");
     text.line(format_args!("{metric}{{state=\"used\"}} {}", leaves.load(Relaxed)));
-    text.line(format_args!("{metric}{{state=\"max\"}} {UNWIND_LEAVES_MAX}"));
+    text.line(format_args!("{metric}{{state=\"max\"}} {leaves_max}"));
     let metric = "profiler_agent_unwind_table_errors_total";
     text.head(metric, "Executables or processes that must do without unwind tables, by reason.", "counter");
     for (reason, count) in counts.errors() {

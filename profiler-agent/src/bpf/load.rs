@@ -13,11 +13,13 @@ use aya::{
     programs::{PerfEvent, Program, ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
-use profiler_common::limits;
 use tracing::{info, warn};
 
 use super::{probe::kernel_facts, stats::KernelCounts, unwind::UnwindMaps};
-use crate::sys::{btf::BtfError, cpu, perf_event::CpuClock};
+use crate::{
+    memory::UnwindSizes,
+    sys::{btf::BtfError, cpu, perf_event::CpuClock},
+};
 
 #[cfg(target_arch = "x86_64")]
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../profiler-ebpf/prebuilt/profiler-x86_64.bpf.o");
@@ -55,22 +57,25 @@ pub(crate) enum BpfError {
     },
 }
 
-/// Sizes of the maps of unwind tables. Values of 4, 2, 2 KiB, 16 and about 64 bytes: 15.6 MiB.
-const TABLE_MAPS: [(&str, u32); 5] = [
-    ("PROCESSES", limits::UNWIND_PROCESSES_MAX),
-    ("CHUNKS", limits::UNWIND_PROCESSES_MAX),
-    ("DIRECTORIES", limits::UNWIND_DIRECTORIES_MAX),
-    ("LEAVES", limits::UNWIND_LEAVES_MAX),
-    ("RULES", limits::UNWIND_RULES_MAX),
-];
+/// Entries of the maps of unwind tables.
+fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 5] {
+    let UnwindSizes { leaves, directories, processes, rules } = sizes;
+    [
+        ("PROCESSES", processes),
+        ("CHUNKS", processes),
+        ("DIRECTORIES", directories),
+        ("LEAVES", leaves),
+        ("RULES", rules),
+    ]
+}
 
 /// What may be chosen before loading.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadOptions {
     /// Bytes of the ring buffer; a power of two and a multiple of the page size.
     pub(crate) ring_bytes: u32,
-    /// Whether to make room for unwind tables.
-    pub(crate) has_tables: bool,
+    /// Room for unwind tables; `None` where there are none.
+    pub(crate) tables: Option<UnwindSizes>,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
     /// Root of sysfs.
@@ -96,10 +101,8 @@ impl Programs {
         let facts = kernel_facts(&options.sys_root)?.words();
         let mut loader = EbpfLoader::new();
         loader.override_global("KERNEL_FACTS", &facts, true).map_max_entries("EVENTS", options.ring_bytes);
-        if options.has_tables {
-            for (map, entries) in TABLE_MAPS {
-                loader.map_max_entries(map, entries);
-            }
+        for (map, entries) in options.tables.into_iter().flat_map(table_maps) {
+            loader.map_max_entries(map, entries);
         }
         let ebpf = loader.load(OBJECT)?;
         let mut programs = Self {
@@ -335,7 +338,7 @@ mod tests {
         let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
         let options = LoadOptions {
             ring_bytes: 1 << 20,
-            has_tables: false,
+            tables: None,
             period_ns: PERIODS_NS[0],
             sys_root: "/sys".into(),
         };

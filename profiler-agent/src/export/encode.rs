@@ -346,7 +346,7 @@ mod tests {
         addr::Addr,
         label::{Labeler, Subject},
         symbolize::{Frame, Reason},
-        window::{Counts, Entry},
+        window::{Counts, Entry, Room, Taken},
     };
 
     /// A window of one stack, which is all of `locations`.
@@ -363,6 +363,7 @@ mod tests {
             locations,
             stacks: vec![stack],
             labels: vec![SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 }],
+            taken: Taken::nothing(&Room::new(0)),
         }
     }
 
