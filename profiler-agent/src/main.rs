@@ -60,6 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
+    sys::memory::bound_allocator();
     let config = config::load(Flags::parse())?;
     privileges::acquire()?;
     telemetry::start_logging(&config.log, config.log_format)?;
