@@ -17,7 +17,7 @@ pub(crate) use build_id::BuildId;
 pub(crate) use cache::ExecutableCache;
 pub(crate) use elf::{CompressedSection, Elf, ElfError, SectionBytes, SymbolSections};
 pub(crate) use identity::Identity;
-pub(crate) use open::MappedFile;
+pub(crate) use open::{MappedFile, open_in_root};
 
 use crate::addr::{ElfAddr, FileOffset};
 
