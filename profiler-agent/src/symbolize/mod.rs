@@ -3,10 +3,12 @@
 mod cache;
 mod demangle;
 mod generated;
+mod go;
 mod inflate;
 mod kernel;
 mod native;
 mod nesting;
+mod pclntab;
 mod perf_map;
 mod queue;
 

@@ -29,6 +29,8 @@ pub(super) enum Lane {
 impl Lane {
     fn of(source: &Source) -> Self {
         match source {
+            // Go's table is not loaded, but read where it is asked.
+            Source::File(executable) if super::go::has_table(executable) => Self::Quick,
             Source::File(executable) => {
                 let symbols = executable.symbols();
                 let bytes = symbols.symbol_bytes.saturating_add(symbols.debug_bytes);
