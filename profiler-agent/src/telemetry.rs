@@ -259,6 +259,16 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
         "Panics of a parser that were caught.",
         counts.parser_panics,
     );
+    text.counter(
+        "profiler_agent_perf_map_bytes_total",
+        "Bytes read of perf maps, in which runtimes name generated code.",
+        counts.perf_map_bytes,
+    );
+    text.counter(
+        "profiler_agent_perf_map_lines_left_out_total",
+        "Lines of perf maps left out: not as documented, too long, or too many.",
+        counts.perf_map_lines_left_out,
+    );
     text.gauge("profiler_agent_symbol_cache_bytes", "Bytes of symbolized locations.", counts.cache_bytes);
     text.gauge("profiler_agent_symbol_cache_entries", "Symbolized locations.", counts.cached);
     text.gauge(
