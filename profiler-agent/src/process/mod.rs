@@ -202,6 +202,12 @@ impl Processes {
         self.by_pid.clear();
     }
 
+    /// Labels all processes by another labeler from now on.
+    pub(crate) fn set_labeler(&mut self, labeler: Labeler) {
+        self.labeler = labeler;
+        self.forget_all();
+    }
+
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
         self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
