@@ -86,6 +86,10 @@ pub(crate) struct Health {
     pub(crate) cpu_seconds: f64,
     /// Resident memory.
     pub(crate) resident_bytes: u64,
+    /// Frequency, use of the CPUs, budget: a line.
+    pub(crate) sampling: String,
+    /// The memory limit and its parts: a line.
+    pub(crate) memory: String,
 }
 
 /// taken = delivered + waiting + dropped, in samples.
@@ -154,7 +158,16 @@ impl fmt::Display for Report {
 
 impl fmt::Display for Health {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { processes, containers, complete_ratio, named_ratio, cpu_seconds, resident_bytes } = self;
+        let Self {
+            processes,
+            containers,
+            complete_ratio,
+            named_ratio,
+            cpu_seconds,
+            resident_bytes,
+            sampling,
+            memory,
+        } = self;
         let share =
             |ratio: &Option<f64>| ratio.map_or("-".to_owned(), |ratio| format!("{:.1}%", ratio * 100.0));
         let (complete, named) = (share(complete_ratio), share(named_ratio));
@@ -162,7 +175,7 @@ impl fmt::Display for Health {
         write!(
             f,
             "{processes} processes, {containers} containers; {complete} of stacks to the root, {named} of frames named; \
-             {cpu_seconds:.1} s CPU, {mebibytes} MiB"
+             {cpu_seconds:.1} s CPU, {mebibytes} MiB\nsampling: {sampling}\nmemory: {memory}"
         )
     }
 }
@@ -190,6 +203,8 @@ mod tests {
             named_ratio: None,
             cpu_seconds: 1.23,
             resident_bytes: 31 << 20,
+            sampling: "19 Hz".to_owned(),
+            memory: "limit 256 MiB".to_owned(),
         };
         Report {
             identity,
@@ -206,6 +221,8 @@ mod tests {
         paused: /run/profiler/off exists
         profiler-agent 1.2.3, pid 71, node n, instance db; profiles: cpu
         3 processes, 1 containers; 99.5% of stacks to the root, - of frames named; 1.2 s CPU, 31 MiB
+        sampling: 19 Hz
+        memory: limit 256 MiB
         flame graphs: http://127.0.0.1:7700/
         http://h/: taken 9 = delivered 4 + waiting 5 (upload_queue 5) + dropped 0
         ");

@@ -10,11 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
+use profiler_common::wire::StackEnd;
 
 use crate::{
+    budget::{CpuShare, Sampling},
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
+    memory::MemoryPlan,
     pipeline::{Exporter, Shared, View},
     process::{ProcessCounts, Processes},
     status::Health,
@@ -115,6 +117,8 @@ pub(crate) fn health(view: &View) -> Health {
         named_ratio: ratio(named, frames),
         cpu_seconds: usage::cpu_time().as_secs_f64(),
         resident_bytes: usage::resident_bytes(),
+        sampling: view.shared.sampling.to_string(),
+        memory: view.shared.memory.to_string(),
     }
 }
 
@@ -129,8 +133,10 @@ pub(crate) fn metrics(view: &View) -> String {
         "Samples put into a later window than their own.",
         late,
     );
+    sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
-    unwind_tables(&mut text, &shared.unwind);
+    memory(&mut text, &shared.memory);
+    unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
@@ -163,6 +169,37 @@ fn operation(text: &mut Text, gauges: &Gauges) {
     for (result, count) in [("accepted", &gauges.reloads_accepted), ("refused", &gauges.reloads_refused)] {
         text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
     }
+}
+
+fn sampling(text: &mut Text, sampling: &Sampling) {
+    let hz = sampling.hz().into();
+    text.gauge("profiler_agent_frequency_hz", "Samples per second and CPU.", hz);
+    let metric = "profiler_agent_frequency_changes_total";
+    text.head(metric, "Changes of the frequency by the CPU budget, by direction.", "counter");
+    for (direction, changes) in sampling.changes() {
+        text.line(format_args!("{metric}{{direction=\"{direction}\"}} {changes}"));
+    }
+    let metric = "profiler_agent_cpu_budget_ratio";
+    text.head(
+        metric,
+        "Share of the CPU time of all CPUs that profiling may take; 1 without a budget.",
+        "gauge",
+    );
+    text.line(format_args!("{metric} {}", sampling.budget().map_or(1.0, CpuShare::ratio)));
+    let metric = "profiler_agent_cpu_used_ratio";
+    let help = "Share it took in the last 10 s: the agent without the embedded backend, and its programs in the kernel.";
+    text.head(metric, help, "gauge");
+    text.line(format_args!("{metric} {}", sampling.used()));
+    let metric = "profiler_agent_bpf_seconds_total";
+    text.head(metric, "CPU time of the sampling program, estimated from 1 of 64 runs.", "counter");
+    text.line(format_args!("{metric} {}", sampling.bpf_time().as_secs_f64()));
+    let metric = "profiler_agent_backend_cpu_seconds_total";
+    text.head(
+        metric,
+        "CPU time of the embedded backend, also part of profiler_agent_cpu_seconds_total.",
+        "counter",
+    );
+    text.line(format_args!("{metric} {}", sampling.backend_time().as_secs_f64()));
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
@@ -249,7 +286,17 @@ fn stacks(text: &mut Text, shared: &Shared) {
     }
 }
 
-fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
+fn memory(text: &mut Text, plan: &MemoryPlan) {
+    let metric = "profiler_agent_memory_limit_bytes";
+    text.gauge(metric, "The limit that all sizes follow from.", plan.limit_bytes);
+    let metric = "profiler_agent_memory_bytes";
+    text.head(metric, "What each table, cache or queue may take of it.", "gauge");
+    for (what, bytes) in plan.parts() {
+        text.line(format_args!("{metric}{{what=\"{what}\"}} {bytes}"));
+    }
+}
+
+fn unwind_tables(text: &mut Text, counts: &UnwindCounts, leaves_max: u32) {
     let UnwindCounts { tables, leaves, processes, has_scanned, requests_dropped, .. } = counts;
     text.gauge("profiler_agent_unwind_tables", "Unwind tables in the kernel.", tables.load(Relaxed));
     let processes = processes.load(Relaxed);
@@ -263,7 +310,7 @@ fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
     let metric = "profiler_agent_unwind_leaves";
     text.head(metric, "Pages of 512 unwind rows in the kernel.", "gauge");
     text.line(format_args!("{metric}{{state=\"used\"}} {}", leaves.load(Relaxed)));
-    text.line(format_args!("{metric}{{state=\"max\"}} {UNWIND_LEAVES_MAX}"));
+    text.line(format_args!("{metric}{{state=\"max\"}} {leaves_max}"));
     let metric = "profiler_agent_unwind_table_errors_total";
     text.head(metric, "Executables or processes that must do without unwind tables, by reason.", "counter");
     for (reason, count) in counts.errors() {

@@ -11,4 +11,5 @@ pub(crate) mod memory;
 pub(crate) mod perf_event;
 pub(crate) mod random;
 pub(crate) mod sigbus;
+pub(crate) mod threads;
 pub(crate) mod usage;
