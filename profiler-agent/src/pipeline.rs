@@ -161,6 +161,8 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    is_attached: bool,
+    labelers: Sender<Labeler>,
     governor: Governor,
     meter: Meter,
     periods: Sender<NewPeriod>,
@@ -175,7 +177,7 @@ pub(crate) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads the programs, starts every stage and then sampling.
+    /// Loads the programs and starts every stage; sampling begins with [`Self::resume`].
     pub(crate) fn start(
         config: &Config,
         destinations: Vec<Destination>,
@@ -189,6 +191,7 @@ impl Pipeline {
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
+        let (labelers, new_labelers) = channel();
         let ring = programs.take_events()?;
         forward_messages(&mut programs, runtime);
 
@@ -224,6 +227,7 @@ impl Pipeline {
             windows,
             periods: new_periods,
             closed: closed_sender,
+            new_labelers,
         };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
         shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
@@ -232,6 +236,8 @@ impl Pipeline {
         let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
         let pipeline = Self {
+            is_attached: false,
+            labelers,
             drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
@@ -245,8 +251,32 @@ impl Pipeline {
             stop_drain,
             stop_uploads,
         };
-        pipeline.programs.start()?;
         Ok(pipeline)
+    }
+
+    /// Attaches everything and samples.
+    pub(crate) fn resume(&mut self) -> anyhow::Result<()> {
+        if let Err(error) = self.programs.start() {
+            // Not half: what could be attached is not worth having.
+            self.programs.stop();
+            return Err(error).context("attach to the kernel");
+        }
+        self.is_attached = true;
+        self.view.shared.gauges.set_paused(false);
+        Ok(())
+    }
+
+    /// Detaches everything. What was sampled goes its way; the stages wait.
+    pub(crate) fn pause(&mut self) {
+        self.programs.stop();
+        self.is_attached = false;
+        self.view.shared.gauges.set_paused(true);
+    }
+
+    /// Labels series anew, from the worker's next look at its tables on.
+    pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
+        // An error means that the worker is dead, which ends the agent.
+        let _ = self.labelers.send(Labeler::new(node, labels));
     }
 
     /// What metrics and the status line read.
@@ -261,6 +291,9 @@ impl Pipeline {
 
     /// Samples CPUs that have come online, and forgets those that are gone.
     pub(crate) fn follow_cpus(&mut self) {
+        if !self.is_attached {
+            return;
+        }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
@@ -268,7 +301,6 @@ impl Pipeline {
     }
 
     /// Samples so many times a second and CPU from now on, as far as the CPU budget lets it. The open window ends.
-    #[expect(dead_code, reason = "for a configuration that changes while the agent runs")]
     pub(crate) fn set_frequency(&mut self, hz: u32) -> Result<(), BpfError> {
         self.governor.want(hz);
         self.apply_frequency()
@@ -504,6 +536,8 @@ struct Worker {
     windows: Windows,
     periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
+    /// Labelers that are to be used from now on.
+    new_labelers: Receiver<Labeler>,
 }
 
 impl Worker {
@@ -542,6 +576,13 @@ impl Worker {
                 "exec events were lost; all processes are read again"
             );
             self.processes.forget_all();
+        }
+        if self.shared.gauges.is_paused() {
+            // Nobody says which of them exec meanwhile.
+            self.processes.forget_all();
+        }
+        if let Some(labeler) = self.new_labelers.try_iter().last() {
+            self.processes.set_labeler(labeler);
         }
         self.processes.forget_idle();
         self.shared.gauges.set_processes(&self.processes);
@@ -738,8 +779,15 @@ mod tests {
         let processes = Processes::new(images, Labeler::new("n", &[]), None, 8);
         let room = Room::new(shared.memory.windows_bytes);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
-        let (_, periods) = channel();
-        let worker = Worker { shared: shared.clone(), processes, windows, periods, closed: closed_sender };
+        let ((_, periods), (_, new_labelers)) = (channel(), channel());
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            periods,
+            closed: closed_sender,
+            new_labelers,
+        };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
 
         drain::send(batch(records), &drain_sender, &shared.ledger);

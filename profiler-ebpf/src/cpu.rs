@@ -1,5 +1,7 @@
 //! On-CPU samples: where every task that is not idle spends its time.
 
+use core::num::NonZeroU64;
+
 use aya_ebpf::{EbpfContext, programs::PerfEventContext};
 use aya_log_ebpf::error;
 use profiler_common::{
@@ -46,7 +48,7 @@ fn take(ctx: &PerfEventContext) {
 
 /// Whose sample it is.
 struct Task {
-    leader: Option<u64>,
+    leader: Option<NonZeroU64>,
     start_ns: u64,
     tgid: u32,
     tid: u32,
