@@ -16,11 +16,13 @@ pub enum Counter {
     ExecSubmitted = 4,
     /// Exec records dropped: the ring buffer was full.
     ExecDroppedRingFull = 5,
+    /// Records of new cgroups dropped: the ring buffer was full.
+    CgroupDroppedRingFull = 6,
 }
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 6;
+    pub const COUNT: u32 = 7;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -30,6 +32,7 @@ impl Counter {
         Self::CpuDroppedNoScratch,
         Self::ExecSubmitted,
         Self::ExecDroppedRingFull,
+        Self::CgroupDroppedRingFull,
     ];
 }
 

@@ -21,7 +21,7 @@ pub fn boot_time_ns() -> u64 {
     unsafe { raw::bpf_ktime_get_boot_ns() }
 }
 
-/// Id of the current task's cgroup in the v2 hierarchy.
+/// Id of the current task's cgroup in the v2 hierarchy, mounted or not.
 #[inline(always)]
 pub fn current_cgroup_id() -> u64 {
     // SAFETY: takes nothing and has no effect.
