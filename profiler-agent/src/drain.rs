@@ -2,14 +2,17 @@
 //! network. A batch that the worker has no room for is dropped here and counted.
 
 use std::{
+    io::PipeReader,
+    os::fd::AsFd,
     sync::{
         atomic::{
             AtomicU64,
             Ordering::{Acquire, Release},
         },
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError},
+        mpsc::{SyncSender, TrySendError},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{MapData, RingBuf};
@@ -17,14 +20,18 @@ use profiler_common::{
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     ledger::{Cause, Ledger, Place},
+    process::Exec,
     sys::clock,
 };
 
-/// Time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
+/// Longest time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// Shortest time between drains, so that programs started by the thousand do not keep the agent busy.
+const INTERVAL_MIN: Duration = Duration::from_millis(5);
 
 /// Bytes of one batch: small enough that a batch dropped is a small loss, large enough that a channel of a few holds
 /// seconds of samples.
@@ -104,16 +111,22 @@ impl Progress {
     }
 }
 
-/// Drains until `stop` is closed, then once more until the ring buffer is empty.
+/// Drains until the other end of `stop` is closed, then once more until the ring buffer is empty. Samples wait for the
+/// timer; records that must be looked at soon wake us ([`INTERVAL_MIN`] after the last drain at the earliest).
 pub(crate) fn run(
     mut ring: RingBuf<MapData>,
     batches: &SyncSender<Batch>,
     ledger: &Ledger,
     progress: &Progress,
-    stop: &Receiver<()>,
+    stop: &PipeReader,
 ) {
+    let mut drained = Instant::now();
     loop {
-        let stopping = stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Disconnected);
+        let stopping = wait(&ring, stop);
+        if !stopping {
+            thread::sleep(INTERVAL_MIN.saturating_sub(drained.elapsed()));
+        }
+        drained = Instant::now();
         let began_ns = clock::boot_ns();
         drain(&mut ring, batches, ledger);
         progress.reach(began_ns);
@@ -121,6 +134,22 @@ pub(crate) fn run(
             return;
         }
     }
+}
+
+/// Waits until the timer is up, a program wakes us, or the other end of `stop` is closed, which it tells.
+///
+/// Records written without waking are not waited for, but end the wait if they are there when it begins. Source:
+/// kernel/bpf/ringbuf.c: ringbuf_map_poll_kern.
+fn wait(ring: &impl AsFd, stop: &PipeReader) -> bool {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: INTERVAL.subsec_nanos().into() };
+    let mut descriptors = [PollFd::new(ring, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+    if poll(&mut descriptors, Some(&timeout)).is_err() {
+        // A signal, or no memory: neither must make this a busy loop.
+        thread::sleep(INTERVAL_MIN);
+        return false;
+    }
+    let [_, stop] = descriptors;
+    stop.revents().contains(PollFlags::HUP)
 }
 
 fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledger: &Ledger) {
@@ -154,10 +183,12 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
 pub(crate) enum Record {
     /// An on-CPU sample.
     Sample(RawSample),
-    /// The process `(tgid)` has a new image.
-    Exec {
-        /// Process id.
-        tgid: u32,
+    /// A process has a new image.
+    Exec(Exec),
+    /// A cgroup was made.
+    CgroupMade {
+        /// Its id.
+        id: u64,
     },
 }
 
@@ -170,7 +201,7 @@ pub(crate) struct RawSample {
     pub(crate) start_ns: u64,
     /// Boot-clock time, in nanoseconds.
     pub(crate) time_ns: u64,
-    /// Id of the task's cgroup in the v2 hierarchy.
+    /// Id of the task's cgroup.
     pub(crate) cgroup_id: u64,
     /// What the sample stands for: nanoseconds of CPU time.
     pub(crate) value: u64,
@@ -204,7 +235,11 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
     let _tid = reader.u32()?;
     let time_ns = reader.u64()?;
     match RecordKind::decode(kind)? {
-        RecordKind::Exec => Some(Record::Exec { tgid }),
+        RecordKind::Exec => {
+            let (start_ns, cgroup_id) = (reader.u64()?, reader.u64()?);
+            Some(Record::Exec(Exec { pid: tgid, start_ns, cgroup_id }))
+        }
+        RecordKind::CgroupMade => Some(Record::CgroupMade { id: reader.u64()? }),
         RecordKind::CpuSample => {
             if user_frames > USER_FRAMES_MAX || kernel_frames > KERNEL_FRAMES_MAX {
                 return None;
@@ -330,6 +365,15 @@ pub(crate) mod tests {
     fn a_sample_is_read_back_as_it_was_written() {
         let sample = sample(5);
         assert_eq!(decode(&encode(&sample)), Some(Record::Sample(sample)));
+    }
+
+    #[test]
+    fn closing_the_other_end_ends_the_wait() {
+        let (ring, _held_open) = std::io::pipe().expect("a pipe");
+        let (stop, stopper) = std::io::pipe().expect("a pipe");
+        assert!(!wait(&ring, &stop));
+        drop(stopper);
+        assert!(wait(&ring, &stop));
     }
 
     #[test]

@@ -8,9 +8,10 @@
 
 use std::{
     collections::HashMap,
+    io::PipeWriter,
     sync::{
         Arc,
-        mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -27,12 +28,13 @@ use crate::{
     drain::{self, BATCHES_MAX, Progress, RawSample, Record},
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
-    label::{Labeler, fold_kworker, task_name},
+    label::{CgroupNames, Labeler, fold_kworker, task_name},
     ledger::{Balance, Cause, KernelTotals, Ledger, Place},
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
     symbolize::{self, LocationKey, Symbols},
     sys::{
+        cgroup::Hierarchy,
         clock::{self, WallClock},
         cpu,
     },
@@ -154,7 +156,7 @@ pub(crate) struct Pipeline {
     programs: Programs,
     view: View,
     uploads: Vec<Task<()>>,
-    stop_drain: Sender<()>,
+    stop_drain: PipeWriter,
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
@@ -170,10 +172,12 @@ impl Pipeline {
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
+        let cgroups = Hierarchy::find("/proc".as_ref());
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus),
             has_tables: config.unwind == Unwind::Dwarf,
             period_ns: config.period_ns(),
+            cgroups: cgroups.as_ref().map(Hierarchy::version),
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
@@ -184,7 +188,7 @@ impl Pipeline {
         let shared = Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect())?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
-        let (stop_drain, drain_stop) = channel();
+        let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
         let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
@@ -198,7 +202,8 @@ impl Pipeline {
             Unwind::FramePointers => (None, None),
         };
         let labeler = Labeler::new(&config.node, &config.labels);
-        let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
+        let images = ImageReader::new("/proc".into(), executables);
+        let processes = Processes::new(images, labeler, CgroupNames::new(cgroups), tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
         let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
@@ -383,6 +388,8 @@ impl Worker {
         let mut execs_lost = 0;
         loop {
             let wait = clock::until(self.windows.next_end_ns()).clamp(WAIT_MIN, TICK);
+            let fresh = self.processes.next_fresh();
+            let wait = fresh.map_or(wait, |due| wait.min(due.saturating_duration_since(Instant::now())));
             match batches.recv_timeout(wait) {
                 Ok(batch) => self.take(&batch),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -391,6 +398,7 @@ impl Worker {
             // Read before the channel is emptied: what the drain had come to by then has been taken below.
             let complete_ns = progress.get();
             batches.try_iter().for_each(|batch| self.take(&batch));
+            self.processes.read_fresh(Instant::now());
             for window in self.windows.close_due(complete_ns, WallClock::now()) {
                 self.hand_on(window);
             }
@@ -428,10 +436,11 @@ impl Worker {
         for (bytes, record) in records {
             match record {
                 Some(Record::Sample(raw)) => self.add(&raw, execs.are_ahead(raw.tgid)),
-                Some(Record::Exec { tgid }) => {
-                    execs.pass(tgid);
-                    self.processes.exec(tgid);
+                Some(Record::Exec(exec)) => {
+                    execs.pass(exec.pid);
+                    self.processes.exec(exec, Instant::now());
                 }
+                Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
                 None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
                 None => self.shared.ledger.lose_execs(1),
             }
@@ -500,8 +509,8 @@ impl Execs {
     fn in_records<'a>(records: impl Iterator<Item = &'a Record>) -> Self {
         let mut ahead = HashMap::new();
         for record in records {
-            if let Record::Exec { tgid } = record {
-                *ahead.entry(*tgid).or_default() += 1;
+            if let Record::Exec(exec) = record {
+                *ahead.entry(exec.pid).or_default() += 1;
             }
         }
         Self { ahead }
@@ -587,6 +596,8 @@ fn code_locations(window: &Closed) -> impl Iterator<Item = LocationKey> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::channel;
+
     use super::*;
     use crate::drain::tests::{batch, encode, sample, without};
 
@@ -599,7 +610,7 @@ mod tests {
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
         let now = clock::boot_ns();
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
-        let processes = Processes::new(images, Labeler::new("n", &[]), None);
+        let processes = Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
         let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };

@@ -16,6 +16,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     config::{ConfigError, LogFormat},
     export::Quality,
+    label::NameCounts,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
     pipeline::{Exporter, Shared, View},
     process::{ProcessCounts, Processes},
@@ -51,6 +52,7 @@ pub(crate) struct Gauges {
     containers: AtomicU64,
     executables: AtomicU64,
     process_counts: Mutex<ProcessCounts>,
+    cgroups: Mutex<NameCounts>,
     late: AtomicU64,
     named: AtomicU64,
     unnamed: AtomicU64,
@@ -71,6 +73,7 @@ impl Gauges {
         self.containers.store(processes.containers() as u64, Relaxed);
         self.executables.store(processes.executables() as u64, Relaxed);
         *self.process_counts.lock().unwrap_or_else(PoisonError::into_inner) = processes.counts();
+        *self.cgroups.lock().unwrap_or_else(PoisonError::into_inner) = processes.cgroups();
     }
 
     /// Samples that came after their window had closed.
@@ -109,6 +112,7 @@ pub(crate) fn metrics(view: &View) -> String {
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
     text.gauge("profiler_agent_executables", "Executables open now.", gauges.executables.load(Relaxed));
     process_counts(&mut text, *gauges.process_counts.lock().unwrap_or_else(PoisonError::into_inner));
+    cgroups(&mut text, *gauges.cgroups.lock().unwrap_or_else(PoisonError::into_inner));
     let execs_lost = shared.ledger.execs_lost();
     text.counter(
         "profiler_agent_exec_events_lost_total",
@@ -122,16 +126,32 @@ pub(crate) fn metrics(view: &View) -> String {
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
-    let ProcessCounts { gone, unusable_files, ranges_cut, evicted } = counts;
+    let ProcessCounts { gone, unusable_files, ranges_cut, evicted, read_late } = counts;
     let counters = [
         ("processes_gone", "Processes gone before they could be read.", gone),
         ("processes_evicted", "Processes forgotten to make room for others.", evicted),
+        ("processes_read_late", "New images left to their first sample, there being too many.", read_late),
         ("unusable_files", "Mappings whose file could not be used.", unusable_files),
         ("mappings_cut", "Processes with more executable ranges than are kept.", ranges_cut),
     ];
     for (name, help, value) in counters {
         text.counter(&format!("profiler_agent_{name}_total"), help, value);
     }
+}
+
+fn cgroups(text: &mut Text, counts: NameCounts) {
+    let NameCounts { known, evicted, unknown } = counts;
+    text.gauge("profiler_agent_cgroups", "Cgroups whose names are known, removed ones too.", known);
+    text.counter(
+        "profiler_agent_cgroups_evicted_total",
+        "Cgroups forgotten to make room for others.",
+        evicted,
+    );
+    text.counter(
+        "profiler_agent_cgroups_unknown_total",
+        "Cgroups gone before their names were learnt, or that may not be looked up.",
+        unknown,
+    );
 }
 
 /// A destination's name, and what became of the samples that it was given.

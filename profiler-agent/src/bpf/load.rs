@@ -16,8 +16,16 @@ use aya_log::EbpfLogger;
 use profiler_common::limits;
 use tracing::{info, warn};
 
-use super::{probe::kernel_facts, stats::KernelCounts, unwind::UnwindMaps};
-use crate::sys::{btf::BtfError, cpu, perf_event::CpuClock};
+use super::{
+    probe::{cgroup_facts, kernel_facts},
+    stats::KernelCounts,
+    unwind::UnwindMaps,
+};
+use crate::sys::{
+    btf::{Btf, BtfError},
+    cgroup, cpu,
+    perf_event::CpuClock,
+};
 
 #[cfg(target_arch = "x86_64")]
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../profiler-ebpf/prebuilt/profiler-x86_64.bpf.o");
@@ -73,6 +81,8 @@ pub(crate) struct LoadOptions {
     pub(crate) has_tables: bool,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
+    /// The hierarchy whose cgroup ids samples carry.
+    pub(crate) cgroups: Option<cgroup::Version>,
     /// Root of sysfs.
     pub(crate) sys_root: PathBuf,
 }
@@ -93,9 +103,12 @@ const SAMPLE_PROGRAM: &str = "cpu_sample";
 impl Programs {
     /// Loads everything and attaches the process events; sampling starts with [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
-        let facts = kernel_facts(&options.sys_root)?.words();
+        let btf = Btf::of_kernel(&options.sys_root)?;
+        let (facts, cgroups) = (kernel_facts(&btf).words(), cgroup_facts(&btf, options.cgroups).words());
+        drop(btf);
         let mut loader = EbpfLoader::new();
-        loader.override_global("KERNEL_FACTS", &facts, true).map_max_entries("EVENTS", options.ring_bytes);
+        loader.override_global("KERNEL_FACTS", &facts, true).override_global("CGROUP_FACTS", &cgroups, true);
+        loader.map_max_entries("EVENTS", options.ring_bytes);
         if options.has_tables {
             for (map, entries) in TABLE_MAPS {
                 loader.map_max_entries(map, entries);
@@ -115,11 +128,19 @@ impl Programs {
     }
 
     fn attach_process_events(&mut self) -> Result<(), BpfError> {
-        const NAME: &str = "process_exec";
-        let failed = |source| BpfError::Program { program: NAME, source };
-        let program: &mut RawTracePoint = program(&mut self.ebpf, NAME)?.try_into().map_err(failed)?;
+        self.attach_raw("process_exec", "sched_process_exec")?;
+        if let Err(error) = self.attach_raw("cgroup_made", "cgroup_mkdir") {
+            // Names of cgroups are then learnt with the first exec or sample in them.
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "new cgroups are not told");
+        }
+        Ok(())
+    }
+
+    fn attach_raw(&mut self, name: &'static str, tracepoint: &str) -> Result<(), BpfError> {
+        let failed = |source| BpfError::Program { program: name, source };
+        let program: &mut RawTracePoint = program(&mut self.ebpf, name)?.try_into().map_err(failed)?;
         program.load().map_err(failed)?;
-        program.attach("sched_process_exec").map_err(failed)?;
+        program.attach(tracepoint).map_err(failed)?;
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod btf;
 pub(crate) mod capabilities;
+pub(crate) mod cgroup;
 pub(crate) mod clock;
 pub(crate) mod cpu;
 pub(crate) mod file_map;
