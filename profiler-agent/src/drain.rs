@@ -23,7 +23,7 @@ use profiler_common::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
-    ledger::{Cause, Ledger, Place},
+    ledger::{Cause, Ledger, Place, ProfileType},
     process::Exec,
     sys::clock,
 };
@@ -169,11 +169,12 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
         return;
     }
     let Batch { bytes: _, samples, execs } = batch;
-    ledger.add_drained(samples);
-    ledger.enter(Place::DrainQueue, samples);
+    let account = ledger.of(ProfileType::Cpu);
+    account.add_drained(samples);
+    account.enter(Place::DrainQueue, samples);
     if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = batches.try_send(batch) {
-        ledger.leave(Place::DrainQueue, samples);
-        ledger.drop_events(Cause::DrainQueueFull, samples);
+        account.leave(Place::DrainQueue, samples);
+        account.drop_events(Cause::DrainQueueFull, samples);
         ledger.lose_execs(execs);
     }
 }
@@ -409,9 +410,10 @@ pub(crate) mod tests {
         for _ in 0..3 {
             send(batch(&[encode(&sample(1))]), &sender, &ledger);
         }
-        assert_eq!(ledger.drained(), 3);
-        assert_eq!(ledger.waiting(Place::DrainQueue), 1);
-        assert_eq!(ledger.dropped(Cause::DrainQueueFull), 2);
+        let account = ledger.of(ProfileType::Cpu);
+        assert_eq!(account.drained(), 3);
+        assert_eq!(account.waiting(Place::DrainQueue), 1);
+        assert_eq!(account.dropped(Cause::DrainQueueFull), 2);
         drop(receiver);
     }
 

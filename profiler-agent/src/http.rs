@@ -9,7 +9,7 @@ use axum::{
     Router,
     extract::{Request, State},
     http::{
-        StatusCode,
+        HeaderName, StatusCode,
         header::{CONTENT_TYPE, HOST},
     },
     middleware::{self, Next},
@@ -18,7 +18,11 @@ use axum::{
 };
 use tokio::net::TcpListener;
 
-use crate::{pipeline::View, telemetry};
+use crate::{
+    ledger::{Balance, Snapshot},
+    pipeline::View,
+    telemetry,
+};
 
 /// What the agent's HTTP knows of the agent.
 #[derive(Clone, Default)]
@@ -52,9 +56,10 @@ impl Front {
         }
     }
 
-    fn look<T: IntoResponse>(&self, at: impl FnOnce(&View) -> T) -> Response {
+    /// What `at` makes of the agent and its account.
+    async fn look<T: IntoResponse>(&self, at: impl FnOnce(&View, &Snapshot) -> T) -> Response {
         match self.state.view.get() {
-            Some(view) => at(view).into_response(),
+            Some(view) => at(view, &view.exact_snapshot().await).into_response(),
             None => (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response(),
         }
     }
@@ -96,12 +101,13 @@ async fn index() -> &'static str {
 }
 
 async fn metrics(State(front): State<Front>) -> Response {
-    front
-        .look(|view| ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], telemetry::metrics(view)))
+    const TEXT: [(HeaderName, &str); 1] = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    front.look(|view, snapshot| (TEXT, telemetry::metrics(view, snapshot))).await
 }
 
 async fn status(State(front): State<Front>) -> Response {
-    front.look(|view| view.balances().iter().map(|balance| format!("{balance}\n")).collect::<String>())
+    let line = |balance: &Balance| format!("{balance}\n");
+    front.look(|_, snapshot| snapshot.balances().iter().map(line).collect::<String>()).await
 }
 
 #[cfg(test)]

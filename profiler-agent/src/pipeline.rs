@@ -29,7 +29,7 @@ use crate::{
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
     label::{CgroupNames, Labeler, fold_kworker, task_name},
-    ledger::{Balance, Cause, KernelTotals, Ledger, Place},
+    ledger::{Account, Balance, Cause, KernelTotals, Ledger, Place, ProfileType, Snapshot},
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
     symbolize::{self, LocationKey, Symbols},
@@ -99,11 +99,10 @@ impl Shared {
         Ok(Self { ledger, gauges, symbols, unwind, exporters })
     }
 
-    /// The account of every destination.
-    fn balances(&self, kernel: KernelTotals) -> Vec<Balance> {
-        let balance =
-            |exporter: &Exporter| Balance::new(kernel, &self.ledger, &exporter.name, exporter.queue.totals());
-        self.exporters.iter().map(balance).collect()
+    /// Reads every term of the account.
+    fn snapshot(&self, kernel: impl Fn(ProfileType) -> KernelTotals) -> Snapshot {
+        let totals = |exporter: &Exporter| (exporter.name.clone(), exporter.queue.totals());
+        Snapshot::take(&self.ledger, kernel, self.exporters.iter().map(totals).collect())
     }
 }
 
@@ -117,23 +116,31 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// Samples taken. A counter that cannot be read counts as zero, which shows as a negative rest in the account, never
-    /// as one that holds by accident.
-    pub(crate) fn taken(&self) -> u64 {
-        self.kernel.get(Counter::CpuTaken).unwrap_or(0)
-    }
-
-    /// The account of every destination.
-    pub(crate) fn balances(&self) -> Vec<Balance> {
-        let kernel = self.kernel_totals();
-        self.shared.balances(kernel)
-    }
-
-    /// What the kernel side has counted; its drops are in the ledger then.
-    pub(crate) fn kernel_totals(&self) -> KernelTotals {
+    /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
+    /// the account, never as one that holds by accident.
+    pub(crate) fn snapshot(&self) -> Snapshot {
         take_kernel_drops(&self.kernel, &self.shared.ledger);
-        let submitted = self.kernel.get(Counter::CpuSubmitted).unwrap_or(0);
-        KernelTotals { taken: self.taken(), submitted }
+        let counter = |counter| self.kernel.get(counter).unwrap_or(0);
+        self.shared.snapshot(|profile_type| match profile_type {
+            ProfileType::Cpu => {
+                KernelTotals { taken: counter(Counter::CpuTaken), submitted: counter(Counter::CpuSubmitted) }
+            }
+        })
+    }
+
+    /// The same, taken again until no sample changed places meanwhile: then it is exact. Where that never happens, the
+    /// last one, whose rest shows.
+    pub(crate) async fn exact_snapshot(&self) -> Snapshot {
+        const TRIES: usize = 50;
+        const PAUSE: Duration = Duration::from_millis(2);
+        for _ in 1..TRIES {
+            let snapshot = self.snapshot();
+            if snapshot.is_exact() {
+                return snapshot;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        self.snapshot()
     }
 }
 
@@ -143,7 +150,7 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
         [(Cause::RingFull, Counter::CpuDroppedRingFull), (Cause::NoScratch, Counter::CpuDroppedNoScratch)];
     for (cause, counter) in drops {
         if let Ok(events) = kernel.get(counter) {
-            ledger.set_dropped(cause, events);
+            ledger.of(ProfileType::Cpu).set_dropped(cause, events);
         }
     }
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
@@ -266,7 +273,7 @@ impl Pipeline {
             // The tasks hold to the deadline themselves; a panic in one shows as events that still wait.
             let _ = runtime.block_on(upload);
         }
-        Stopped { balances: self.view.balances(), failure }
+        Stopped { balances: self.view.snapshot().balances(), failure }
     }
 }
 
@@ -428,23 +435,36 @@ impl Worker {
         execs_lost
     }
 
-    /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
+    /// Takes a batch. Its samples stop waiting in the channel one by one, each when it is counted elsewhere.
     fn take(&mut self, batch: &drain::Batch) {
-        self.shared.ledger.leave(Place::DrainQueue, batch.samples());
+        let mut samples_left = batch.samples();
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
         for (bytes, record) in records {
             match record {
-                Some(Record::Sample(raw)) => self.add(&raw, execs.are_ahead(raw.tgid)),
+                Some(Record::Sample(raw)) => {
+                    samples_left -= 1;
+                    self.add(&raw, execs.are_ahead(raw.tgid));
+                }
                 Some(Record::Exec(exec)) => {
                     execs.pass(exec.pid);
                     self.processes.exec(exec, Instant::now());
                 }
                 Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
-                None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
+                None if drain::is_sample(bytes) => {
+                    samples_left -= 1;
+                    self.account().leave(Place::DrainQueue, 1);
+                    self.account().drop_events(Cause::Malformed, 1);
+                }
                 None => self.shared.ledger.lose_execs(1),
             }
         }
+        // What the batch was said to hold and did not shows in the account.
+        self.account().leave(Place::DrainQueue, samples_left);
+    }
+
+    fn account(&self) -> &Account {
+        self.shared.ledger.of(ProfileType::Cpu)
     }
 
     fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
@@ -468,9 +488,11 @@ impl Worker {
             }
         };
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
-        match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
-            Ok(()) => self.shared.ledger.enter(Place::Window, 1),
-            Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
+        let added = self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch);
+        self.account().leave(Place::DrainQueue, 1);
+        match added {
+            Ok(()) => self.account().enter(Place::Window, 1),
+            Err(_full) => self.account().drop_events(Cause::WindowFull, 1),
         }
     }
 
@@ -486,7 +508,7 @@ impl Worker {
 
     /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
     fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
-        let ledger = &self.shared.ledger;
+        let ledger = self.account();
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
         if samples == 0 {
@@ -556,7 +578,8 @@ impl Encoder {
         let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
         let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
         let encoded = export::encode(window, &resolved, losses);
-        ledger.leave(Place::EncodeQueue, window.samples);
+        let account = ledger.of(ProfileType::Cpu);
+        account.leave(Place::EncodeQueue, window.samples);
         match encoded {
             Ok(encoded) => {
                 gauges.set_quality(encoded.quality);
@@ -566,15 +589,15 @@ impl Encoder {
             }
             Err(error) => {
                 error!(%error, samples = window.samples, "window not encoded and dropped");
-                ledger.drop_events(Cause::EncodeFailed, window.samples);
+                account.drop_events(Cause::EncodeFailed, window.samples);
             }
         }
     }
 
     /// Samples lost since the last window, by cause.
     fn new_losses(&mut self) -> Losses {
-        let total: Losses =
-            Cause::ALL.iter().map(|&cause| (cause.name(), self.shared.ledger.dropped(cause))).collect();
+        let account = self.shared.ledger.of(ProfileType::Cpu);
+        let total: Losses = Cause::ALL.iter().map(|&cause| (cause.name(), account.dropped(cause))).collect();
         let before =
             |name| self.reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
         let new = total
@@ -622,8 +645,8 @@ mod tests {
         worker.run(&batches, &Progress::default());
         closed.iter().for_each(|window| encoder.export(&window, &Losses::new()));
         let taken = records.len() as u64;
-        let mut balances = shared.balances(KernelTotals { taken, submitted: taken });
-        balances.pop().expect("one destination")
+        let snapshot = shared.snapshot(|_| KernelTotals { taken, submitted: taken });
+        snapshot.balances().pop().expect("one destination")
     }
 
     fn records() -> Vec<Vec<u8>> {
