@@ -78,11 +78,16 @@ fn run_tests_as_root(cargo: &mut Command) -> Result<()> {
 fn test(cargo: &mut Command, packages: &[&str], options: &[&str]) -> Result<Tally> {
     cargo.args(["test", "--release", "--locked", "--no-fail-fast"]).args(packages).arg("--").args(options);
     let mut tally = Tally::default();
+    let mut skipped = 0;
     let succeeded = command::run_reading(cargo, |line| {
         if let Some(result) = parse_result(line) {
             tally += result;
         }
+        skipped += u64::from(line.starts_with("SKIP "));
     })?;
+    // To the harness, a test that says so has passed.
+    tally.passed = tally.passed.saturating_sub(skipped);
+    tally.skipped += skipped;
     if tally == Tally::default() {
         println!("FAILED: no test was run");
         tally += Tally::FAILED;

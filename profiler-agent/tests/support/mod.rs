@@ -30,12 +30,19 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent and waits until it samples and its backend answers.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_after("", arguments)
+    }
+
+    /// The same by a shell in a mount namespace of its own, which runs `commands` first; they end in `&&`.
+    pub fn start_after(commands: &str, arguments: &[&str]) -> Self {
         // An error means that another test of this process has installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let data_dir = tempfile::tempdir().expect("a temporary directory");
         let (agent, backend) = (free_address(), free_address());
         let log = data_dir.path().join("agent.log");
-        let child = Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
+        let script = format!("{commands} exec \"$0\" \"$@\"");
+        let child = Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_profiler-agent")])
             .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
             .arg("--data-dir")
             .arg(data_dir.path().join("data"))
@@ -177,6 +184,13 @@ fn interrupt(child: &Child) {
     // SAFETY: a signal to a child that has not been waited for: the pid is still its.
     let status = unsafe { libc::kill(pid, libc::SIGINT) };
     assert_eq!(status, 0, "the agent can be interrupted");
+}
+
+/// Says that a test could not run here, and why, so that it is counted as skipped: past the test harness, which would
+/// keep it to itself.
+pub fn skip(test: &str, reason: &str) {
+    use std::io::Write as _;
+    writeln!(std::io::stdout(), "\nSKIP {test}: {reason}").expect("somebody reads the tests' output");
 }
 
 /// An address nobody listens on now.
