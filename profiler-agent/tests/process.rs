@@ -8,9 +8,10 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
+use aya::{maps::loaded_maps, programs::loaded_programs};
 use cgroups::Cgroups;
 use serde_json::Value;
 use support::{Agent, Program, testprogs};
@@ -112,6 +113,44 @@ fn without_the_v2_hierarchy_units_are_known_by_a_v1_controller() {
     assert!(all > 0, "no sample of eight programs of 3 ms");
     assert_eq!(labeled, all, "nanoseconds under the unit and in all");
     agent.stop();
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn nothing_stays_in_the_kernel_when_the_agent_is_killed() {
+    let before = in_kernel();
+    let agent = Agent::start(&["-F", "99", "--window", "2s"]);
+    let with_agent = in_kernel();
+    let own: BTreeSet<_> = with_agent.difference(&before).cloned().collect();
+    assert!(own.iter().any(|object| object.starts_with("program cpu_sample")), "{own:?}");
+    assert!(own.iter().any(|object| object.starts_with("map EVENTS")), "{own:?}");
+    let pinned = fs::read_dir("/sys/fs/bpf").map_or(0, Iterator::count);
+
+    agent.kill();
+    // The kernel frees programs and maps when nobody can be running or reading them any more.
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let left: Vec<_> = in_kernel().intersection(&own).cloned().collect();
+        if left.is_empty() {
+            break;
+        }
+        assert!(Instant::now() < end, "left in the kernel: {left:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(fs::read_dir("/sys/fs/bpf").map_or(0, Iterator::count), pinned, "pinned objects");
+}
+
+/// Every BPF program and map there is, by name and id.
+fn in_kernel() -> BTreeSet<String> {
+    let programs = loaded_programs().filter_map(|program| {
+        let program = program.ok()?;
+        Some(format!("program {} {}", program.name_as_str()?, program.id()))
+    });
+    let maps = loaded_maps().filter_map(|map| {
+        let map = map.ok()?;
+        Some(format!("map {} {}", map.name_as_str()?, map.id()))
+    });
+    programs.chain(maps).collect()
 }
 
 /// Where the v2 hierarchy is mounted beside those of v1.

@@ -161,6 +161,12 @@ impl Agent {
         path
     }
 
+    /// Kills the agent, which has no time to clean up.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the agent is a child of this test");
+        self.child.wait().expect("the agent is a child of this test");
+    }
+
     /// Stops the agent as Ctrl-C does and gives its log; it must exit with 0.
     pub fn stop(mut self) -> String {
         interrupt(&self.child);
