@@ -23,7 +23,7 @@ const MEMORY_MAX: u64 = 128 << 20;
 const RIGHT: f64 = 0.95;
 const EXECS_PER_SECOND: u32 = 50;
 
-/// Set by `cargo xtask test --long`.
+/// A minute by `PROFILER_TEST_LONG=1 cargo xtask test root`.
 fn seconds() -> u32 {
     if std::env::var_os("PROFILER_TEST_LONG").is_some() { 60 } else { 15 }
 }

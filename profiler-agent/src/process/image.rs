@@ -13,9 +13,8 @@ use std::{
 use tracing::debug;
 
 use super::{
-    STAT_STARTTIME,
     maps::{MapsEntry, executable_ranges},
-    stat_number,
+    stat::Stat,
 };
 use crate::{
     addr::{Addr, FileOffset},
@@ -109,10 +108,14 @@ impl ImageReader {
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
     }
 
-    /// When the process with this pid started, in clock ticks since boot; `None` when there is none. Source:
-    /// proc_pid_stat(5), starttime.
+    /// When the process with this pid started, in clock ticks since boot; `None` when there is none.
     pub(crate) fn start_ticks(&self, pid: u32) -> Option<u64> {
-        stat_number(&self.directory(pid), STAT_STARTTIME)
+        self.stat(pid).map(|stat| stat.start_ticks)
+    }
+
+    /// The state of the process with this pid; `None` when there is none.
+    pub(super) fn stat(&self, pid: u32) -> Option<Stat> {
+        Stat::read(&self.directory(pid))
     }
 
     /// The executable ranges, ascending; none for a kernel thread or a process that is gone.
@@ -147,7 +150,7 @@ impl ImageReader {
 
     /// A thread of a process whose main thread has exited before the others: that one has no memory any more, and
     /// `/proc/<thread>` shows what `/proc/<pid>` did. Source: proc_pid_task(5).
-    fn living_thread(&self, pid: u32) -> Option<u32> {
+    pub(super) fn living_thread(&self, pid: u32) -> Option<u32> {
         let threads = fs::read_dir(self.directory(pid).join("task")).ok()?;
         let others = threads
             .take(THREADS_MAX)

@@ -3,11 +3,11 @@
 mod fresh;
 mod image;
 pub(crate) mod maps;
+mod stat;
 
 use std::{
     collections::HashMap,
     fs,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,6 +16,7 @@ use fresh::Fresh;
 use image::ImageCounts;
 pub(crate) use image::{Backing, ImageReader, Mapping};
 use profiler_common::unwind::mappings::NS_PER_TICK;
+use stat::Stat;
 
 use crate::{
     addr::Addr,
@@ -69,6 +70,14 @@ struct Program {
     /// Path of its executable as it sees it; empty when it has none, or when that could not be read.
     exe: String,
     is_kernel_thread: bool,
+}
+
+/// What a process runs, and whose it is.
+struct Identity {
+    program: Program,
+    owner: Arc<Owner>,
+    /// The id of its cgroup says so.
+    is_by_id: bool,
 }
 
 /// What is known of the process that a sample was taken of.
@@ -240,11 +249,13 @@ impl Processes {
     pub(crate) fn read_fresh(&mut self, now: Instant) {
         while let Some(Exec { pid, start_ns, cgroup_id }) = self.fresh.take(now) {
             let sampled = Sampled { pid, start_ns, cgroup_id, comm: "" };
-            if self.by_pid.contains_key(&pid) || !self.is_same_process(sampled) {
+            let is_there = |stat| is_sampled(stat, sampled) && !stat.is_exiting();
+            if self.by_pid.contains_key(&pid) || !self.images.stat(pid).is_some_and(is_there) {
                 continue;
             }
             self.make_room();
             let process = self.read(sampled, now);
+            // Without a name there would be no label to stand in.
             if process.is_read && !process.program.exe.is_empty() {
                 self.by_pid.insert(pid, process);
             }
@@ -318,21 +329,42 @@ impl Processes {
         self.counts.evicted += EVICTED_AT_ONCE as u64;
     }
 
-    /// Reads a process, and then whether it is still the one that was sampled.
+    /// Reads a process, unless it is gone or another one by now.
     fn read(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let program = self.program(sampled.pid);
-        let exact = self.names.exact(sampled.cgroup_id);
-        let is_labeled_by_id = exact.is_some();
-        let owner = exact.unwrap_or_else(|| self.read_owner(sampled.pid));
         let mappings = self.images.mappings(sampled.pid);
-        if !self.is_same_process(sampled) {
-            self.counts.gone += 1;
-            return self.unread(sampled, now);
-        }
-        self.names.note(sampled.cgroup_id, &owner);
-        let series = self.series(&program, sampled.comm, owner);
         let unread = self.unread(sampled, now);
-        Process { series, program, mappings, is_read: true, is_labeled_by_id, ..unread }
+        let Some(Identity { program, owner, is_by_id }) = self.identify(sampled) else {
+            self.counts.gone += 1;
+            return unread;
+        };
+        let series = self.series(&program, sampled.comm, owner);
+        Process { series, program, mappings, is_read: true, is_labeled_by_id: is_by_id, ..unread }
+    }
+
+    /// Reads what a process runs and whose it is, and then whether it is still the one that was sampled.
+    fn identify(&mut self, sampled: Sampled<'_>) -> Option<Identity> {
+        let Sampled { pid, cgroup_id, .. } = sampled;
+        let program = self.program(pid);
+        let by_id = self.names.exact(cgroup_id);
+        let is_by_id = by_id.is_some();
+        let owner = by_id.unwrap_or_else(|| self.read_owner(pid));
+        let stat = self.images.stat(pid).filter(|stat| is_sampled(*stat, sampled))?;
+        if is_by_id {
+            return Some(Identity { program, owner, is_by_id });
+        }
+        // To v1 hierarchies, a task that exits is in the root already. Source: kernel/cgroup/cgroup.c: proc_cgroup_show.
+        let living = if stat.is_exiting() { self.images.living_thread(pid) } else { Some(pid) };
+        let owner = match living {
+            Some(thread) if thread == pid => owner,
+            Some(thread) => self.read_owner(thread),
+            None if program.exe.is_empty() => return None,
+            None => {
+                let owner = self.names.of_gone(cgroup_id).unwrap_or_default();
+                return Some(Identity { program, owner, is_by_id });
+            }
+        };
+        self.names.note(cgroup_id, &owner);
+        Some(Identity { program, owner, is_by_id })
     }
 
     /// A process of which only the sample is known, and perhaps its cgroup.
@@ -356,12 +388,6 @@ impl Processes {
         }
     }
 
-    /// Whether the process that has the pid now, if any, is the one that was sampled.
-    fn is_same_process(&self, sampled: Sampled<'_>) -> bool {
-        let started = self.images.start_ticks(sampled.pid);
-        started.is_some_and(|ticks| sampled.start_ns == 0 || ticks == sampled.start_ns / NS_PER_TICK)
-    }
-
     /// A sample's cgroup is not the one that the labels are of.
     fn follow(&mut self, sampled: Sampled<'_>, now: Instant) {
         let owner = self.names.exact(sampled.cgroup_id);
@@ -379,18 +405,15 @@ impl Processes {
     }
 
     fn read_labels_again(&mut self, sampled: Sampled<'_>, now: Instant) {
-        let program = self.program(sampled.pid);
-        let owner = self.read_owner(sampled.pid);
-        let is_same = self.is_same_process(sampled);
-        if is_same {
-            self.names.note(sampled.cgroup_id, &owner);
-        }
-        let series = self.series(&program, sampled.comm, owner);
+        let identity = self.identify(sampled);
+        let labels = identity.map(|Identity { program, owner, is_by_id }| {
+            (self.series(&program, sampled.comm, owner), program, is_by_id)
+        });
         let Some(process) = self.by_pid.get_mut(&sampled.pid) else { return };
         (process.labels_read, process.cgroup_id) = (now, sampled.cgroup_id);
         // One that has exited meanwhile keeps what it had.
-        if is_same {
-            (process.series, process.program) = (series, program);
+        if let Some((series, program, is_by_id)) = labels {
+            (process.series, process.program, process.is_labeled_by_id) = (series, program, is_by_id);
         }
     }
 
@@ -401,7 +424,7 @@ impl Processes {
 
     fn program(&self, pid: u32) -> Program {
         let exe = self.images.exe(pid).unwrap_or_default().to_string_lossy().into_owned();
-        let is_kernel_thread = exe.is_empty() && is_kernel_thread(&self.images.directory(pid));
+        let is_kernel_thread = exe.is_empty() && self.images.stat(pid).is_some_and(Stat::is_kernel_thread);
         Program { exe, is_kernel_thread }
     }
 
@@ -412,27 +435,9 @@ impl Processes {
     }
 }
 
-/// Whether a task without an executable is a kernel thread rather than one that is exiting. Source: proc_pid_stat(5),
-/// flags; include/linux/sched.h: PF_KTHREAD.
-fn is_kernel_thread(directory: &Path) -> bool {
-    const PF_KTHREAD: u64 = 0x0020_0000;
-    stat_number(directory, STAT_FLAGS).is_some_and(|flags| flags & PF_KTHREAD != 0)
-}
-
-fn stat_number(directory: &Path, field: usize) -> Option<u64> {
-    let stat = fs::read(directory.join("stat")).ok()?;
-    stat_field(&stat, field)?.parse().ok()
-}
-
-/// Fields of `/proc/<pid>/stat`, numbered as in proc_pid_stat(5).
-const STAT_FLAGS: usize = 9;
-const STAT_STARTTIME: usize = 22;
-
-/// A field behind the name, which may itself hold spaces, parentheses and bytes that are no text.
-fn stat_field(stat: &[u8], number: usize) -> Option<&str> {
-    let name_end = stat.iter().rposition(|&byte| byte == b')')?;
-    let behind_name = std::str::from_utf8(stat.get(name_end + 1..)?).ok()?;
-    behind_name.split_ascii_whitespace().nth(number.checked_sub(3)?)
+/// Whether what has the pid now is the process that was sampled.
+fn is_sampled(stat: Stat, sampled: Sampled<'_>) -> bool {
+    sampled.start_ns == 0 || stat.start_ticks == sampled.start_ns / NS_PER_TICK
 }
 
 #[cfg(test)]
@@ -527,19 +532,5 @@ mod tests {
         processes.get(sampled(pid, 1, "earlier process of this pid"));
         assert_eq!(processes.counts().gone, 1, "the pid now belongs to another process");
         assert_eq!(processes.len(), 1);
-    }
-
-    #[test]
-    fn fields_are_found_behind_a_name_with_parentheses() {
-        let stat = b"7 (a) b (c\xff)) S 1 7 7 0 -1 4194560 0 0 0 0 1 2 0 0 20 0 1 0 4242 0";
-        assert_eq!(stat_field(stat, STAT_FLAGS), Some("4194560"));
-        assert_eq!(stat_field(stat, STAT_STARTTIME), Some("4242"));
-        assert_eq!(stat_field(b"", STAT_FLAGS), None);
-    }
-
-    #[test]
-    fn kernel_threads_are_told_apart() {
-        assert!(is_kernel_thread(Path::new("/proc/2")), "kthreadd");
-        assert!(!is_kernel_thread(Path::new("/proc/self")));
     }
 }
