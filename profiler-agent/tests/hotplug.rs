@@ -33,7 +33,7 @@ fn what_runs_is_sampled_while_a_cpu_goes_and_comes() {
         return support::skip(NAME, "CPU 1 cannot be taken offline here");
     }
     let agent = Agent::start(&["-F", "99", "--window", "2s"]);
-    let two_threads = Program::start("burn", &["-t", "2", "-c", "8"]);
+    let two_threads = Program::start("burn", &["-t", "2", "-c", "6"]);
     let selector = format!("{{exe=\"burn\",pid=\"{}\"}}", two_threads.pid());
     match Offline::now() {
         Err(error) => return support::skip(NAME, &format!("CPU 1 cannot be taken offline here: {error}")),

@@ -331,8 +331,13 @@ impl Processes {
 
     /// Reads a process, unless it is gone or another one by now.
     fn read(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let mappings = self.images.mappings(sampled.pid);
         let unread = self.unread(sampled, now);
+        // Most are gone for good: then this look is the only one.
+        if !self.images.stat(sampled.pid).is_some_and(|stat| is_sampled(stat, sampled)) {
+            self.counts.gone += 1;
+            return unread;
+        }
+        let mappings = self.images.mappings(sampled.pid);
         let Some(Identity { program, owner, is_by_id }) = self.identify(sampled) else {
             self.counts.gone += 1;
             return unread;
