@@ -1,6 +1,7 @@
 //! Processes by pid and start time: what they map, and which series they belong to.
 
 mod fresh;
+mod generated;
 mod image;
 pub(crate) mod maps;
 mod stat;
@@ -13,6 +14,7 @@ use std::{
 };
 
 use fresh::Fresh;
+pub(crate) use generated::{GeneratedCode, PerfMapError};
 use image::ImageCounts;
 pub(crate) use image::{Backing, ImageReader, Mapping};
 use profiler_common::unwind::mappings::NS_PER_TICK;
@@ -24,10 +26,9 @@ use crate::{
     unwind::TableRequests,
 };
 
-/// Processes remembered. A process takes about 2 KiB here.
-const PROCESSES_MAX: usize = 16_384;
-/// What is forgotten at once when there is no room: looking for the longest unused costs a look at all.
-const EVICTED_AT_ONCE: usize = PROCESSES_MAX / 8;
+/// Share of the processes known that is forgotten at once when there is no room for more: looking for the longest unused
+/// costs a look at all.
+const EVICTED_SHARE: usize = 8;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
@@ -52,6 +53,8 @@ pub(crate) struct Process {
     program: Program,
     /// Ascending and disjoint.
     mappings: Vec<Mapping>,
+    /// Code without a file.
+    pub(crate) generated: Arc<GeneratedCode>,
     /// It could be looked at; else its labels are made from its name.
     is_read: bool,
     /// Its labels are by the id of its cgroup, which says all.
@@ -157,18 +160,21 @@ pub(crate) struct Processes {
     /// `None` where frame pointers are to be used.
     tables: Option<TableRequests>,
     counts: ProcessCounts,
+    /// A process takes about 2 KiB here.
+    processes_max: usize,
 }
 
 impl Processes {
-    /// An empty table.
+    /// An empty table for so many processes.
     pub(crate) fn new(
         images: ImageReader,
         labeler: Labeler,
         names: CgroupNames,
         tables: Option<TableRequests>,
+        processes_max: usize,
     ) -> Self {
         let (by_pid, fresh, counts) = Default::default();
-        Self { by_pid, images, labeler, names, fresh, tables, counts }
+        Self { by_pid, images, labeler, names, fresh, tables, counts, processes_max }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -282,6 +288,12 @@ impl Processes {
         self.by_pid.clear();
     }
 
+    /// Labels all processes by another labeler from now on.
+    pub(crate) fn set_labeler(&mut self, labeler: Labeler) {
+        self.labeler = labeler;
+        self.forget_all();
+    }
+
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
         self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
@@ -317,16 +329,17 @@ impl Processes {
     }
 
     fn make_room(&mut self) {
-        if self.by_pid.len() < PROCESSES_MAX {
+        if self.by_pid.len() < self.processes_max {
             return;
         }
         let mut sampled: Vec<_> =
             self.by_pid.iter().map(|(&pid, process)| (process.last_sampled, pid)).collect();
-        let (longest_idle, ..) = sampled.select_nth_unstable(EVICTED_AT_ONCE);
-        for (_, pid) in longest_idle {
+        sampled.sort_unstable();
+        sampled.truncate(self.processes_max.div_ceil(EVICTED_SHARE));
+        for (_, pid) in &sampled {
             self.by_pid.remove(pid);
         }
-        self.counts.evicted += EVICTED_AT_ONCE as u64;
+        self.counts.evicted += sampled.len() as u64;
     }
 
     /// Reads a process, unless it is gone or another one by now.
@@ -343,7 +356,9 @@ impl Processes {
             return unread;
         };
         let series = self.series(&program, sampled.comm, owner);
-        Process { series, program, mappings, is_read: true, is_labeled_by_id: is_by_id, ..unread }
+        let exe = series.get("exe").unwrap_or_default();
+        let generated = Arc::new(GeneratedCode::new(sampled.pid, sampled.start_ns, exe));
+        Process { series, program, mappings, generated, is_read: true, is_labeled_by_id: is_by_id, ..unread }
     }
 
     /// Reads what a process runs and whose it is, and then whether it is still the one that was sampled.
@@ -374,7 +389,7 @@ impl Processes {
 
     /// A process of which only the sample is known, and perhaps its cgroup.
     fn unread(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let Sampled { pid: _, start_ns, cgroup_id, comm } = sampled;
+        let Sampled { pid, start_ns, cgroup_id, comm } = sampled;
         let owner = self.names.of_gone(cgroup_id).unwrap_or_default();
         let program = Program::default();
         Process {
@@ -382,6 +397,7 @@ impl Processes {
             series: self.series(&program, comm, owner),
             program,
             mappings: Vec::new(),
+            generated: Arc::new(GeneratedCode::new(pid, start_ns, comm)),
             is_read: false,
             is_labeled_by_id: false,
             cgroup_id,
@@ -452,7 +468,7 @@ mod tests {
 
     fn processes() -> Processes {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
-        Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None)
+        Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None, 64)
     }
 
     fn sampled(pid: u32, start_ns: u64, comm: &str) -> Sampled<'_> {
@@ -510,13 +526,11 @@ mod tests {
     #[test]
     fn room_is_made_by_forgetting_those_sampled_longest_ago() {
         let mut processes = processes();
-        let first = u32::MAX - 1 - PROCESSES_MAX as u32;
+        let first = u32::MAX - 1 - 64;
         for pid in first..u32::MAX {
             processes.get(sampled(pid, 5, "short"));
         }
-        let evicted = EVICTED_AT_ONCE as u64;
-        assert_eq!(processes.counts().evicted, evicted);
-        assert_eq!(processes.len(), PROCESSES_MAX + 1 - EVICTED_AT_ONCE);
+        assert_eq!((processes.counts().evicted, processes.len()), (8, 64 + 1 - 8));
         assert!(processes.known(first).is_none() && processes.known(u32::MAX - 1).is_some());
     }
 
