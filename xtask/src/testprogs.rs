@@ -14,7 +14,7 @@ use crate::{
     tools::{self, CC, GO},
 };
 
-const C_PROGRAMS: [&str; 3] = ["burn", "short", "fork_storm"];
+const C_PROGRAMS: [&str; 5] = ["burn", "short", "fork_storm", "identity", "crowd"];
 
 /// Linked statically into `container/`, which is all that the test's container images hold.
 const CONTAINER_PROGRAMS: [&str; 2] = ["burn", "pause"];
@@ -50,12 +50,7 @@ const UNFRAMED: [Unframed; 11] = [
     Unframed { name: "deep_clang", compiler: "clang", source: "deep.c", flags: &[] },
     Unframed { name: "deep_static", compiler: "gcc", source: "deep.c", flags: &["-static"] },
     Unframed { name: "deep_static_pie", compiler: "gcc", source: "deep.c", flags: &["-static-pie"] },
-    Unframed {
-        name: "deep_musl",
-        compiler: "musl-gcc",
-        source: "deep.c",
-        flags: &["-static", "-DOWN_SORT"],
-    },
+    Unframed { name: "deep_musl", compiler: "musl-gcc", source: "deep.c", flags: &["-static", "-DOWN_SORT"] },
     Unframed { name: "deep_musl_qsort", compiler: "musl-gcc", source: "deep.c", flags: &["-static"] },
     Unframed { name: "throw_gcc", compiler: "g++", source: "throw.cpp", flags: &[] },
     Unframed { name: "throw_clang", compiler: "clang++", source: "throw.cpp", flags: &[] },

@@ -30,12 +30,19 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent and waits until it samples and its backend answers.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_after("", arguments)
+    }
+
+    /// The same by a shell in a mount namespace of its own, which runs `commands` first; they end in `&&`.
+    pub fn start_after(commands: &str, arguments: &[&str]) -> Self {
         // An error means that another test of this process has installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let data_dir = tempfile::tempdir().expect("a temporary directory");
         let (agent, backend) = (free_address(), free_address());
         let log = data_dir.path().join("agent.log");
-        let child = Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
+        let script = format!("{commands} exec \"$0\" \"$@\"");
+        let child = Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_profiler-agent")])
             .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
             .arg("--data-dir")
             .arg(data_dir.path().join("data"))
@@ -164,6 +171,12 @@ impl Agent {
         let path = self.data_dir.path().join(name);
         fs::write(&path, body).expect("write the profile");
         path
+    }
+
+    /// Kills the agent, which has no time to clean up.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the agent is a child of this test");
+        self.child.wait().expect("the agent is a child of this test");
     }
 
     /// Stops the agent as Ctrl-C does and gives its log; it must exit with 0.
