@@ -71,6 +71,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> anyhow::Result<()> {
+    sys::memory::bound_allocator();
     let (sources, command) = cli::parse();
     let config = sources.load()?;
     if sources.is_to_be_printed() {
