@@ -94,7 +94,7 @@ fn test(cargo: &mut Command, packages: &[&str], options: &[&str]) -> Result<Tall
 }
 
 /// What a test program's closing line says. Its ignored tests are another group's.
-fn parse_result(line: &str) -> Option<Tally> {
+pub(crate) fn parse_result(line: &str) -> Option<Tally> {
     let counts = line.strip_prefix("test result: ")?;
     let count = |what: &str| {
         let before = counts.split(what).next()?;
