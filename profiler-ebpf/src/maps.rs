@@ -6,7 +6,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use profiler_common::{
-    config::KernelFacts,
+    config::{CgroupFacts, KernelFacts},
     limits::{EVENTS_BYTES, UNWIND_LEAF_SHARDS_MAX, UNWIND_SHARD_LEAVES},
     stats::Counter,
     unwind::{
@@ -115,6 +115,28 @@ macro_rules! kernel_fact {
     }};
 }
 pub(crate) use kernel_fact;
+
+/// As [`KERNEL_FACTS`].
+#[unsafe(no_mangle)]
+pub static CGROUP_FACTS: CgroupFacts = CgroupFacts {
+    task_cgroups_offset: 0,
+    css_set_subsys_offset: 0,
+    css_cgroup_offset: 0,
+    cgroup_kn_offset: 0,
+    node_id_offset: 0,
+    cgroup_root_offset: 0,
+    root_hierarchy_offset: 0,
+    hierarchy: 0,
+};
+
+/// Reads one field of [`CGROUP_FACTS`]; volatile as `kernel_fact`.
+macro_rules! cgroup_fact {
+    ($field:ident) => {{
+        // SAFETY: a read-only static that is valid for ever; volatile only keeps the load in place.
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::CGROUP_FACTS.$field) }
+    }};
+}
+pub(crate) use cgroup_fact;
 
 /// Adds one to a counter of this CPU.
 ///

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+mod patience;
+
 use std::{
     fs,
     io::{Read as _, Write as _},
@@ -54,7 +56,7 @@ impl Spawned {
 
     /// Asks until there is an answer, or fails with what the agent has logged.
     pub fn wait_for<T>(&self, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-        let end = Instant::now() + PATIENCE;
+        let end = patience::end_of(PATIENCE);
         loop {
             if let Some(found) = probe() {
                 return found;
@@ -87,7 +89,7 @@ impl Spawned {
 
     /// Waits for its end: the exit code, and all that it has logged.
     pub fn end(mut self) -> (Option<i32>, String) {
-        let end = Instant::now() + PATIENCE;
+        let end = patience::end_of(PATIENCE);
         loop {
             if let Some(status) = self.child.try_wait().expect("a child of this test") {
                 return (status.code(), self.log());
