@@ -67,6 +67,7 @@ WORK static int fork_and_burn(void)
 	pid_t child = fork();
 	if (child == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		prctl(PR_SET_NAME, "burning_child");
 		return in_child() == 0;
 	}
 	for (;;)
