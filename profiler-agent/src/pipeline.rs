@@ -152,6 +152,8 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    is_attached: bool,
+    labelers: Sender<Labeler>,
     view: View,
     uploads: Vec<Task<()>>,
     stop_drain: Sender<()>,
@@ -163,7 +165,7 @@ pub(crate) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads the programs, starts every stage and then sampling.
+    /// Loads the programs and starts every stage; sampling begins with [`Self::resume`].
     pub(crate) fn start(
         config: &Config,
         destinations: Vec<Destination>,
@@ -177,6 +179,7 @@ impl Pipeline {
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
+        let (labelers, new_labelers) = channel();
         let ring = programs.take_events()?;
         forward_messages(&mut programs, runtime);
 
@@ -200,12 +203,15 @@ impl Pipeline {
         let labeler = Labeler::new(&config.node, &config.labels);
         let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let worker =
+            Worker { shared: shared.clone(), processes, windows, closed: closed_sender, new_labelers };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
         let pipeline = Self {
+            is_attached: false,
+            labelers,
             drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
@@ -216,8 +222,32 @@ impl Pipeline {
             stop_drain,
             stop_uploads,
         };
-        pipeline.programs.start()?;
         Ok(pipeline)
+    }
+
+    /// Attaches everything and samples.
+    pub(crate) fn resume(&mut self) -> anyhow::Result<()> {
+        if let Err(error) = self.programs.start() {
+            // Not half: what could be attached is not worth having.
+            self.programs.stop();
+            return Err(error).context("attach to the kernel");
+        }
+        self.is_attached = true;
+        self.view.shared.gauges.set_paused(false);
+        Ok(())
+    }
+
+    /// Detaches everything. What was sampled goes its way; the stages wait.
+    pub(crate) fn pause(&mut self) {
+        self.programs.stop();
+        self.is_attached = false;
+        self.view.shared.gauges.set_paused(true);
+    }
+
+    /// Labels series anew, from the worker's next look at its tables on.
+    pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
+        // An error means that the worker is dead, which ends the agent.
+        let _ = self.labelers.send(Labeler::new(node, labels));
     }
 
     /// What metrics and the status line read.
@@ -232,6 +262,9 @@ impl Pipeline {
 
     /// Samples CPUs that have come online, and forgets those that are gone.
     pub(crate) fn follow_cpus(&mut self) {
+        if !self.is_attached {
+            return;
+        }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
@@ -375,6 +408,8 @@ struct Worker {
     processes: Processes,
     windows: Windows,
     closed: SyncSender<Closed>,
+    /// Labelers that are to be used from now on.
+    new_labelers: Receiver<Labeler>,
 }
 
 impl Worker {
@@ -413,6 +448,13 @@ impl Worker {
                 "exec events were lost; all processes are read again"
             );
             self.processes.forget_all();
+        }
+        if self.shared.gauges.is_paused() {
+            // Nobody says which of them exec meanwhile.
+            self.processes.forget_all();
+        }
+        if let Some(labeler) = self.new_labelers.try_iter().last() {
+            self.processes.set_labeler(labeler);
         }
         self.processes.forget_idle();
         self.shared.gauges.set_processes(&self.processes);
@@ -601,7 +643,9 @@ mod tests {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
         let processes = Processes::new(images, Labeler::new("n", &[]), None);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let (_, new_labelers) = channel();
+        let worker =
+            Worker { shared: shared.clone(), processes, windows, closed: closed_sender, new_labelers };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
 
         drain::send(batch(records), &drain_sender, &shared.ledger);

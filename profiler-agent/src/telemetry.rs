@@ -5,41 +5,23 @@ use std::{
     io::{self, IsTerminal as _, Write as _},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
 use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
-use tracing_subscriber::EnvFilter;
 
 use crate::{
-    config::{ConfigError, LogFormat},
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
     pipeline::{Exporter, Shared, View},
     process::{ProcessCounts, Processes},
+    status::Health,
     symbolize,
     sys::usage,
     unwind::UnwindCounts,
 };
-
-/// Starts logging to standard error.
-pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), ConfigError> {
-    let parsed = EnvFilter::try_new(filter).map_err(|error| {
-        ConfigError::new(
-            "log",
-            filter,
-            format!("{error}; accepted: error, warn, info, debug, trace, or a tracing filter"),
-        )
-    })?;
-    let logs = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(io::stderr);
-    match format {
-        LogFormat::Text => logs.with_ansi(io::stderr().is_terminal()).with_target(false).init(),
-        LogFormat::Json => logs.json().init(),
-    }
-    Ok(())
-}
 
 /// Sizes and rates of now, written by the stages.
 #[derive(Debug, Default)]
@@ -54,6 +36,9 @@ pub(crate) struct Gauges {
     late: AtomicU64,
     named: AtomicU64,
     unnamed: AtomicU64,
+    is_paused: AtomicBool,
+    reloads_accepted: AtomicU64,
+    reloads_refused: AtomicU64,
 }
 
 impl Gauges {
@@ -84,8 +69,52 @@ impl Gauges {
         self.unnamed.store(quality.unnamed, Relaxed);
     }
 
+    /// User stacks that end at their root, and all of them.
+    fn complete(&self) -> (u64, u64) {
+        self.stacks().fold((0, 0), |(complete, all), (end, count)| {
+            (complete + if end.is_complete() { count } else { 0 }, all + count)
+        })
+    }
+
+    /// Named frames of the last window, and all of them.
+    fn named(&self) -> (u64, u64) {
+        let (named, unnamed) = (self.named.load(Relaxed), self.unnamed.load(Relaxed));
+        (named, named + unnamed)
+    }
+
+    /// Whether nothing is attached to the kernel, for somebody has said so.
+    pub(crate) fn set_paused(&self, is_paused: bool) {
+        self.is_paused.store(is_paused, Relaxed);
+    }
+
+    /// Whether nothing is attached to the kernel.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.is_paused.load(Relaxed)
+    }
+
+    /// The configuration was read again; it was accepted or not.
+    pub(crate) fn count_reload(&self, is_accepted: bool) {
+        let count = if is_accepted { &self.reloads_accepted } else { &self.reloads_refused };
+        count.fetch_add(1, Relaxed);
+    }
+
     fn stacks(&self) -> impl Iterator<Item = (StackEnd, u64)> {
         StackEnd::ALL.into_iter().zip(self.stacks.iter().map(|count| count.load(Relaxed)))
+    }
+}
+
+/// What `/status` says of how it goes.
+pub(crate) fn health(view: &View) -> Health {
+    let gauges = &view.shared.gauges;
+    let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
+    let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+    Health {
+        processes: gauges.processes.load(Relaxed),
+        containers: gauges.containers.load(Relaxed),
+        complete_ratio: ratio(complete, all),
+        named_ratio: ratio(named, frames),
+        cpu_seconds: usage::cpu_time().as_secs_f64(),
+        resident_bytes: usage::resident_bytes(),
     }
 }
 
@@ -115,10 +144,25 @@ pub(crate) fn metrics(view: &View) -> String {
         "Exec events lost; each time all processes are read again.",
         execs_lost,
     );
+    operation(&mut text, gauges);
     text.gauge("profiler_agent_resident_bytes", "Resident memory of the agent.", usage::resident_bytes());
     text.head("profiler_agent_cpu_seconds_total", "CPU time of the agent, user and system.", "counter");
     text.line(format_args!("profiler_agent_cpu_seconds_total {}", usage::cpu_time().as_secs_f64()));
     text.0
+}
+
+fn operation(text: &mut Text, gauges: &Gauges) {
+    let is_paused = gauges.is_paused().into();
+    text.gauge(
+        "profiler_agent_paused",
+        "1 while nothing is attached to the kernel, as was asked.",
+        is_paused,
+    );
+    let metric = "profiler_agent_config_reloads_total";
+    text.head(metric, "Times the configuration was read again, by what became of it.", "counter");
+    for (result, count) in [("accepted", &gauges.reloads_accepted), ("refused", &gauges.reloads_refused)] {
+        text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
+    }
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
@@ -259,6 +303,16 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
         "Panics of a parser that were caught.",
         counts.parser_panics,
     );
+    text.counter(
+        "profiler_agent_perf_map_bytes_total",
+        "Bytes read of perf maps, in which runtimes name generated code.",
+        counts.perf_map_bytes,
+    );
+    text.counter(
+        "profiler_agent_perf_map_lines_left_out_total",
+        "Lines of perf maps left out: not as documented, too long, or too many.",
+        counts.perf_map_lines_left_out,
+    );
     text.gauge("profiler_agent_symbol_cache_bytes", "Bytes of symbolized locations.", counts.cache_bytes);
     text.gauge("profiler_agent_symbol_cache_entries", "Symbolized locations.", counts.cached);
     text.gauge(
@@ -377,17 +431,14 @@ impl Status {
         (self.at, self.cpu, self.taken) = (now, cpu, taken);
 
         let gauges = &self.view.shared.gauges;
-        let (complete, all) = gauges.stacks().fold((0, 0), |(complete, all), (end, count)| {
-            (complete + if end.is_complete() { count } else { 0 }, all + count)
-        });
-        let (named, unnamed) = (gauges.named.load(Relaxed), gauges.unnamed.load(Relaxed));
+        let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
         let shared = &self.view.shared;
         let dropped = dropped(&shared.ledger, &destinations(shared));
         format!(
             "{rate:.0} samples/s, {} containers, {} to the root, {} named, {dropped} dropped, {own_cpu:.1}% CPU, {} MiB",
             gauges.containers.load(Relaxed),
             percent(complete, all),
-            percent(named, named + unnamed),
+            percent(named, frames),
             usage::resident_bytes() >> 20,
         )
     }

@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Map, MapData, MapError, PerCpuArray, RingBuf},
-    programs::{PerfEvent, Program, ProgramError, RawTracePoint},
+    programs::{PerfEvent, Program, ProgramError, RawTracePoint, raw_trace_point::RawTracePointLink},
 };
 use aya_log::EbpfLogger;
 use profiler_common::limits;
@@ -82,6 +82,8 @@ pub(crate) struct Programs {
     ebpf: Ebpf,
     /// The clock event of every CPU that is sampled.
     clocks: BTreeMap<u32, CpuClock>,
+    /// What follows the events of processes. Dropping them detaches.
+    process_events: Vec<RawTracePointLink>,
     /// CPUs that are online but whose event could not be opened when they came.
     refused: BTreeSet<u32>,
     period_ns: u64,
@@ -89,9 +91,11 @@ pub(crate) struct Programs {
 }
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
+/// Programs that follow processes, and the raw tracepoints they are attached to.
+const PROCESS_PROGRAMS: [(&str, &str); 1] = [("process_exec", "sched_process_exec")];
 
 impl Programs {
-    /// Loads everything and attaches the process events; sampling starts with [`Self::start`].
+    /// Loads everything; nothing is attached before [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
         let facts = kernel_facts(&options.sys_root)?.words();
         let mut loader = EbpfLoader::new();
@@ -101,44 +105,46 @@ impl Programs {
                 loader.map_max_entries(map, entries);
             }
         }
-        let ebpf = loader.load(OBJECT)?;
-        let mut programs = Self {
+        let mut ebpf = loader.load(OBJECT)?;
+        for (name, _) in PROCESS_PROGRAMS {
+            raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
+        }
+        sample_program(&mut ebpf)?.load().map_err(sample_failed)?;
+        Ok(Self {
             ebpf,
             clocks: BTreeMap::new(),
+            process_events: Vec::new(),
             refused: BTreeSet::new(),
             period_ns: options.period_ns,
             sys_root: options.sys_root.clone(),
-        };
-        programs.attach_process_events()?;
-        programs.open_clocks()?;
-        Ok(programs)
+        })
     }
 
-    fn attach_process_events(&mut self) -> Result<(), BpfError> {
-        const NAME: &str = "process_exec";
-        let failed = |source| BpfError::Program { program: NAME, source };
-        let program: &mut RawTracePoint = program(&mut self.ebpf, NAME)?.try_into().map_err(failed)?;
-        program.load().map_err(failed)?;
-        program.attach("sched_process_exec").map_err(failed)?;
-        Ok(())
-    }
-
-    fn open_clocks(&mut self) -> Result<(), BpfError> {
-        let program = sample_program(&mut self.ebpf)?;
-        program.load().map_err(sample_failed)?;
-        let fd = program.fd().map_err(sample_failed)?.as_fd();
-        for cpu in cpu::online(&self.sys_root).map_err(BpfError::Cpus)? {
-            let clock =
-                open_clock(cpu, self.period_ns, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
-            self.clocks.insert(cpu, clock);
+    /// Attaches everything and starts sampling on every CPU. For a sampler that does not run.
+    pub(crate) fn start(&mut self) -> Result<(), BpfError> {
+        self.attach_process_events()?;
+        self.open_clocks()?;
+        for (&cpu, clock) in &self.clocks {
+            clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
         }
         Ok(())
     }
 
-    /// Starts sampling on every CPU.
-    pub(crate) fn start(&self) -> Result<(), BpfError> {
-        for (&cpu, clock) in &self.clocks {
-            clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
+    fn attach_process_events(&mut self) -> Result<(), BpfError> {
+        for (name, tracepoint) in PROCESS_PROGRAMS {
+            let program = raw_tracepoint(&mut self.ebpf, name)?;
+            let link = program.attach(tracepoint).and_then(|id| program.take_link(id));
+            self.process_events.push(link.map_err(|source| failed(name, source))?);
+        }
+        Ok(())
+    }
+
+    fn open_clocks(&mut self) -> Result<(), BpfError> {
+        let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
+        for cpu in cpu::online(&self.sys_root).map_err(BpfError::Cpus)? {
+            let clock =
+                open_clock(cpu, self.period_ns, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
+            self.clocks.insert(cpu, clock);
         }
         Ok(())
     }
@@ -179,8 +185,9 @@ impl Programs {
         Ok(())
     }
 
-    /// Stops sampling; what is in the ring buffer stays there to be drained.
+    /// Stops sampling and detaches everything; what is in the ring buffer stays there to be drained.
     pub(crate) fn stop(&mut self) {
+        self.process_events.clear();
         for (cpu, clock) in std::mem::take(&mut self.clocks) {
             if let Err(error) = clock.disable() {
                 warn!(cpu, %error, "a clock event could not be stopped; closing it");
@@ -227,12 +234,20 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program
     ebpf.program_mut(name).ok_or(BpfError::Missing { what: name })
 }
 
+fn raw_tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, BpfError> {
+    program(ebpf, name)?.try_into().map_err(|source| failed(name, source))
+}
+
+fn failed(program: &'static str, source: ProgramError) -> BpfError {
+    BpfError::Program { program, source }
+}
+
 fn sample_program(ebpf: &mut Ebpf) -> Result<&mut PerfEvent, BpfError> {
     program(ebpf, SAMPLE_PROGRAM)?.try_into().map_err(sample_failed)
 }
 
 fn sample_failed(source: ProgramError) -> BpfError {
-    BpfError::Program { program: SAMPLE_PROGRAM, source }
+    failed(SAMPLE_PROGRAM, source)
 }
 
 fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {

@@ -1,5 +1,6 @@
 //! Processes by pid and start time: what they map, and which series they belong to.
 
+mod generated;
 mod image;
 pub(crate) mod maps;
 
@@ -7,9 +8,11 @@ use std::{
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+pub(crate) use generated::{GeneratedCode, PerfMapError};
 use image::ImageCounts;
 pub(crate) use image::{Backing, ImageReader, Mapping};
 use profiler_common::unwind::mappings::NS_PER_TICK;
@@ -40,6 +43,8 @@ pub(crate) struct Process {
     pub(crate) series: SeriesLabels,
     /// Ascending and disjoint.
     mappings: Vec<Mapping>,
+    /// Code without a file.
+    pub(crate) generated: Arc<GeneratedCode>,
     /// It could be looked at; else its labels are made from its name.
     is_read: bool,
     cgroup_id: u64,
@@ -197,6 +202,12 @@ impl Processes {
         self.by_pid.clear();
     }
 
+    /// Labels all processes by another labeler from now on.
+    pub(crate) fn set_labeler(&mut self, labeler: Labeler) {
+        self.labeler = labeler;
+        self.forget_all();
+    }
+
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
         self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
@@ -246,17 +257,20 @@ impl Processes {
             self.counts.gone += 1;
             return self.unread(sampled, now);
         }
-        Process { series, mappings, is_read: true, ..self.unread(sampled, now) }
+        let exe = series.get("exe").unwrap_or_default();
+        let generated = Arc::new(GeneratedCode::new(sampled.pid, sampled.start_ns, exe));
+        Process { series, mappings, generated, is_read: true, ..self.unread(sampled, now) }
     }
 
     /// A process of which only the sample is known.
     fn unread(&self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let Sampled { pid: _, start_ns, cgroup_id, comm } = sampled;
+        let Sampled { pid, start_ns, cgroup_id, comm } = sampled;
         let series = self.labeler.series(&Subject { comm, ..Subject::default() });
         Process {
             start_ns,
             series,
             mappings: Vec::new(),
+            generated: Arc::new(GeneratedCode::new(pid, start_ns, comm)),
             is_read: false,
             cgroup_id,
             mappings_read: now,
@@ -323,8 +337,6 @@ fn stat_field(stat: &[u8], number: usize) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::executable::ExecutableCache;
 

@@ -39,6 +39,8 @@ impl Agent {
             .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
             .arg("--data-dir")
             .arg(data_dir.path().join("data"))
+            .arg("--run-dir")
+            .arg(data_dir.path().join("run"))
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
