@@ -22,6 +22,7 @@ use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, warn};
 
 use crate::{
+    binaries::Binaries,
     bpf::{KernelCounts, LoadOptions, Programs},
     config::{Config, Unwind},
     drain::{self, BATCHES_MAX, Progress, RawSample, Record},
@@ -84,6 +85,8 @@ pub(crate) struct Shared {
     pub(crate) symbols: Arc<Symbols>,
     /// Unwind tables.
     pub(crate) unwind: Arc<UnwindCounts>,
+    /// How well each binary unwinds and is named.
+    pub(crate) binaries: Arc<Binaries>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
@@ -93,8 +96,8 @@ impl Shared {
         let symbols =
             Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, exporters })
+        let (ledger, gauges, unwind, binaries) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, binaries, exporters })
     }
 
     /// The account of every destination.
@@ -586,13 +589,14 @@ impl Encoder {
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
-        let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
+        let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
         let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
         let encoded = export::encode(window, &resolved, losses);
         ledger.leave(Place::EncodeQueue, window.samples);
         match encoded {
             Ok(encoded) => {
                 gauges.set_quality(encoded.quality);
+                binaries.add(window, &resolved);
                 for exporter in exporters.iter() {
                     encoded.batches.iter().for_each(|batch: &Batch| exporter.queue.push(batch.clone()));
                 }

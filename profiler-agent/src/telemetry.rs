@@ -13,6 +13,7 @@ use std::{
 use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
 
 use crate::{
+    binaries::Binaries,
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
     pipeline::{Exporter, Shared, View},
@@ -130,6 +131,7 @@ pub(crate) fn metrics(view: &View) -> String {
         late,
     );
     stacks(&mut text, shared);
+    binaries(&mut text, &shared.binaries);
     unwind_tables(&mut text, &shared.unwind);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
@@ -246,6 +248,20 @@ fn stacks(text: &mut Text, shared: &Shared) {
     let Gauges { walked_by_tables, walked_by_frame_pointers, .. } = &*shared.gauges;
     for (by, count) in [("tables", walked_by_tables), ("frame_pointers", walked_by_frame_pointers)] {
         text.line(format_args!("{metric}{{by=\"{by}\"}} {}", count.load(Relaxed)));
+    }
+}
+
+fn binaries(text: &mut Text, binaries: &Binaries) {
+    let largest = binaries.largest();
+    let metric = "profiler_agent_binary_samples";
+    text.head(metric, "Samples with a frame in a binary, since the start, of the largest ones.", "gauge");
+    for (binary, samples, _) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {samples}", quoted(binary)));
+    }
+    let metric = "profiler_agent_binary_samples_truncated";
+    text.head(metric, "Those whose stack ends too early in that binary.", "gauge");
+    for (binary, _, truncated) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {truncated}", quoted(binary)));
     }
 }
 
