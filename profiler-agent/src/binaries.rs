@@ -146,8 +146,12 @@ fn hint(end: StackEnd, binary: &str) -> Option<&'static str> {
         StackEnd::NoUnwindInformation | StackEnd::NotRising | StackEnd::ReadFailed if binary == GENERATED => {
             Some("generated code: have its engine keep frame pointers (JVM: -XX:+PreserveFramePointer)")
         }
-        StackEnd::NoUnwindInformation | StackEnd::NotRising => {
-            Some("build it with -fasynchronous-unwind-tables, or with -fno-omit-frame-pointer")
+        StackEnd::NoUnwindInformation => Some(
+            "no table: built without (-fno-asynchronous-unwind-tables), or refused, see \
+             profiler_agent_unwind_table_errors_total",
+        ),
+        StackEnd::NotRising => {
+            Some("walked before the process had its tables, or by frame pointers that it does not keep")
         }
         StackEnd::InvalidRule | StackEnd::RegisterLost => {
             Some("hand-written assembly: build the library without it, or live with it")
