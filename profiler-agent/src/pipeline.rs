@@ -23,6 +23,7 @@ use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, info, warn};
 
 use crate::{
+    binaries::Binaries,
     bpf::{BpfError, KernelCounts, LoadOptions, Programs},
     budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
@@ -95,6 +96,8 @@ pub(crate) struct Shared {
     pub(crate) sampling: Arc<Sampling>,
     /// The bound of everything.
     pub(crate) memory: MemoryPlan,
+    /// How well each binary unwinds and is named.
+    pub(crate) binaries: Arc<Binaries>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
@@ -104,8 +107,8 @@ impl Shared {
         let symbols =
             Symbols::start("/proc".as_ref(), memory.symbols_bytes).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind, sampling) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, exporters })
+        let (ledger, gauges, unwind, sampling, binaries) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, binaries, exporters })
     }
 
     /// Reads every term of the account.
@@ -748,7 +751,7 @@ impl Encoder {
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
-        let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
+        let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
         let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
         let encoded = export::encode(window, &resolved, losses);
         let account = ledger.of(ProfileType::Cpu);
@@ -756,6 +759,7 @@ impl Encoder {
         match encoded {
             Ok(encoded) => {
                 gauges.set_quality(encoded.quality);
+                binaries.add(window, &resolved);
                 for exporter in exporters.iter() {
                     encoded.batches.iter().for_each(|batch: &Batch| exporter.queue.push(batch.clone()));
                 }

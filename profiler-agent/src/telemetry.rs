@@ -13,6 +13,7 @@ use std::{
 use profiler_common::wire::StackEnd;
 
 use crate::{
+    binaries::Binaries,
     budget::{CpuShare, Sampling},
     export::Quality,
     label::NameCounts,
@@ -139,6 +140,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
     memory(&mut text, &shared.memory);
+    binaries(&mut text, &shared.binaries);
     unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
@@ -301,6 +303,20 @@ fn memory(text: &mut Text, plan: &MemoryPlan) {
     text.head(metric, "What each table, cache or queue may take of it.", "gauge");
     for (what, bytes) in plan.parts() {
         text.line(format_args!("{metric}{{what=\"{what}\"}} {bytes}"));
+    }
+}
+
+fn binaries(text: &mut Text, binaries: &Binaries) {
+    let largest = binaries.largest();
+    let metric = "profiler_agent_binary_samples";
+    text.head(metric, "Samples with a frame in a binary, since the start, of the largest ones.", "gauge");
+    for (binary, samples, _) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {samples}", quoted(binary)));
+    }
+    let metric = "profiler_agent_binary_samples_truncated";
+    text.head(metric, "Those whose stack ends too early in that binary.", "gauge");
+    for (binary, _, truncated) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {truncated}", quoted(binary)));
     }
 }
 
