@@ -135,16 +135,15 @@ fn a_changed_file_takes_effect_and_a_bad_one_does_not() {
     wait_until_ready(&agent, "paused: enabled = false\n");
 
     let next = directory.path().join("next");
-    fs::write(&next, "data_dir = \"/elsewhere\"\nlabels = { team = \"db\" }\n").expect("write the file");
+    fs::write(&next, "node = \"another\"\nlabels = { team = \"db\" }\n").expect("write the file");
     fs::rename(&next, &file).expect("replace the file");
     wait_until_ready(&agent, "sampling\n");
     agent.wait_for_line("labels is changed");
     wait_for_samples(&agent);
 
-    fs::write(&file, "data_dir = \"/elsewhere\"\nprofiles = [\"cpu\"]\nlisten = \"127.0.0.1:1\"\n")
-        .expect("write");
+    fs::write(&file, "window = \"3s\"\nnode = \"another\"\n").expect("write");
     agent.signal(libc::SIGHUP);
-    agent.wait_for_line("listen has another value now, which takes effect with a restart");
+    agent.wait_for_line("window has another value now, which takes effect with a restart");
     let reloads =
         |result| agent.metric(&format!("profiler_agent_config_reloads_total{{result=\"{result}\"}}"));
     assert!(reloads("accepted") >= 2 && reloads("refused") == 1, "{}", agent.log());
