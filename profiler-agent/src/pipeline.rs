@@ -31,7 +31,7 @@ use crate::{
     ledger::{Balance, Cause, KernelTotals, Ledger, Place},
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{self, LocationKey, Symbols},
+    symbolize::{self, LocationKey, NameStore, Symbols},
     sys::{
         clock::{self, WallClock},
         cpu,
@@ -89,9 +89,9 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>) -> anyhow::Result<Self> {
-        let symbols =
-            Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
+    fn new(exporters: Arc<[Exporter]>, names: Option<Arc<NameStore>>) -> anyhow::Result<Self> {
+        let symbols = Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX, names)
+            .context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
         let (ledger, gauges, unwind) = Default::default();
         Ok(Self { ledger, gauges, symbols, unwind, exporters })
@@ -181,7 +181,8 @@ impl Pipeline {
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let shared = Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect())?;
+        let shared =
+            Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect(), names(config))?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
         let (stop_drain, drain_stop) = channel();
@@ -322,6 +323,18 @@ fn spawn(name: &str, stage: impl FnOnce() + Send + 'static) -> anyhow::Result<Jo
 fn ring_bytes(cpus: usize) -> u32 {
     let wanted = u32::try_from(cpus * 200 * 256).unwrap_or(u32::MAX / 2);
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
+}
+
+/// The names kept on disk; without them, all are had anew.
+fn names(config: &Config) -> Option<Arc<NameStore>> {
+    match NameStore::open(config.cache_dir.join("names")) {
+        Ok(store) => Some(Arc::new(store)),
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            warn!(%error, "names are not kept on disk, and read again after a restart");
+            None
+        }
+    }
 }
 
 fn executables() -> Arc<ExecutableCache> {
@@ -593,7 +606,8 @@ mod tests {
     /// Sends a batch through worker and encoder to a destination that nobody serves, and gives its account. `between`
     /// sees the batch after the drain and before the worker.
     fn account(records: &[Vec<u8>], between: impl FnOnce(drain::Batch) -> drain::Batch) -> Balance {
-        let shared = Shared::new([Exporter::new("nobody".to_owned())].into()).expect("threads can be had");
+        let shared =
+            Shared::new([Exporter::new("nobody".to_owned())].into(), None).expect("threads can be had");
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
         let (drain_sender, drained) = sync_channel(BATCHES_MAX);
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);

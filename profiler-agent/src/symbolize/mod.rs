@@ -6,11 +6,13 @@ mod generated;
 mod go;
 mod inflate;
 mod kernel;
+mod names;
 mod native;
 mod nesting;
 mod pclntab;
 mod perf_map;
 mod queue;
+mod store;
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -29,6 +31,7 @@ pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
 use native::NativeSymbols;
 use queue::{Lane, Queue, Source, Work};
+pub(crate) use store::{NameStore, StoreCounts};
 
 /// Bytes of symbolized locations kept by default.
 pub(crate) const CACHE_BYTES_MAX: usize = 64 << 20;
@@ -216,26 +219,32 @@ pub(crate) struct Counts {
 pub(crate) struct Symbols {
     queue: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
+    store: Option<Arc<NameStore>>,
 }
 
 impl Symbols {
     /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered, see
-    /// [`CACHE_BYTES_MAX`].
+    /// [`CACHE_BYTES_MAX`]; `store` keeps names of executables on disk.
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
-    pub(crate) fn start(proc_root: &Path, cache_bytes_max: usize) -> io::Result<Self> {
+    pub(crate) fn start(
+        proc_root: &Path,
+        cache_bytes_max: usize,
+        store: Option<Arc<NameStore>>,
+    ) -> io::Result<Self> {
         sigbus::install()?;
         let queue = Arc::new(Queue::new(cache_bytes_max));
-        let mut symbols = Self { queue, threads: Vec::new() };
+        let mut symbols = Self { queue, threads: Vec::new(), store };
         for (lane, name) in [(Lane::Quick, "symbolize"), (Lane::Large, "symbolize-large")] {
             let queue = Arc::clone(&symbols.queue);
             let kernel = KernelSymbols::new(proc_root);
             let generated = GeneratedSymbols::new(proc_root);
+            let store = symbols.store.clone();
             let thread = thread::Builder::new()
                 .name(name.into())
                 .stack_size(STACK_BYTES)
-                .spawn(move || work(&queue, lane, kernel, generated))?;
+                .spawn(move || work(&queue, lane, kernel, generated, NativeSymbols::new(store)))?;
             symbols.threads.push(thread);
         }
         Ok(symbols)
@@ -260,6 +269,11 @@ impl Symbols {
     pub(crate) fn counts(&self) -> Counts {
         self.queue.counts()
     }
+
+    /// Of the names kept on disk, if they are.
+    pub(crate) fn store_counts(&self) -> Option<&StoreCounts> {
+        self.store.as_deref().map(NameStore::counts)
+    }
 }
 
 impl Symbols {
@@ -281,8 +295,13 @@ impl Drop for Symbols {
 }
 
 /// The life of a symbolizer thread.
-fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols, mut generated: GeneratedSymbols) {
-    let mut native = NativeSymbols::new();
+fn work(
+    queue: &Queue,
+    lane: Lane,
+    mut kernel: KernelSymbols,
+    mut generated: GeneratedSymbols,
+    mut native: NativeSymbols,
+) {
     loop {
         let Work { source, addrs } = match queue.take(lane, IDLE) {
             queue::Next::Work(work) => work,
@@ -291,7 +310,7 @@ fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols, mut generated: Gen
                 generated.release_idle(Instant::now());
                 continue;
             }
-            queue::Next::Closed => return,
+            queue::Next::Closed => return native.save(),
         };
         match source {
             Source::File(executable) => {
@@ -353,7 +372,7 @@ mod tests {
         let library = LocationKey::Native { executable, addr };
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
-        let symbols = Symbols::start(Path::new("/proc"), CACHE_BYTES_MAX).unwrap();
+        let symbols = Symbols::start(Path::new("/proc"), CACHE_BYTES_MAX, None).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());

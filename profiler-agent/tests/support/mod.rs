@@ -274,12 +274,18 @@ impl Program {
         let path = testprogs().join(name);
         assert!(path.exists(), "{} is not there: run cargo xtask testprogs", path.display());
         let mut command = Command::new(path);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(arguments);
+        Self::start_command(command)
+    }
+
+    /// Starts a program of another kind that prints `ready` once it runs.
+    pub fn start_command(mut command: Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let output = child.stdout.as_mut().expect("piped");
         let mut line = String::new();
         BufReader::with_capacity(1, output).read_line(&mut line).expect("a line");
-        assert_eq!(line, "ready\n", "{name}");
+        assert_eq!(line, "ready\n", "{command:?}");
         let input = child.stdin.take();
         Self { child, input }
     }
