@@ -254,6 +254,8 @@ impl Pipeline {
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
         let failure = join_in_order(stages, STAGE_DEADLINE).err();
+        // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
+        let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();

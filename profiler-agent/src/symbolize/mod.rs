@@ -17,7 +17,7 @@ mod store;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
@@ -218,7 +218,8 @@ pub(crate) struct Counts {
 #[derive(Debug)]
 pub(crate) struct Symbols {
     queue: Arc<Queue>,
-    threads: Vec<JoinHandle<()>>,
+    /// Empty once they were handed out to be joined.
+    threads: Mutex<Vec<JoinHandle<()>>>,
     store: Option<Arc<NameStore>>,
 }
 
@@ -235,7 +236,7 @@ impl Symbols {
     ) -> io::Result<Self> {
         sigbus::install()?;
         let queue = Arc::new(Queue::new(cache_bytes_max));
-        let mut symbols = Self { queue, threads: Vec::new(), store };
+        let symbols = Self { queue, threads: Mutex::default(), store };
         for (lane, name) in [(Lane::Quick, "symbolize"), (Lane::Large, "symbolize-large")] {
             let queue = Arc::clone(&symbols.queue);
             let kernel = KernelSymbols::new(proc_root);
@@ -245,7 +246,7 @@ impl Symbols {
                 .name(name.into())
                 .stack_size(STACK_BYTES)
                 .spawn(move || work(&queue, lane, kernel, generated, NativeSymbols::new(store)))?;
-            symbols.threads.push(thread);
+            symbols.threads().push(thread);
         }
         Ok(symbols)
     }
@@ -278,16 +279,24 @@ impl Symbols {
 
 impl Symbols {
     /// A symbolizer that has ended by itself, which none does but by a panic.
-    pub(crate) fn dead_thread(&self) -> Option<&str> {
-        let dead = self.threads.iter().find(|thread| thread.is_finished())?;
-        Some(dead.thread().name().unwrap_or("symbolizer"))
+    pub(crate) fn dead_thread(&self) -> Option<&'static str> {
+        self.threads().iter().any(JoinHandle::is_finished).then_some("symbolize")
+    }
+
+    /// Ends the threads after the batch in hand; they save the names that are not on disk yet. For the caller to join.
+    pub(crate) fn close(&self) -> Vec<JoinHandle<()>> {
+        self.queue.close();
+        std::mem::take(&mut *self.threads())
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Symbols {
     fn drop(&mut self) {
-        self.queue.close();
-        for thread in self.threads.drain(..) {
+        for thread in self.close() {
             // A panic of the thread was printed when it happened.
             let _ = thread.join();
         }
