@@ -40,7 +40,7 @@ fn node_in_namespaces(directory: &Path) -> Program {
     let unshare = "unshare --pid --fork --kill-child --mount --mount-proc";
     let mut command = Command::new("sh");
     command.args(["-c", &format!("exec {unshare} sh -c '{inside}' < {}", script.display())]);
-    Program::start_command(command)
+    Program::start_command(&mut command)
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn generated_code_without_a_map_says_which_switch_would_name_it() {
     let agent = Agent::start(&["-F", "99", "--window", "2s"]);
     let mut command = Command::new("node");
     command.args(["-e", SCRIPT]);
-    let _node = Program::start_command(command);
+    let _node = Program::start_command(&mut command);
     let share = share(&agent, "node", "[jit: names with node --perf-basic-prof]", "");
     assert!(share > 0.7, "{share:.2} of node's time:\n{:#?}", agent.merge("{exe=\"node\"}"));
     agent.stop();
@@ -87,7 +87,7 @@ fn a_stripped_go_program_has_its_names_and_a_restart_has_those_of_c() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let cache = directory.path().join("cache");
     let arguments = ["-F", "99", "--window", "2s", "--cache-dir", cache.to_str().expect("a plain path")];
-    let _go = Program::start_command(Command::new(stripped_go(directory.path())));
+    let _go = Program::start_command(&mut Command::new(stripped_go(directory.path())));
     let _burn = Program::start("burn", &[]);
     let metric = |agent: &Agent, name: &str| agent.metric(&format!("profiler_agent_name_store_{name}_total"));
 
@@ -121,7 +121,7 @@ fn claim(directory: &Path, exe: &str, function: &str, build_id: &str) -> Program
     let path = directory.join(exe);
     let id = format!("-Wl,--build-id=0x{build_id}");
     run("cc", &["-O1", &id, "-o", path.to_str().expect("plain"), source.to_str().expect("plain")]);
-    Program::start_command(Command::new(path))
+    Program::start_command(&mut Command::new(path))
 }
 
 #[test]

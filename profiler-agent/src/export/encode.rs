@@ -352,7 +352,7 @@ mod tests {
         label::{Labeler, Subject},
         process::GeneratedCode,
         symbolize::{Frame, Reason},
-        window::{Counts, Entry},
+        window::{Counts, Entry, Room, Taken},
     };
 
     /// A window of one stack, which is all of `locations`.
@@ -369,6 +369,7 @@ mod tests {
             locations,
             stacks: vec![stack],
             labels: vec![SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 }],
+            taken: Taken::nothing(&Room::new(0)),
         }
     }
 

@@ -23,8 +23,6 @@ use crate::{
     unwind::TableRequests,
 };
 
-/// Processes remembered. A process takes about 2 KiB here.
-const PROCESSES_MAX: usize = 16_384;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
@@ -115,12 +113,26 @@ pub(crate) struct Processes {
     /// `None` where frame pointers are to be used.
     tables: Option<TableRequests>,
     counts: ProcessCounts,
+    /// A process takes about 2 KiB here.
+    processes_max: usize,
 }
 
 impl Processes {
-    /// An empty table.
-    pub(crate) fn new(images: ImageReader, labeler: Labeler, tables: Option<TableRequests>) -> Self {
-        Self { by_pid: HashMap::new(), images, labeler, tables, counts: ProcessCounts::default() }
+    /// An empty table for so many processes.
+    pub(crate) fn new(
+        images: ImageReader,
+        labeler: Labeler,
+        tables: Option<TableRequests>,
+        processes_max: usize,
+    ) -> Self {
+        Self {
+            by_pid: HashMap::new(),
+            images,
+            labeler,
+            tables,
+            counts: ProcessCounts::default(),
+            processes_max,
+        }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -202,6 +214,12 @@ impl Processes {
         self.by_pid.clear();
     }
 
+    /// Labels all processes by another labeler from now on.
+    pub(crate) fn set_labeler(&mut self, labeler: Labeler) {
+        self.labeler = labeler;
+        self.forget_all();
+    }
+
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
         self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
@@ -231,7 +249,7 @@ impl Processes {
     }
 
     fn make_room(&mut self) {
-        if self.by_pid.len() < PROCESSES_MAX {
+        if self.by_pid.len() < self.processes_max {
             return;
         }
         let longest_idle =
@@ -336,7 +354,7 @@ mod tests {
 
     fn processes() -> Processes {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
-        Processes::new(images, Labeler::new("n", &[]), None)
+        Processes::new(images, Labeler::new("n", &[]), None, 64)
     }
 
     fn sampled(pid: u32, start_ns: u64, comm: &str) -> Sampled<'_> {

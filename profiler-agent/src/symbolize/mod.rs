@@ -33,9 +33,6 @@ use native::NativeSymbols;
 use queue::{Lane, Queue, Source, Work};
 pub(crate) use store::{NameStore, StoreCounts};
 
-/// Bytes of symbolized locations kept by default.
-pub(crate) const CACHE_BYTES_MAX: usize = 64 << 20;
-
 /// Stack of a symbolizer thread: DWARF nests as deep as calls were inlined, and the parser recurses with it. Only
 /// touched pages cost memory.
 const STACK_BYTES: usize = 64 << 20;
@@ -224,8 +221,8 @@ pub(crate) struct Symbols {
 }
 
 impl Symbols {
-    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered, see
-    /// [`CACHE_BYTES_MAX`]; `store` keeps names of executables on disk.
+    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered; `store` keeps names of
+    /// executables on disk.
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
@@ -381,7 +378,7 @@ mod tests {
         let library = LocationKey::Native { executable, addr };
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
-        let symbols = Symbols::start(Path::new("/proc"), CACHE_BYTES_MAX, None).unwrap();
+        let symbols = Symbols::start(Path::new("/proc"), 1 << 20, None).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());
