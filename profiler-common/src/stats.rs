@@ -20,6 +20,8 @@ pub enum Counter {
     CpuTimed = 6,
     /// Nanoseconds that the measured runs took.
     CpuTimedNs = 7,
+    /// Records of new cgroups dropped: the ring buffer was full.
+    CgroupDroppedRingFull = 8,
 }
 
 /// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
@@ -28,7 +30,7 @@ const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 8;
+    pub const COUNT: u32 = 9;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -40,6 +42,7 @@ impl Counter {
         Self::ExecDroppedRingFull,
         Self::CpuTimed,
         Self::CpuTimedNs,
+        Self::CgroupDroppedRingFull,
     ];
 }
 

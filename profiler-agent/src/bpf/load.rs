@@ -15,10 +15,18 @@ use aya::{
 use aya_log::EbpfLogger;
 use tracing::{info, warn};
 
-use super::{probe::kernel_facts, stats::KernelCounts, unwind::UnwindMaps};
+use super::{
+    probe::{cgroup_facts, kernel_facts},
+    stats::KernelCounts,
+    unwind::UnwindMaps,
+};
 use crate::{
     memory::UnwindSizes,
-    sys::{btf::BtfError, cpu, perf_event::CpuClock},
+    sys::{
+        btf::{Btf, BtfError},
+        cgroup, cpu,
+        perf_event::CpuClock,
+    },
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -58,15 +66,11 @@ pub(crate) enum BpfError {
 }
 
 /// Entries of the maps of unwind tables.
-fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 5] {
-    let UnwindSizes { leaves, directories, processes, rules } = sizes;
-    [
-        ("PROCESSES", processes),
-        ("CHUNKS", processes),
-        ("DIRECTORIES", directories),
-        ("LEAVES", leaves),
-        ("RULES", rules),
-    ]
+///
+/// Leaves come in shards, as they are needed.
+fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 4] {
+    let UnwindSizes { leaves: _, directories, processes, rules } = sizes;
+    [("PROCESSES", processes), ("CHUNKS", processes), ("DIRECTORIES", directories), ("RULES", rules)]
 }
 
 /// What may be chosen before loading.
@@ -78,6 +82,8 @@ pub(crate) struct LoadOptions {
     pub(crate) tables: Option<UnwindSizes>,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
+    /// The hierarchy whose cgroup ids samples carry.
+    pub(crate) cgroups: Option<cgroup::Version>,
     /// Root of sysfs.
     pub(crate) sys_root: PathBuf,
 }
@@ -97,14 +103,18 @@ pub(crate) struct Programs {
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
 /// Programs that follow processes, and the raw tracepoints they are attached to.
-const PROCESS_PROGRAMS: [(&str, &str); 1] = [("process_exec", "sched_process_exec")];
+const PROCESS_PROGRAMS: [(&str, &str); 2] =
+    [("process_exec", "sched_process_exec"), ("cgroup_made", "cgroup_mkdir")];
 
 impl Programs {
     /// Loads everything; nothing is attached before [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
-        let facts = kernel_facts(&options.sys_root)?.words();
+        let btf = Btf::of_kernel(&options.sys_root)?;
+        let (facts, cgroups) = (kernel_facts(&btf).words(), cgroup_facts(&btf, options.cgroups).words());
+        drop(btf);
         let mut loader = EbpfLoader::new();
-        loader.override_global("KERNEL_FACTS", &facts, true).map_max_entries("EVENTS", options.ring_bytes);
+        loader.override_global("KERNEL_FACTS", &facts, true).override_global("CGROUP_FACTS", &cgroups, true);
+        loader.map_max_entries("EVENTS", options.ring_bytes);
         for (map, entries) in options.tables.into_iter().flat_map(table_maps) {
             loader.map_max_entries(map, entries);
         }
@@ -355,6 +365,7 @@ mod tests {
             ring_bytes: 1 << 20,
             tables: None,
             period_ns: PERIODS_NS[0],
+            cgroups: None,
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).expect("this kernel runs the programs");

@@ -25,7 +25,7 @@ use std::{io, thread};
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
 use crate::process::GeneratedCode;
-use crate::sys::sigbus;
+use crate::sys::{memory, sigbus};
 use generated::GeneratedSymbols;
 pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
@@ -39,6 +39,9 @@ const STACK_BYTES: usize = 64 << 20;
 
 /// How long a thread waits for work before it looks for symbols to release.
 const IDLE: Duration = Duration::from_secs(5);
+
+/// A thread that has read files gives their pages and its free memory back this often.
+const RELEASE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A code address, at the look-up position: one was subtracted from return addresses already.
 ///
@@ -308,7 +311,15 @@ fn work(
     mut generated: GeneratedSymbols,
     mut native: NativeSymbols,
 ) {
+    let mut released = Instant::now();
+    let mut has_worked = false;
     loop {
+        if has_worked && released.elapsed() >= RELEASE_INTERVAL {
+            memory::release_free();
+            if memory::release_file_pages() {
+                (released, has_worked) = (Instant::now(), false);
+            }
+        }
         let Work { source, addrs } = match queue.take(lane, IDLE) {
             queue::Next::Work(work) => work,
             queue::Next::Idle => {
@@ -318,6 +329,7 @@ fn work(
             }
             queue::Next::Closed => return native.save(),
         };
+        has_worked = true;
         match source {
             Source::File(executable) => {
                 let ids = addrs.iter().map(|&addr| LocationId::Native(executable.id(), ElfAddr(addr)));

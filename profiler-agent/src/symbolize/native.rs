@@ -20,7 +20,7 @@ use super::names::{Names, NamesKey};
 use super::store::NameStore;
 use super::{NewFrame, Reason, go, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableId, SymbolSections};
-use crate::sys::sigbus;
+use crate::sys::{memory, sigbus};
 
 /// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them and the
 /// DWARF of units that were asked for are our own: 26 MB after 2000 addresses all over a 48 MB Rust program.
@@ -383,6 +383,7 @@ impl NativeSymbols {
         executable: &Arc<Executable>,
         addrs: &[u64],
     ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let _mapping = memory::mapping_files();
         let now = Instant::now();
         self.make_room(executable.id());
         let (debug_dir, store) = (&self.debug_dir, self.store.as_deref());
@@ -436,6 +437,7 @@ impl NativeSymbols {
 
     /// Releases the symbols of files that nothing was asked of for a while, and saves names that wait for it.
     pub(super) fn release_idle(&mut self, now: Instant) {
+        let _unmapping = memory::mapping_files();
         let store = self.store.as_deref();
         self.entries.retain(|_, entry| {
             let stays = now.saturating_duration_since(entry.used_at) < IDLE_MAX;
@@ -472,6 +474,13 @@ impl NativeSymbols {
         {
             entry.save(store);
         }
+    }
+}
+
+impl Drop for NativeSymbols {
+    fn drop(&mut self) {
+        let _unmapping = memory::mapping_files();
+        self.entries.clear();
     }
 }
 
@@ -692,15 +701,22 @@ mod tests {
         assert_eq!(one(&mut NativeSymbols::new(None), &executable, addr), Err(Reason::NoSymbols));
 
         run(Command::new("objcopy").arg("--only-keep-debug").args([&path, &debug]));
-        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new(None) };
+        let mut symbols = with_debug_dir(dir.path());
         let frames = one(&mut symbols, &executable, addr).unwrap();
         assert_eq!((frames[0].line, frames[1].function.as_str()), (ASM_LINE, "hot"));
 
         // Another program's debug information under this build id is not taken.
         let other = compile(dir.path(), "other", &PROGRAM.replace("hot", "other"), &["-static"]);
         fs::copy(other, &debug).unwrap();
-        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new(None) };
+        let mut symbols = with_debug_dir(dir.path());
         assert_eq!(one(&mut symbols, &executable, addr), Err(Reason::NoSymbols));
+    }
+
+    /// With another place for debug files than the distribution's.
+    fn with_debug_dir(dir: &Path) -> NativeSymbols {
+        let mut symbols = NativeSymbols::new(None);
+        symbols.debug_dir = dir.into();
+        symbols
     }
 
     #[test]
@@ -718,7 +734,7 @@ mod tests {
             .arg(format!("--add-gnu-debuglink={}", debug.display()))
             .args([&path, &stripped]));
         let executable = read(&stripped).unwrap();
-        let symbols = || NativeSymbols { debug_dir: debug_dir.path().into(), ..NativeSymbols::new(None) };
+        let symbols = || with_debug_dir(debug_dir.path());
         check(one(&mut symbols(), &executable, addr), &["inlined", "hot"]);
 
         let other = compile(dir.path(), "other", &PROGRAM.replace("hot", "other"), &["-static"]);
