@@ -59,8 +59,9 @@ impl Reloader {
 /// The configuration that runs on: the old one with the new values of the keys that can change while it runs. The
 /// supervisor makes each of them take effect.
 fn merge(old: &Config, new: Config) -> (Config, Change) {
-    let (labels, log, enabled) = (new.labels.clone(), new.log.clone(), new.enabled);
-    let running = Config { labels, log, enabled, ..old.clone() };
+    let Config { frequency_hz, enabled, .. } = new;
+    let (labels, log) = (new.labels.clone(), new.log.clone());
+    let running = Config { frequency_hz, labels, log, enabled, ..old.clone() };
     let change = Change { live: changed(old, &running), after_restart: changed(&running, &new) };
     (running, change)
 }

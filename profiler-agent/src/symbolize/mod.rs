@@ -23,15 +23,12 @@ use std::{io, thread};
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
 use crate::process::GeneratedCode;
-use crate::sys::sigbus;
+use crate::sys::{memory, sigbus};
 use generated::GeneratedSymbols;
 pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
 use native::NativeSymbols;
 use queue::{Lane, Queue, Source, Work};
-
-/// Bytes of symbolized locations kept by default.
-pub(crate) const CACHE_BYTES_MAX: usize = 64 << 20;
 
 /// Stack of a symbolizer thread: DWARF nests as deep as calls were inlined, and the parser recurses with it. Only
 /// touched pages cost memory.
@@ -39,6 +36,9 @@ const STACK_BYTES: usize = 64 << 20;
 
 /// How long a thread waits for work before it looks for symbols to release.
 const IDLE: Duration = Duration::from_secs(5);
+
+/// A thread that has read files gives their pages and its free memory back this often.
+const RELEASE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A code address, at the look-up position: one was subtracted from return addresses already.
 ///
@@ -219,8 +219,7 @@ pub(crate) struct Symbols {
 }
 
 impl Symbols {
-    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered, see
-    /// [`CACHE_BYTES_MAX`].
+    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered.
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
@@ -283,7 +282,15 @@ impl Drop for Symbols {
 /// The life of a symbolizer thread.
 fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols, mut generated: GeneratedSymbols) {
     let mut native = NativeSymbols::new();
+    let mut released = Instant::now();
+    let mut has_worked = false;
     loop {
+        if has_worked && released.elapsed() >= RELEASE_INTERVAL {
+            memory::release_free();
+            if memory::release_file_pages() {
+                (released, has_worked) = (Instant::now(), false);
+            }
+        }
         let Work { source, addrs } = match queue.take(lane, IDLE) {
             queue::Next::Work(work) => work,
             queue::Next::Idle => {
@@ -293,6 +300,7 @@ fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols, mut generated: Gen
             }
             queue::Next::Closed => return,
         };
+        has_worked = true;
         match source {
             Source::File(executable) => {
                 let ids = addrs.iter().map(|&addr| LocationId::Native(executable.id(), ElfAddr(addr)));
@@ -353,7 +361,7 @@ mod tests {
         let library = LocationKey::Native { executable, addr };
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
-        let symbols = Symbols::start(Path::new("/proc"), CACHE_BYTES_MAX).unwrap();
+        let symbols = Symbols::start(Path::new("/proc"), 1 << 20).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());

@@ -17,7 +17,7 @@ use super::demangle::{cut, demangle, is_mangled};
 use super::inflate::is_honest;
 use super::{NewFrame, Reason, go, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableId, SymbolSections};
-use crate::sys::sigbus;
+use crate::sys::{memory, sigbus};
 
 /// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them and the
 /// DWARF of units that were asked for are our own: 26 MB after 2000 addresses all over a 48 MB Rust program.
@@ -305,6 +305,7 @@ impl NativeSymbols {
         executable: &Arc<Executable>,
         addrs: &[u64],
     ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let _mapping = memory::mapping_files();
         let now = Instant::now();
         self.make_room(executable.id());
         let debug_dir = &self.debug_dir;
@@ -329,6 +330,7 @@ impl NativeSymbols {
 
     /// Releases the symbols of files that nothing was asked of for a while.
     pub(super) fn release_idle(&mut self, now: Instant) {
+        let _unmapping = memory::mapping_files();
         self.entries.retain(|_, entry| now.saturating_duration_since(entry.used_at) < IDLE_MAX);
     }
 
@@ -345,6 +347,13 @@ impl NativeSymbols {
         if let Some(id) = longest_unused {
             self.entries.remove(&id);
         }
+    }
+}
+
+impl Drop for NativeSymbols {
+    fn drop(&mut self) {
+        let _unmapping = memory::mapping_files();
+        self.entries.clear();
     }
 }
 
@@ -565,14 +574,16 @@ mod tests {
         assert_eq!(one(&mut NativeSymbols::new(), &executable, addr), Err(Reason::NoSymbols));
 
         run(Command::new("objcopy").arg("--only-keep-debug").args([&path, &debug]));
-        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new() };
+        let mut symbols = NativeSymbols::new();
+        symbols.debug_dir = dir.path().into();
         let frames = one(&mut symbols, &executable, addr).unwrap();
         assert_eq!((frames[0].line, frames[1].function.as_str()), (ASM_LINE, "hot"));
 
         // Another program's debug information under this build id is not taken.
         let other = compile(dir.path(), "other", &PROGRAM.replace("hot", "other"), &["-static"]);
         fs::copy(other, &debug).unwrap();
-        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new() };
+        let mut symbols = NativeSymbols::new();
+        symbols.debug_dir = dir.path().into();
         assert_eq!(one(&mut symbols, &executable, addr), Err(Reason::NoSymbols));
     }
 
