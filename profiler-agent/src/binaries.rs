@@ -260,7 +260,7 @@ mod tests {
     use crate::{
         addr::Addr,
         label::{Labeler, Subject},
-        window::{Counts, Entry, SampleLabels, Series},
+        window::{Counts, Entry, Room, SampleLabels, Series, Taken},
     };
 
     /// A window with these stacks, leaf first, and so many samples of each.
@@ -284,6 +284,7 @@ mod tests {
             locations,
             stacks: indexes,
             labels: vec![SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 }],
+            taken: Taken::nothing(&Room::new(0)),
         }
     }
 

@@ -36,7 +36,7 @@ use crate::{
     memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{LocationKey, Symbols},
+    symbolize::{LocationKey, NameStore, Symbols},
     sys::{
         cgroup::Hierarchy,
         clock::{self, WallClock},
@@ -103,9 +103,13 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>, memory: MemoryPlan) -> anyhow::Result<Self> {
+    fn new(
+        exporters: Arc<[Exporter]>,
+        memory: MemoryPlan,
+        names: Option<Arc<NameStore>>,
+    ) -> anyhow::Result<Self> {
         let symbols =
-            Symbols::start("/proc".as_ref(), memory.symbols_bytes).context("start the symbolizer")?;
+            Symbols::start("/proc".as_ref(), memory.symbols_bytes, names).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
         let (ledger, gauges, unwind, sampling, binaries) = Default::default();
         Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, binaries, exporters })
@@ -212,7 +216,7 @@ impl Pipeline {
         let (stop_uploads, upload_stop) = watch::channel(None);
         let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
         let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
-        let shared = Shared::new(exporters.collect(), config.memory)?;
+        let shared = Shared::new(exporters.collect(), config.memory, names(config))?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
@@ -369,6 +373,8 @@ impl Pipeline {
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
         let failure = join_in_order(stages, STAGE_DEADLINE).err();
+        // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
+        let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -497,6 +503,18 @@ fn spawn(name: &str, stage: impl FnOnce() + Send + 'static) -> anyhow::Result<Jo
 fn ring_bytes(cpus: usize) -> u32 {
     let wanted = u32::try_from(cpus * 200 * 256).unwrap_or(u32::MAX / 2);
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
+}
+
+/// The names kept on disk; without them, all are had anew.
+fn names(config: &Config) -> Option<Arc<NameStore>> {
+    match NameStore::open(config.cache_dir.join("names")) {
+        Ok(store) => Some(Arc::new(store)),
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            warn!(%error, "names are not kept on disk, and read again after a restart");
+            None
+        }
+    }
 }
 
 fn executables(most: usize) -> Arc<ExecutableCache> {
@@ -805,7 +823,7 @@ mod tests {
         let shared = {
             let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
             let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
-            Shared::new([nobody].into(), memory).expect("threads can be had")
+            Shared::new([nobody].into(), memory, None).expect("threads can be had")
         };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
         let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);

@@ -143,6 +143,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     binaries(&mut text, &shared.binaries);
     unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
+    names_on_disk(&mut text, shared.symbols.store_counts());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
@@ -396,6 +397,25 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
     for (reason, count) in symbolize::Reason::ALL.iter().zip(counts.unresolved) {
         text.line(format_args!("{metric}{{reason=\"{}\"}} {count}", reason.as_str()));
     }
+}
+
+fn names_on_disk(text: &mut Text, counts: Option<&symbolize::StoreCounts>) {
+    let none = symbolize::StoreCounts::default();
+    let symbolize::StoreCounts { hits, misses, loaded, discarded, saved, errors, evicted, bytes } =
+        counts.unwrap_or(&none);
+    let counters = [
+        ("hits", "Locations whose names were kept on disk.", hits),
+        ("misses", "Locations whose names were not.", misses),
+        ("files_loaded", "Files of names that were read.", loaded),
+        ("files_discarded", "Files of names that were damaged, foreign or of another format.", discarded),
+        ("files_saved", "Files of names that were written.", saved),
+        ("file_errors", "Files of names that could not be read or written.", errors),
+        ("files_evicted", "Files of names that made room for others.", evicted),
+    ];
+    for (name, help, value) in counters {
+        text.counter(&format!("profiler_agent_name_store_{name}_total"), help, value.load(Relaxed));
+    }
+    text.gauge("profiler_agent_name_store_bytes", "Bytes of names on disk.", bytes.load(Relaxed));
 }
 
 /// Name, help, kind and value of a metric that each destination has.
