@@ -223,9 +223,18 @@ fn check_inner_frames(subject: &Subject, agent: &Agent, from: SystemTime) {
     }
 }
 
+/// A program that gives way to the profilers: there are many of them, and all are busy.
+fn polite(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "10"]).arg(program);
+    nice
+}
+
 fn start(kind: &'static Kind) -> Option<Subject> {
     let program = match kind.arguments {
-        None if testprogs().join(kind.name).exists() => Program::start(kind.name, &[]),
+        None if testprogs().join(kind.name).exists() => {
+            Program::start_command(&mut polite(testprogs().join(kind.name)))
+        }
         None => {
             skip(kind.name, "not built");
             return None;
@@ -251,5 +260,5 @@ fn interpreter(name: &str, arguments: &[&str]) -> Option<Program> {
     let classes = classes.to_str().expect("a plain path");
     let arguments: Vec<&str> =
         arguments.iter().map(|&argument| if argument == "CLASSES" { classes } else { argument }).collect();
-    Some(Program::system(path, &arguments))
+    Some(Program::system_command(polite(path).args(arguments)))
 }

@@ -1,12 +1,13 @@
 //! Every map and every value shared with the agent.
 
 use aya_ebpf::{
-    macros::map,
+    btf_maps::{self, ArrayOfMaps},
+    macros::{btf_map, map},
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use profiler_common::{
     config::{CgroupFacts, KernelFacts},
-    limits::EVENTS_BYTES,
+    limits::{EVENTS_BYTES, UNWIND_LEAF_SHARDS_MAX, UNWIND_SHARD_LEAVES},
     stats::Counter,
     unwind::{
         Block, Directory, Leaf, UnwindRule,
@@ -29,7 +30,7 @@ pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUN
 /// Processes whose mappings are known: key process id, value [`ProcessEntry`]. Written by the agent, which counts those it
 /// has no room for; an entry is deleted by `process_exec`. Without an entry a process is walked by frame pointers.
 ///
-/// This and the four maps below have one entry unless the agent sizes them before loading (`profiler_common::limits`).
+/// This and the maps below have one entry, or no shard, unless the agent sizes them before loading (`profiler_common::limits`).
 #[map]
 pub static PROCESSES: HashMap<u32, ProcessEntry> = HashMap::with_max_entries(1, 0);
 
@@ -42,9 +43,20 @@ pub static CHUNKS: Array<MappingChunk> = Array::with_max_entries(1, 0);
 #[map]
 pub static DIRECTORIES: Array<Directory> = Array::with_max_entries(1, 0);
 
-/// Pages of unwind tables: key `Directory::leaves`. Written as [`CHUNKS`] are.
-#[map]
-pub static LEAVES: Array<Leaf> = Array::with_max_entries(1, 0);
+/// Pages of unwind tables, in shards of [`UNWIND_SHARD_LEAVES`]: key of a shard the upper bits of `Directory::leaves`, of a
+/// page in it the lower ones. Written as [`CHUNKS`] are; the agent adds a shard when all others are full.
+#[btf_map]
+pub static LEAVES: ArrayOfMaps<Shard, { UNWIND_LEAF_SHARDS_MAX as usize }> = ArrayOfMaps::new();
+
+/// One map of [`LEAVES`].
+type Shard = btf_maps::Array<Leaf, { UNWIND_SHARD_LEAVES as usize }>;
+
+/// The page with a number; `None` where there is none.
+#[inline(always)]
+pub fn leaf(id: u32) -> Option<*const Leaf> {
+    let leaf = LEAVES.get_value(id / UNWIND_SHARD_LEAVES, &(id % UNWIND_SHARD_LEAVES))?;
+    Some(&raw const *leaf)
+}
 
 /// Unwind rules of all tables: key `Leaf::rules`. Written as [`CHUNKS`] are.
 #[map]

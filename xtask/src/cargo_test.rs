@@ -115,7 +115,7 @@ fn parse_skip(said: &str) -> Option<&str> {
 }
 
 /// What a test program's closing line says. Its ignored tests are another group's.
-fn parse_result(line: &str) -> Option<Tally> {
+pub(crate) fn parse_result(line: &str) -> Option<Tally> {
     let counts = line.strip_prefix("test result: ")?;
     let count = |what: &str| {
         let before = counts.split(what).next()?;

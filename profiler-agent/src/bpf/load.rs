@@ -66,15 +66,11 @@ pub(crate) enum BpfError {
 }
 
 /// Entries of the maps of unwind tables.
-fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 5] {
-    let UnwindSizes { leaves, directories, processes, rules } = sizes;
-    [
-        ("PROCESSES", processes),
-        ("CHUNKS", processes),
-        ("DIRECTORIES", directories),
-        ("LEAVES", leaves),
-        ("RULES", rules),
-    ]
+///
+/// Leaves come in shards, as they are needed.
+fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 4] {
+    let UnwindSizes { leaves: _, directories, processes, rules } = sizes;
+    [("PROCESSES", processes), ("CHUNKS", processes), ("DIRECTORIES", directories), ("RULES", rules)]
 }
 
 /// What may be chosen before loading.
