@@ -15,7 +15,13 @@ use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
 use profiler_pprof::push;
 use serde::Deserialize;
 
-use crate::{export::Destination, logs};
+use crate::{
+    budget::CpuShare,
+    export::Destination,
+    logs,
+    memory::{self, MemoryPlan, TooSmall},
+    pipeline,
+};
 pub(crate) use show::Key;
 
 const DEFAULT_FREQUENCY_HZ: u32 = 19;
@@ -51,6 +57,16 @@ pub(crate) struct Flags {
     /// Samples per second and CPU, 1 to 1000 [default: 19]
     #[arg(short = 'F', long, env = "PROFILER_FREQUENCY", value_name = "HZ")]
     frequency: Option<String>,
+
+    /// What profiling may take of the CPU time of all CPUs, as 1% or 0.5%, or off. Above it the sampling frequency is halved
+    /// until it fits [default: 1%]
+    #[arg(long, env = "PROFILER_CPU_BUDGET", value_name = "SHARE")]
+    cpu_budget: Option<String>,
+
+    /// What the agent may take of the machine's memory, its maps in the kernel included, as 128MiB or 1GiB [default: 90% of
+    /// the limit of the agent's own cgroup, else 256MiB]
+    #[arg(long, env = "PROFILER_MEMORY_LIMIT", value_name = "BYTES")]
+    memory_limit: Option<String>,
 
     /// Length of a window: what one uploaded profile covers, 1s to 10m [default: 10s]
     #[arg(long, env = "PROFILER_WINDOW", value_name = "DURATION")]
@@ -133,6 +149,8 @@ pub(crate) struct Flags {
 #[serde(deny_unknown_fields)]
 struct File {
     frequency: Option<u32>,
+    cpu_budget: Option<String>,
+    memory_limit: Option<String>,
     window: Option<String>,
     listen: Option<String>,
     backend_listen: Option<String>,
@@ -178,6 +196,10 @@ pub(crate) enum Unwind {
 pub(crate) struct Config {
     /// Samples per second and CPU.
     pub(crate) frequency_hz: u32,
+    /// What profiling may take of the node's CPU time; `None` for all of it.
+    pub(crate) cpu_budget: Option<CpuShare>,
+    /// The bound of every map, table, cache and queue.
+    pub(crate) memory: MemoryPlan,
     /// Length of a window.
     pub(crate) window: Duration,
     /// Address of the agent's own HTTP.
@@ -237,7 +259,7 @@ impl fmt::Debug for Token {
 impl Config {
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) fn period_ns(&self) -> u64 {
-        1_000_000_000 / u64::from(self.frequency_hz)
+        pipeline::period_ns(self.frequency_hz)
     }
 }
 
@@ -347,6 +369,8 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         config: _,
         print_config: _,
         frequency,
+        cpu_budget,
+        memory_limit,
         window,
         listen,
         backend_listen,
@@ -369,6 +393,8 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     let profiles = if profiles.is_empty() { file.profiles } else { profiles };
     let config = Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
+        cpu_budget: parse_cpu_budget(cpu_budget.or(file.cpu_budget))?,
+        memory: parse_memory(memory_limit.or(file.memory_limit), upload.is_empty())?,
         window: parse_window(window.or(file.window))?,
         listen: parse_address("listen", listen.or(file.listen).as_deref().unwrap_or(DEFAULT_LISTEN))?,
         backend_listen: parse_address(
@@ -444,6 +470,48 @@ fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
     let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
     let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
     hz.ok_or_else(|| refuse("frequency", text, accepted))
+}
+
+fn parse_cpu_budget(value: Option<String>) -> Result<Option<CpuShare>, ConfigError> {
+    match value.as_deref() {
+        None => Ok(Some(CpuShare::DEFAULT)),
+        Some("off") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(|()| {
+            refuse(
+                "cpu-budget",
+                text,
+                "accepted: a share of all CPUs above 0% and up to 100%, as 1% or 0.5%, or off",
+            )
+        }),
+    }
+}
+
+fn parse_memory(value: Option<String>, has_backend: bool) -> Result<MemoryPlan, ConfigError> {
+    let bytes = match &value {
+        Some(text) => parse_bytes(text).ok_or_else(|| {
+            refuse("memory-limit", text, "accepted: a number of MiB or GiB, as 128MiB or 1GiB")
+        })?,
+        None => memory::default_limit_bytes("/proc".as_ref()),
+    };
+    MemoryPlan::for_limit(bytes, has_backend).map_err(|TooSmall { least_bytes }| {
+        let least = least_bytes.div_ceil(1 << 20);
+        let shown =
+            value.unwrap_or_else(|| format!("{}MiB (90% of the limit of the agent's cgroup)", bytes >> 20));
+        let with = if has_backend { "with the embedded backend" } else { "without the embedded backend" };
+        refuse("memory-limit", shown, format!("accepted: {least}MiB and more, {with}"))
+    })
+}
+
+/// `128MiB`, `1GiB`.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit {
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
@@ -527,7 +595,7 @@ fn parse_labels(
 }
 
 /// Labels of samples inside a profile. A label of the same name on the profile would hide them.
-const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
+pub(crate) const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
@@ -589,6 +657,7 @@ pub(crate) mod tests {
     fn the_defaults_are_the_documented_ones() {
         let config = config(&[], "").expect("defaults are valid");
         assert_eq!(config.frequency_hz, 19);
+        assert_eq!(config.cpu_budget.map(|budget| budget.to_string()), Some("1%".into()));
         assert_eq!(config.window, Duration::from_secs(10));
         assert_eq!(config.listen.to_string(), "127.0.0.1:7701");
         assert_eq!(config.backend_listen.to_string(), "127.0.0.1:7700");
@@ -610,6 +679,15 @@ pub(crate) mod tests {
     fn bad_values_are_refused_with_what_is_accepted() {
         refused(&["-F", "0"], "", &["frequency", "\"0\"", "1 to 1000"]);
         refused(&["-F", "1001"], "", &["frequency", "1001"]);
+        refused(&["--cpu-budget", "1"], "", &["cpu-budget", "\"1\"", "0.5%", "off"]);
+        refused(&[], "cpu_budget = \"0%\"\n", &["cpu-budget", "0%"]);
+        refused(&["--memory-limit", "128"], "", &["memory-limit", "\"128\"", "128MiB"]);
+        refused(&["--memory-limit", "63MiB"], "", &["memory-limit", "63MiB", "64MiB and more"]);
+        refused(
+            &["--upload", "http://h/", "--memory-limit", "47MiB"],
+            "",
+            &["memory-limit", "48MiB and more"],
+        );
         refused(&["--window", "10"], "", &["window", "\"10\"", "10s"]);
         refused(&["--window", "0s"], "", &["window"]);
         refused(&["--listen", "localhost"], "", &["listen", "localhost", "port"]);

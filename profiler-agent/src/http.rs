@@ -85,9 +85,14 @@ impl Front {
         (code, format!("{phase}\n"))
     }
 
-    fn report(&self) -> Report {
+    async fn report(&self) -> Report {
         let FrontState { identity, view, backend, .. } = &*self.state;
-        Report::new(identity, self.phase(), backend.get().copied(), view.get())
+        let view = match view.get() {
+            Some(view) => Some((view, view.exact_snapshot().await)),
+            None => None,
+        };
+        let view = view.as_ref().map(|(view, snapshot)| (*view, snapshot));
+        Report::new(identity, self.phase(), backend.get().copied(), view)
     }
 }
 
@@ -188,7 +193,7 @@ async fn index() -> &'static str {
 async fn metrics(State(front): State<Front>) -> Response {
     match front.state.view.get() {
         Some(view) => {
-            let text = telemetry::metrics(view);
+            let text = telemetry::metrics(view, &view.exact_snapshot().await);
             ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
         }
         None => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", front.phase())).into_response(),
@@ -201,7 +206,7 @@ struct StatusQuery {
 }
 
 async fn status(State(front): State<Front>, Query(query): Query<StatusQuery>) -> Response {
-    let report = front.report();
+    let report = front.report().await;
     match query.format.as_deref() {
         Some("json") => {
             let json = serde_json::to_string(&report).expect("a report has text keys only");

@@ -2,9 +2,12 @@
 
 mod addr;
 mod bpf;
+mod budget;
 mod cli;
 mod command;
 mod config;
+#[cfg(test)]
+mod docs;
 mod doctor;
 mod drain;
 mod embedded;
@@ -15,6 +18,7 @@ mod instance;
 mod label;
 mod ledger;
 mod logs;
+mod memory;
 mod normalize;
 mod pipeline;
 mod privileges;
@@ -187,6 +191,12 @@ fn announce(config: &Config, pipeline: &Pipeline, backend: Option<&Backend>) {
         "profiles of every process: {}; {frequency_hz} Hz per CPU, windows of {window:?}",
         profiles.join(", ")
     );
+    match config.cpu_budget {
+        Some(budget) => {
+            info!("sampling less often while that takes more than {budget} of the CPUs (--cpu-budget)")
+        }
+        None => info!("no CPU budget: sampling at this rate whatever it takes"),
+    }
     match backend {
         Some(backend) => {
             info!("keeping profiles in {}", data_dir.display());

@@ -4,7 +4,11 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ledger::Balance, pipeline::View, telemetry};
+use crate::{
+    ledger::{Balance, Snapshot},
+    pipeline::View,
+    telemetry,
+};
 
 /// What the agent does now.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -86,12 +90,17 @@ pub(crate) struct Health {
     pub(crate) cpu_seconds: f64,
     /// Resident memory.
     pub(crate) resident_bytes: u64,
+    /// Frequency, use of the CPUs, budget: a line.
+    pub(crate) sampling: String,
+    /// The memory limit and its parts: a line.
+    pub(crate) memory: String,
 }
 
-/// taken = delivered + waiting + dropped, in samples.
+/// taken = delivered + waiting + dropped, in samples of one profile type.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 struct Account {
     destination: String,
+    profile_type: String,
     taken: u64,
     delivered: u64,
     waiting: BTreeMap<String, u64>,
@@ -105,13 +114,14 @@ struct Account {
 impl From<Balance> for Account {
     fn from(balance: Balance) -> Self {
         let (text, unaccounted) = (balance.to_string(), balance.unaccounted());
-        let Balance { destination, taken, delivered, waiting, dropped } = balance;
+        let Balance { destination, profile_type, taken, delivered, waiting, dropped } = balance;
+        let profile_type = profile_type.name().to_owned();
         let named = |terms: Vec<(&str, u64)>| {
             terms.into_iter().map(|(name, events)| (name.to_owned(), events)).collect()
         };
         let unaccounted = i64::try_from(unaccounted).unwrap_or(i64::MAX);
         let (waiting, dropped) = (named(waiting), named(dropped));
-        Self { destination, taken, delivered, waiting, dropped, unaccounted, text }
+        Self { destination, profile_type, taken, delivered, waiting, dropped, unaccounted, text }
     }
 }
 
@@ -121,14 +131,14 @@ impl Report {
         identity: &Identity,
         phase: Phase,
         backend: Option<SocketAddr>,
-        view: Option<&View>,
+        view: Option<(&View, &Snapshot)>,
     ) -> Self {
-        let balances = view.map(View::balances).unwrap_or_default();
+        let balances = view.map(|(_, snapshot)| snapshot.balances()).unwrap_or_default();
         Self {
             identity: identity.clone(),
             phase,
             backend,
-            health: view.map(telemetry::health),
+            health: view.map(|(view, _)| telemetry::health(view)),
             destinations: balances.into_iter().map(Account::from).collect(),
         }
     }
@@ -154,7 +164,16 @@ impl fmt::Display for Report {
 
 impl fmt::Display for Health {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { processes, containers, complete_ratio, named_ratio, cpu_seconds, resident_bytes } = self;
+        let Self {
+            processes,
+            containers,
+            complete_ratio,
+            named_ratio,
+            cpu_seconds,
+            resident_bytes,
+            sampling,
+            memory,
+        } = self;
         let share =
             |ratio: &Option<f64>| ratio.map_or("-".to_owned(), |ratio| format!("{:.1}%", ratio * 100.0));
         let (complete, named) = (share(complete_ratio), share(named_ratio));
@@ -162,7 +181,7 @@ impl fmt::Display for Health {
         write!(
             f,
             "{processes} processes, {containers} containers; {complete} of stacks to the root, {named} of frames named; \
-             {cpu_seconds:.1} s CPU, {mebibytes} MiB"
+             {cpu_seconds:.1} s CPU, {mebibytes} MiB\nsampling: {sampling}\nmemory: {memory}"
         )
     }
 }
@@ -170,7 +189,7 @@ impl fmt::Display for Health {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{DestinationTotals, KernelTotals, Ledger};
+    use crate::ledger::{DestinationTotals, KernelTotals, Ledger, PerType};
 
     fn report() -> Report {
         let identity = Identity {
@@ -181,8 +200,9 @@ mod tests {
             profiles: vec!["cpu".to_owned()],
         };
         let totals = DestinationTotals { delivered: 4, waiting: 5, ..DestinationTotals::default() };
-        let kernel = KernelTotals { taken: 9, submitted: 0 };
-        let balance = Balance::new(kernel, &Ledger::default(), "http://h/", totals);
+        let kernel = |_| KernelTotals { taken: 9, submitted: 0 };
+        let destinations = vec![("http://h/".to_owned(), PerType::from_fn(|_| totals))];
+        let balances = Snapshot::take(&Ledger::default(), kernel, destinations).balances();
         let health = Health {
             processes: 3,
             containers: 1,
@@ -190,13 +210,15 @@ mod tests {
             named_ratio: None,
             cpu_seconds: 1.23,
             resident_bytes: 31 << 20,
+            sampling: "19 Hz".to_owned(),
+            memory: "limit 256 MiB".to_owned(),
         };
         Report {
             identity,
             phase: Phase::Paused("/run/profiler/off exists".to_owned()),
             backend: Some(([127, 0, 0, 1], 7700).into()),
             health: Some(health),
-            destinations: vec![balance.into()],
+            destinations: balances.into_iter().map(Account::from).collect(),
         }
     }
 
@@ -206,8 +228,10 @@ mod tests {
         paused: /run/profiler/off exists
         profiler-agent 1.2.3, pid 71, node n, instance db; profiles: cpu
         3 processes, 1 containers; 99.5% of stacks to the root, - of frames named; 1.2 s CPU, 31 MiB
+        sampling: 19 Hz
+        memory: limit 256 MiB
         flame graphs: http://127.0.0.1:7700/
-        http://h/: taken 9 = delivered 4 + waiting 5 (upload_queue 5) + dropped 0
+        http://h/: cpu: taken 9 = delivered 4 + waiting 5 (upload_queue 5) + dropped 0
         ");
     }
 

@@ -172,9 +172,14 @@ impl Supervisor {
     }
 
     /// Makes the new value of a key that can change while the agent runs take effect.
-    fn apply(&self, key: &str) {
+    fn apply(&mut self, key: &str) {
         let config = self.reloader.running();
         match key {
+            "frequency" => {
+                if let Err(error) = self.pipeline.set_frequency(config.frequency_hz) {
+                    warn!(error = %format!("{:#}", anyhow::Error::from(error)), "change the sampling frequency");
+                }
+            }
             "labels" => self.pipeline.set_labels(&config.node, &config.labels),
             // It was checked when it was read.
             "log" => drop(self.logs.set_filter(&config.log)),
@@ -190,6 +195,9 @@ impl Supervisor {
     /// Follows the CPUs, and names a part of the agent that has died.
     pub(crate) fn check(&mut self) -> Option<String> {
         self.pipeline.follow_cpus();
+        if self.paused.is_none() {
+            self.pipeline.keep_to_budget();
+        }
         self.pipeline.dead_stage().map(|stage| format!("stage {stage} died"))
     }
 

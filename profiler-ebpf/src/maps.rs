@@ -5,7 +5,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use profiler_common::{
-    config::KernelFacts,
+    config::{CgroupFacts, KernelFacts},
     limits::EVENTS_BYTES,
     stats::Counter,
     unwind::{
@@ -104,13 +104,43 @@ macro_rules! kernel_fact {
 }
 pub(crate) use kernel_fact;
 
+/// As [`KERNEL_FACTS`].
+#[unsafe(no_mangle)]
+pub static CGROUP_FACTS: CgroupFacts = CgroupFacts {
+    task_cgroups_offset: 0,
+    css_set_subsys_offset: 0,
+    css_cgroup_offset: 0,
+    cgroup_kn_offset: 0,
+    node_id_offset: 0,
+    cgroup_root_offset: 0,
+    root_hierarchy_offset: 0,
+    hierarchy: 0,
+};
+
+/// Reads one field of [`CGROUP_FACTS`]; volatile as `kernel_fact`.
+macro_rules! cgroup_fact {
+    ($field:ident) => {{
+        // SAFETY: a read-only static that is valid for ever; volatile only keeps the load in place.
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::CGROUP_FACTS.$field) }
+    }};
+}
+pub(crate) use cgroup_fact;
+
 /// Adds one to a counter of this CPU.
 ///
 /// A plain addition: a counter is raised by one program family, and a program is not interrupted by itself.
 #[inline(always)]
 pub fn count(counter: Counter) {
-    if let Some(slot) = STATS.get_ptr_mut(counter as u32) {
-        // SAFETY: the look-up gave a live value of this CPU's slot.
-        unsafe { *slot = (*slot).wrapping_add(1) };
-    }
+    add(counter, 1);
+}
+
+/// Adds to a counter of this CPU, as [`count`] does, and gives its new value; 0 where there is none.
+#[inline(always)]
+pub fn add(counter: Counter, amount: u64) -> u64 {
+    let Some(slot) = STATS.get_ptr_mut(counter as u32) else { return 0 };
+    // SAFETY: the look-up gave a live value of this CPU's slot.
+    let sum = unsafe { *slot }.wrapping_add(amount);
+    // SAFETY: as above.
+    unsafe { *slot = sum };
+    sum
 }

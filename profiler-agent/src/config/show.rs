@@ -13,6 +13,8 @@ impl Config {
     pub(crate) fn values(&self) -> Vec<(Key, Option<toml::Value>)> {
         let Self {
             frequency_hz,
+            cpu_budget,
+            memory,
             window,
             listen,
             backend_listen,
@@ -37,6 +39,8 @@ impl Config {
         let text = |text: String| Some(toml::Value::from(text));
         vec![
             ("frequency", Some(i64::from(*frequency_hz).into())),
+            ("cpu_budget", text(cpu_budget.map_or("off".to_owned(), |budget| budget.to_string()))),
+            ("memory_limit", text(format!("{}MiB", memory.limit_bytes >> 20))),
             ("window", text(duration(*window))),
             ("listen", text(listen.to_string())),
             ("backend_listen", text(backend_listen.to_string())),
