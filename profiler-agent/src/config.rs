@@ -605,7 +605,7 @@ fn parse_labels(
 }
 
 /// Labels of samples inside a profile. A label of the same name on the profile would hide them.
-const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
+pub(crate) const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {

@@ -7,6 +7,8 @@ mod budget;
 mod cli;
 mod command;
 mod config;
+#[cfg(test)]
+mod docs;
 mod doctor;
 mod drain;
 mod embedded;
