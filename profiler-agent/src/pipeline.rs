@@ -344,7 +344,11 @@ impl Pipeline {
         let Some((used, elapsed)) = self.meter.read(&self.view.kernel, self.programs.cpus(), sampling) else {
             return;
         };
-        let Some(step) = self.governor.observe(used, elapsed) else { return };
+        // Without CPUs that are sampled nothing is to be learned: sampling is paused.
+        let Some(step) = (self.programs.cpus() > 0).then(|| self.governor.observe(used, elapsed)).flatten()
+        else {
+            return;
+        };
         let Step { hz, direction, used } = step;
         sampling.count(direction);
         let (used, budget) =
