@@ -84,6 +84,10 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
 
+    /// Where the names of symbolized code are kept for the next start, at most 64 MiB [default: DATA_DIR/cache]
+    #[arg(long, env = "PROFILER_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+
     /// How to find the callers of native code: dwarf (unwind tables made from each executable's .eh_frame; frame
     /// pointers where there are none) or frame-pointers [default: dwarf]
     #[arg(long, env = "PROFILER_UNWIND", value_name = "HOW")]
@@ -155,6 +159,7 @@ struct File {
     listen: Option<String>,
     backend_listen: Option<String>,
     data_dir: Option<PathBuf>,
+    cache_dir: Option<PathBuf>,
     unwind: Option<String>,
     #[serde(default)]
     upload: Vec<String>,
@@ -208,6 +213,8 @@ pub(crate) struct Config {
     pub(crate) backend_listen: SocketAddr,
     /// Where the embedded backend keeps profiles.
     pub(crate) data_dir: PathBuf,
+    /// Where names are kept for the next start.
+    pub(crate) cache_dir: PathBuf,
     /// How the callers of native code are found.
     pub(crate) unwind: Unwind,
     /// Remote backends; empty means the embedded one.
@@ -375,6 +382,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         listen,
         backend_listen,
         data_dir,
+        cache_dir,
         unwind,
         upload,
         node,
@@ -389,6 +397,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         instance,
         allow_kernel,
     } = flags;
+    let data_dir = data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     let upload = if upload.is_empty() { file.upload } else { upload };
     let profiles = if profiles.is_empty() { file.profiles } else { profiles };
     let config = Config {
@@ -401,7 +410,8 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             "backend-listen",
             backend_listen.or(file.backend_listen).as_deref().unwrap_or(DEFAULT_BACKEND_LISTEN),
         )?,
-        data_dir: data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
+        cache_dir: cache_dir.or(file.cache_dir).unwrap_or_else(|| data_dir.join("cache")),
+        data_dir,
         unwind: parse_unwind(unwind.or(file.unwind))?,
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
@@ -595,7 +605,7 @@ fn parse_labels(
 }
 
 /// Labels of samples inside a profile. A label of the same name on the profile would hide them.
-const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
+pub(crate) const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
@@ -662,6 +672,7 @@ pub(crate) mod tests {
         assert_eq!(config.listen.to_string(), "127.0.0.1:7701");
         assert_eq!(config.backend_listen.to_string(), "127.0.0.1:7700");
         assert_eq!(config.data_dir, Path::new("/var/lib/profiler"));
+        assert_eq!(config.cache_dir, Path::new("/var/lib/profiler/cache"));
         assert_eq!(config.unwind, Unwind::Dwarf);
         assert_eq!(config.uploads, []);
     }

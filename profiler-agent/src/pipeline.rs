@@ -23,6 +23,7 @@ use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, info, warn};
 
 use crate::{
+    binaries::Binaries,
     bpf::{BpfError, KernelCounts, LoadOptions, Programs},
     budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
@@ -35,7 +36,7 @@ use crate::{
     memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{LocationKey, Symbols},
+    symbolize::{LocationKey, NameStore, Symbols},
     sys::{
         cgroup::Hierarchy,
         clock::{self, WallClock},
@@ -95,17 +96,23 @@ pub(crate) struct Shared {
     pub(crate) sampling: Arc<Sampling>,
     /// The bound of everything.
     pub(crate) memory: MemoryPlan,
+    /// How well each binary unwinds and is named.
+    pub(crate) binaries: Arc<Binaries>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>, memory: MemoryPlan) -> anyhow::Result<Self> {
+    fn new(
+        exporters: Arc<[Exporter]>,
+        memory: MemoryPlan,
+        names: Option<Arc<NameStore>>,
+    ) -> anyhow::Result<Self> {
         let symbols =
-            Symbols::start("/proc".as_ref(), memory.symbols_bytes).context("start the symbolizer")?;
+            Symbols::start("/proc".as_ref(), memory.symbols_bytes, names).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind, sampling) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, exporters })
+        let (ledger, gauges, unwind, sampling, binaries) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, binaries, exporters })
     }
 
     /// Reads every term of the account.
@@ -209,7 +216,7 @@ impl Pipeline {
         let (stop_uploads, upload_stop) = watch::channel(None);
         let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
         let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
-        let shared = Shared::new(exporters.collect(), config.memory)?;
+        let shared = Shared::new(exporters.collect(), config.memory, names(config))?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
@@ -370,6 +377,8 @@ impl Pipeline {
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
         let failure = join_in_order(stages, STAGE_DEADLINE).err();
+        // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
+        let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -498,6 +507,18 @@ fn spawn(name: &str, stage: impl FnOnce() + Send + 'static) -> anyhow::Result<Jo
 fn ring_bytes(cpus: usize) -> u32 {
     let wanted = u32::try_from(cpus * 200 * 256).unwrap_or(u32::MAX / 2);
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
+}
+
+/// The names kept on disk; without them, all are had anew.
+fn names(config: &Config) -> Option<Arc<NameStore>> {
+    match NameStore::open(config.cache_dir.join("names")) {
+        Ok(store) => Some(Arc::new(store)),
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            warn!(%error, "names are not kept on disk, and read again after a restart");
+            None
+        }
+    }
 }
 
 fn executables(most: usize) -> Arc<ExecutableCache> {
@@ -752,7 +773,7 @@ impl Encoder {
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
-        let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
+        let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
         let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
         let encoded = export::encode(window, &resolved, losses);
         let account = ledger.of(ProfileType::Cpu);
@@ -760,6 +781,7 @@ impl Encoder {
         match encoded {
             Ok(encoded) => {
                 gauges.set_quality(encoded.quality);
+                binaries.add(window, &resolved);
                 for exporter in exporters.iter() {
                     encoded.batches.iter().for_each(|batch: &Batch| exporter.queue.push(batch.clone()));
                 }
@@ -805,7 +827,7 @@ mod tests {
         let shared = {
             let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
             let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
-            Shared::new([nobody].into(), memory).expect("threads can be had")
+            Shared::new([nobody].into(), memory, None).expect("threads can be had")
         };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
         let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);

@@ -13,6 +13,7 @@ use std::{
 use profiler_common::wire::StackEnd;
 
 use crate::{
+    binaries::Binaries,
     budget::{CpuShare, Sampling},
     export::Quality,
     label::NameCounts,
@@ -139,8 +140,10 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
     memory(&mut text, &shared.memory);
+    binaries(&mut text, &shared.binaries);
     unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
+    names_on_disk(&mut text, shared.symbols.store_counts());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
@@ -304,6 +307,20 @@ fn memory(text: &mut Text, plan: &MemoryPlan) {
     }
 }
 
+fn binaries(text: &mut Text, binaries: &Binaries) {
+    let largest = binaries.largest();
+    let metric = "profiler_agent_binary_samples";
+    text.head(metric, "Samples with a frame in a binary, since the start, of the largest ones.", "gauge");
+    for (binary, samples, _) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {samples}", quoted(binary)));
+    }
+    let metric = "profiler_agent_binary_samples_truncated";
+    text.head(metric, "Those whose stack ends too early in that binary.", "gauge");
+    for (binary, _, truncated) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {truncated}", quoted(binary)));
+    }
+}
+
 fn unwind_tables(text: &mut Text, counts: &UnwindCounts, leaves_max: u32) {
     let UnwindCounts { tables, leaves, processes, has_scanned, requests_dropped, .. } = counts;
     text.gauge("profiler_agent_unwind_tables", "Unwind tables in the kernel.", tables.load(Relaxed));
@@ -380,6 +397,25 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
     for (reason, count) in symbolize::Reason::ALL.iter().zip(counts.unresolved) {
         text.line(format_args!("{metric}{{reason=\"{}\"}} {count}", reason.as_str()));
     }
+}
+
+fn names_on_disk(text: &mut Text, counts: Option<&symbolize::StoreCounts>) {
+    let none = symbolize::StoreCounts::default();
+    let symbolize::StoreCounts { hits, misses, loaded, discarded, saved, errors, evicted, bytes } =
+        counts.unwrap_or(&none);
+    let counters = [
+        ("hits", "Locations whose names were kept on disk.", hits),
+        ("misses", "Locations whose names were not.", misses),
+        ("files_loaded", "Files of names that were read.", loaded),
+        ("files_discarded", "Files of names that were damaged, foreign or of another format.", discarded),
+        ("files_saved", "Files of names that were written.", saved),
+        ("file_errors", "Files of names that could not be read or written.", errors),
+        ("files_evicted", "Files of names that made room for others.", evicted),
+    ];
+    for (name, help, value) in counters {
+        text.counter(&format!("profiler_agent_name_store_{name}_total"), help, value.load(Relaxed));
+    }
+    text.gauge("profiler_agent_name_store_bytes", "Bytes of names on disk.", bytes.load(Relaxed));
 }
 
 /// Name, help, kind and value of a metric that each destination has.

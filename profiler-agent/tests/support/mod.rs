@@ -339,8 +339,12 @@ impl Program {
 
     /// Starts a program of the system that writes nothing.
     pub fn system(name: &str, arguments: &[&str]) -> Self {
-        let mut command = Command::new(name);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self::system_command(Command::new(name).args(arguments))
+    }
+
+    /// The same of a command.
+    pub fn system_command(command: &mut Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self { child: command.spawn().expect("the program starts"), input: None }
     }
 

@@ -11,6 +11,7 @@ mod load;
 mod proc;
 mod profiler;
 mod report;
+mod unwind;
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -53,6 +54,12 @@ pub(crate) enum Bench {
         #[arg(long, default_value_t = 19, value_parser = clap::value_parser!(u32).range(1..=1000))]
         frequency: u32,
     },
+    /// What stacks cost in the kernel by their depth, and what unwind tables cost.
+    Unwind {
+        /// Measured seconds of each depth.
+        #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
+        seconds: u64,
+    },
 }
 
 /// How long things are measured.
@@ -66,15 +73,22 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     if !command::is_root() {
         bail!("measuring needs root, as the agent and perf record -a do");
     }
-    tools::need(&[PERF])?;
     testprogs::build()?;
     build_programs()?;
     match *bench {
         Bench::Overhead { seconds, warm_up, rounds } => {
+            tools::need(&[PERF])?;
             let (warm_up, measured) = (Duration::from_secs(warm_up), Duration::from_secs(seconds));
             overhead(&Plan { warm_up, measured, rounds })
         }
-        Bench::Churn { seconds, frequency } => churn(Duration::from_secs(seconds), frequency),
+        Bench::Churn { seconds, frequency } => {
+            tools::need(&[PERF])?;
+            churn(Duration::from_secs(seconds), frequency)
+        }
+        Bench::Unwind { seconds } => {
+            let folder = Folder::create()?;
+            folder.write("unwind.json", &unwind::run(seconds, &folder.work())?)
+        }
     }
 }
 
