@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Parser;
-use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
+use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN, USER_FRAMES_LIMIT_MIN, USER_FRAMES_MAX};
 use profiler_pprof::push;
 use serde::Deserialize;
 
@@ -32,7 +32,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[command(name = "profiler-agent", version, max_term_width = 100)]
 pub(crate) struct Flags {
     /// Configuration file (TOML). Keys are the long flags with underscores: listen, backend_listen, data_dir,
-    /// frequency, window, unwind, upload, node, labels, log, log_format. Flags win over the environment, which wins over the
+    /// frequency, window, unwind, stack_depth, upload, node, labels, log, log_format. Flags win over the environment, which wins over the
     /// file.
     #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -61,6 +61,10 @@ pub(crate) struct Flags {
     /// pointers where there are none) or frame-pointers [default: dwarf]
     #[arg(long, env = "PROFILER_UNWIND", value_name = "HOW")]
     unwind: Option<String>,
+
+    /// User frames of a stack, 127 to 1024; what is cut is marked [default: 1024]
+    #[arg(long, env = "PROFILER_STACK_DEPTH", value_name = "FRAMES")]
+    stack_depth: Option<String>,
 
     /// Send profiles to a remote backend instead; may be given more than once. KIND is `profiler`
     #[arg(
@@ -99,6 +103,7 @@ struct File {
     backend_listen: Option<String>,
     data_dir: Option<PathBuf>,
     unwind: Option<String>,
+    stack_depth: Option<u32>,
     #[serde(default)]
     upload: Vec<String>,
     node: Option<String>,
@@ -141,6 +146,8 @@ pub(crate) struct Config {
     pub(crate) data_dir: PathBuf,
     /// How the callers of native code are found.
     pub(crate) unwind: Unwind,
+    /// User frames of a stack, at most.
+    pub(crate) stack_depth: u32,
     /// Remote backends; empty means the embedded one.
     pub(crate) uploads: Vec<Destination>,
     /// Label `node`.
@@ -224,6 +231,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         backend_listen,
         data_dir,
         unwind,
+        stack_depth,
         upload,
         node,
         label,
@@ -242,6 +250,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         )?,
         data_dir: data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
         unwind: parse_unwind(unwind.or(file.unwind))?,
+        stack_depth: parse_stack_depth(stack_depth.or(file.stack_depth.map(|depth| depth.to_string())))?,
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
@@ -255,6 +264,14 @@ fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
     let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
     let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
     hz.ok_or_else(|| refuse("frequency", text, accepted))
+}
+
+fn parse_stack_depth(value: Option<String>) -> Result<u32, ConfigError> {
+    let max = USER_FRAMES_MAX as u32;
+    let Some(text) = value else { return Ok(max) };
+    let depth = text.parse().ok().filter(|depth| (USER_FRAMES_LIMIT_MIN..=max).contains(depth));
+    let accepted = format!("accepted: {USER_FRAMES_LIMIT_MIN} to {max} frames");
+    depth.ok_or_else(|| refuse("stack-depth", text, accepted))
 }
 
 fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
@@ -390,6 +407,7 @@ mod tests {
         assert_eq!(config.backend_listen.to_string(), "127.0.0.1:7700");
         assert_eq!(config.data_dir, Path::new("/var/lib/profiler"));
         assert_eq!(config.unwind, Unwind::Dwarf);
+        assert_eq!(config.stack_depth, 1024);
         assert_eq!(config.uploads, []);
     }
 
@@ -419,6 +437,8 @@ mod tests {
         refused(&["-F", "fast"], "", &["frequency", "\"fast\"", "1 to 1000"]);
         refused(&["--upload", "http://h/,http://h/?tenant=b"], "", &["upload", "twice"]);
         refused(&["--unwind", "lbr"], "", &["unwind", "lbr", "frame-pointers"]);
+        refused(&["--stack-depth", "126"], "", &["stack-depth", "126", "127 to 1024"]);
+        refused(&[], "stack_depth = 1025", &["stack-depth", "1025"]);
         refused(&["--log-format", "xml"], "", &["log-format", "xml", "json"]);
     }
 

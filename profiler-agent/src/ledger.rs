@@ -91,6 +91,8 @@ pub(crate) struct Ledger {
     waiting: [AtomicU64; Place::COUNT],
     execs_lost_in_ring: AtomicU64,
     execs_lost_in_queue: AtomicU64,
+    lives_lost_in_ring: AtomicU64,
+    lives_lost_in_queue: AtomicU64,
 }
 
 impl Ledger {
@@ -127,6 +129,21 @@ impl Ledger {
     /// Exec records lost: what was known of processes may be of an earlier image.
     pub(crate) fn execs_lost(&self) -> u64 {
         self.execs_lost_in_ring.load(Relaxed) + self.execs_lost_in_queue.load(Relaxed)
+    }
+
+    /// Fork and exit records that the drain had no room for.
+    pub(crate) fn lose_lives(&self, records: u64) {
+        self.lives_lost_in_queue.fetch_add(records, Relaxed);
+    }
+
+    /// Takes over the kernel side's count of fork and exit records that the ring buffer had no room for.
+    pub(crate) fn set_lives_lost_in_ring(&self, records: u64) {
+        self.lives_lost_in_ring.fetch_max(records, Relaxed);
+    }
+
+    /// Fork and exit records lost: children are read from `/proc`, and the dead found by looking for them.
+    pub(crate) fn lives_lost(&self) -> u64 {
+        self.lives_lost_in_ring.load(Relaxed) + self.lives_lost_in_queue.load(Relaxed)
     }
 
     /// Events have come to a place.

@@ -121,6 +121,12 @@ impl View {
         self.kernel.get(Counter::CpuTaken).unwrap_or(0)
     }
 
+    /// Processes that the kernel side had no room for.
+    pub(crate) fn processes_not_kept(&self) -> u64 {
+        let counters = [Counter::CpuProcessNotKept, Counter::ForkProcessNotKept];
+        counters.into_iter().map(|counter| self.kernel.get(counter).unwrap_or(0)).sum()
+    }
+
     /// The account of every destination.
     pub(crate) fn balances(&self) -> Vec<Balance> {
         let kernel = self.kernel_totals();
@@ -146,6 +152,11 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
     }
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
         ledger.set_execs_lost_in_ring(records);
+    }
+    let lives =
+        [Counter::ForkDroppedRingFull, Counter::ExitDroppedRingFull].map(|counter| kernel.get(counter));
+    if let [Ok(forks), Ok(exits)] = lives {
+        ledger.set_lives_lost_in_ring(forks + exits);
     }
 }
 
@@ -173,6 +184,7 @@ impl Pipeline {
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus),
             has_tables: config.unwind == Unwind::Dwarf,
+            stack_depth: config.stack_depth,
             period_ns: config.period_ns(),
             sys_root: "/sys".into(),
         };
@@ -415,6 +427,7 @@ impl Worker {
             self.processes.forget_all();
         }
         self.processes.forget_idle();
+        self.processes.forget_exited();
         self.shared.gauges.set_processes(&self.processes);
         self.shared.gauges.set_late(self.windows.late());
         execs_lost
@@ -432,6 +445,8 @@ impl Worker {
                     execs.pass(tgid);
                     self.processes.exec(tgid);
                 }
+                Some(Record::Fork(fork)) => self.processes.fork(fork),
+                Some(Record::Exit { tgid, start_ns }) => self.processes.exit(tgid, start_ns),
                 None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
                 None => self.shared.ledger.lose_execs(1),
             }
@@ -459,6 +474,9 @@ impl Worker {
             }
         };
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
+        if let Some(cut) = raw.kernel_cut {
+            self.shared.gauges.count_kernel_cut(cut);
+        }
         match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
             Ok(()) => self.shared.ledger.enter(Place::Window, 1),
             Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
@@ -581,7 +599,7 @@ impl Encoder {
 fn code_locations(window: &Closed) -> impl Iterator<Item = LocationKey> {
     window.locations.iter().filter_map(|location| match location {
         Location::Code(key) => Some(key.clone()),
-        Location::Unnamed { .. } | Location::Marker(_) => None,
+        Location::Unnamed { .. } | Location::Marker(_) | Location::KernelMarker(_) => None,
     })
 }
 

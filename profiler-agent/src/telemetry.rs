@@ -15,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     config::{ConfigError, LogFormat},
+    drain::KernelCut,
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
     pipeline::{Exporter, Shared, View},
@@ -45,6 +46,7 @@ pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), Confi
 #[derive(Debug, Default)]
 pub(crate) struct Gauges {
     stacks: [AtomicU64; StackEnd::ALL.len()],
+    kernel_cuts: [AtomicU64; KernelCut::ALL.len()],
     walked_by_tables: AtomicU64,
     walked_by_frame_pointers: AtomicU64,
     processes: AtomicU64,
@@ -63,6 +65,12 @@ impl Gauges {
         walked.fetch_add(u64::from(end != StackEnd::NoUserStack), Relaxed);
         let slot = StackEnd::ALL.iter().position(|&known| known == end).expect("ALL holds every end");
         self.stacks[slot].fetch_add(1, Relaxed);
+    }
+
+    /// A kernel stack that is not whole.
+    pub(crate) fn count_kernel_cut(&self, cut: KernelCut) {
+        let slot = KernelCut::ALL.iter().position(|&known| known == cut).expect("ALL holds every way");
+        self.kernel_cuts[slot].fetch_add(1, Relaxed);
     }
 
     /// The state of the process table.
@@ -114,6 +122,16 @@ pub(crate) fn metrics(view: &View) -> String {
         "profiler_agent_exec_events_lost_total",
         "Exec events lost; each time all processes are read again.",
         execs_lost,
+    );
+    text.counter(
+        "profiler_agent_fork_exit_events_lost_total",
+        "Fork and exit events lost: such processes are read from /proc, and forgotten when it has them no more.",
+        shared.ledger.lives_lost(),
+    );
+    text.counter(
+        "profiler_agent_processes_not_kept_total",
+        "Times that the kernel's map of known processes had no room for one.",
+        view.processes_not_kept(),
     );
     text.gauge("profiler_agent_resident_bytes", "Resident memory of the agent.", usage::resident_bytes());
     text.head("profiler_agent_cpu_seconds_total", "CPU time of the agent, user and system.", "counter");
@@ -196,6 +214,11 @@ fn stacks(text: &mut Text, shared: &Shared) {
     text.head(metric, "User stacks, by why they have no further frame.", "counter");
     for (end, count) in shared.gauges.stacks() {
         text.line(format_args!("{metric}{{end=\"{}\"}} {count}", end.name()));
+    }
+    let metric = "profiler_agent_kernel_stacks_cut_total";
+    text.head(metric, "Kernel stacks that are not whole, by reason.", "counter");
+    for (cut, count) in KernelCut::ALL.iter().zip(&shared.gauges.kernel_cuts) {
+        text.line(format_args!("{metric}{{reason=\"{}\"}} {}", cut.name(), count.load(Relaxed)));
     }
     let metric = "profiler_agent_stacks_walked_total";
     text.head(metric, "User stacks, by what led from frame to caller.", "counter");

@@ -16,11 +16,23 @@ pub enum Counter {
     ExecSubmitted = 4,
     /// Exec records dropped: the ring buffer was full.
     ExecDroppedRingFull = 5,
+    /// Fork records written.
+    ForkSubmitted = 6,
+    /// Fork records dropped: the ring buffer was full.
+    ForkDroppedRingFull = 7,
+    /// Exit records written.
+    ExitSubmitted = 8,
+    /// Exit records dropped: the ring buffer was full.
+    ExitDroppedRingFull = 9,
+    /// Sampled processes that `PROCESSES` had no room for, at each of their samples.
+    CpuProcessNotKept = 10,
+    /// Forked processes that `PROCESSES` had no room for.
+    ForkProcessNotKept = 11,
 }
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 6;
+    pub const COUNT: u32 = 12;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -30,6 +42,12 @@ impl Counter {
         Self::CpuDroppedNoScratch,
         Self::ExecSubmitted,
         Self::ExecDroppedRingFull,
+        Self::ForkSubmitted,
+        Self::ForkDroppedRingFull,
+        Self::ExitSubmitted,
+        Self::ExitDroppedRingFull,
+        Self::CpuProcessNotKept,
+        Self::ForkProcessNotKept,
     ];
 }
 

@@ -5,12 +5,15 @@ use aya_log_ebpf::error;
 use profiler_common::{
     limits::KERNEL_FRAMES_MAX,
     stats::Counter,
-    wire::{FLAG_TABLES, FRAMES_MAX, RecordHead, RecordKind, SampleHeader, WIRE_VERSION},
+    wire::{
+        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, FRAMES_MAX, RecordHead, RecordKind, SampleHeader,
+        WIRE_VERSION,
+    },
 };
 
 use crate::{
     helpers::{boot_time_ns, current_cgroup_id, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, Scratch, count},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, count},
     stack::{mask, walk_user},
     task,
 };
@@ -58,9 +61,9 @@ impl Task {
 #[inline(always)]
 fn append_kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch, user_frames: u64) -> u64 {
     const BYTES: u32 = 8 * KERNEL_FRAMES_MAX as u32;
-    let index = mask!(user_frames, 127) as usize;
+    let index = mask!(user_frames, 2047) as usize;
     let frames = (&raw mut scratch.sample.frames).cast::<u64>();
-    // SAFETY: index is at most 127, and FRAMES_MAX more slots lie behind the array.
+    // SAFETY: index is below 2 * USER_FRAMES_MAX, and so much room with KERNEL_FRAMES_MAX more slots is there, in slack.
     let behind_user = unsafe { frames.add(index) };
     kernel_stack(ctx, behind_user, BYTES).map_or(0, |bytes| bytes >> 3)
 }
@@ -75,8 +78,10 @@ fn write_header(
     kernel_frames: u64,
 ) {
     let &Task { leader, start_ns, tgid, tid } = task;
-    let flags = if scratch.chunk == NO_CHUNK { 0 } else { FLAG_TABLES };
     let context = ctx.as_ptr();
+    let in_kernel = !crate::arch::is_user_address(crate::arch::context_ip!(context));
+    let by = if scratch.chunk == NO_CHUNK { 0 } else { FLAG_TABLES };
+    let flags = by | kernel_flags(in_kernel, kernel_frames);
     let header = &mut scratch.sample.header;
     header.head = RecordHead {
         version: WIRE_VERSION,
@@ -96,14 +101,24 @@ fn write_header(
     task::read_comm(leader, &raw mut header.comm);
 }
 
+/// What is missing of the kernel stack.
+#[inline(always)]
+fn kernel_flags(in_kernel: bool, frames: u64) -> u8 {
+    match frames {
+        0 if in_kernel => FLAG_KERNEL_REFUSED,
+        frames if frames >= KERNEL_FRAMES_MAX as u64 => FLAG_KERNEL_CUT,
+        _ => 0,
+    }
+}
+
 /// Writes the header and the frames in use to the ring buffer.
 #[inline(always)]
 fn submit(scratch: &Scratch, frames: u64) {
     const HEADER_BYTES: u64 = size_of::<SampleHeader>() as u64;
     const BYTES_MAX: u64 = HEADER_BYTES + 8 * FRAMES_MAX as u64;
-    const { assert!(BYTES_MAX < 4096, "the mask below lets every size through") };
-    let bytes = mask!(HEADER_BYTES + 8 * frames, 4095);
-    // SAFETY: `bytes` is below 4096, and sample and slack together are larger.
+    const { assert!(BYTES_MAX <= RECORD_MASK && RECORD_MASK == 16_383, "the mask below lets every size through") };
+    let bytes = mask!(HEADER_BYTES + 8 * frames, 16383);
+    // SAFETY: `bytes` is at most RECORD_MASK, and sample and slack together are larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
     match EVENTS.output::<[u8]>(record, NO_WAKEUP) {

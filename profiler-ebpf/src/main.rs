@@ -34,6 +34,20 @@ pub fn process_exec(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+/// A task was made.
+#[raw_tracepoint(tracepoint = "sched_process_fork")]
+pub fn process_fork(ctx: RawTracePointContext) -> i32 {
+    process::fork(&ctx);
+    0
+}
+
+/// A task exits.
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub fn process_exit(ctx: RawTracePointContext) -> i32 {
+    process::exit(&ctx);
+    0
+}
+
 /// GPL-only helpers (`bpf_probe_read_user`, `bpf_get_stack`) need it.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

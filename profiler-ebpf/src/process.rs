@@ -1,16 +1,22 @@
 //! Changes to processes, in the ring buffer in their order among the samples.
+//!
+//! A process that nobody asks about pays one look-up for a fork or an exit of its own.
 
 use aya_ebpf::programs::RawTracePointContext;
 use profiler_common::{
     stats::Counter,
+    unwind::mappings::NS_PER_TICK,
     wire::{ProcessRecord, RecordHead, RecordKind, WIRE_VERSION},
 };
 
 use crate::{
     helpers::{boot_time_ns, current_ids},
     maps::{EVENTS, PROCESSES, count},
-    task,
+    table, task,
 };
+
+/// `BPF_RB_NO_WAKEUP`: nothing waits for a fork or an exit.
+const NO_WAKEUP: u64 = 1;
 
 /// The current task has just got a new image. Runs in its own context, with its new name and after `exec` has made the
 /// calling thread the main one.
@@ -19,9 +25,63 @@ pub fn exec(_ctx: &RawTracePointContext) {
     let (tgid, tid) = current_ids();
     // The tables are those of the old image. A process that has none is no error.
     let _ = PROCESSES.remove(tgid);
+    let start_ns = task::start_ns(task::group_leader());
+    match EVENTS.output::<ProcessRecord>(&record(RecordKind::Exec, tgid, tid, start_ns, 0), 0) {
+        Ok(()) => count(Counter::ExecSubmitted),
+        Err(_) => count(Counter::ExecDroppedRingFull),
+    }
+}
+
+/// The current task has just made another, which has not run yet. A process that it made has its mappings, and is known
+/// if it is.
+///
+/// Source: include/trace/events/sched.h: sched_process_fork(parent, child).
+#[inline(always)]
+pub fn fork(ctx: &RawTracePointContext) {
+    let (parent, _) = current_ids();
+    if PROCESSES.get_ptr(parent).is_none() {
+        return;
+    }
+    let child: u64 = ctx.arg(1);
+    let Some(tgid) = task::tgid_of(child) else { return };
+    // A thread of its own.
+    if tgid == parent {
+        return;
+    }
+    let Some(entry) = table::entry_of(parent, task::start_ns(task::group_leader())) else { return };
+    let start_ns = task::start_ns(Some(child));
+    if PROCESSES.insert(tgid, entry.inherited(start_ns / NS_PER_TICK), 0).is_err() {
+        count(Counter::ForkProcessNotKept);
+    }
+    match EVENTS.output::<ProcessRecord>(&record(RecordKind::Fork, tgid, tgid, start_ns, parent), NO_WAKEUP) {
+        Ok(()) => count(Counter::ForkSubmitted),
+        Err(_) => count(Counter::ForkDroppedRingFull),
+    }
+}
+
+/// The current task exits. The process ends with the last of its threads, which need not be its main one.
+#[inline(always)]
+pub fn exit(_ctx: &RawTracePointContext) {
+    let (tgid, tid) = current_ids();
+    if PROCESSES.get_ptr(tgid).is_none() || task::has_live_threads() {
+        return;
+    }
+    // The last threads may come here together: one of them finds the entry.
+    if PROCESSES.remove(tgid).is_err() {
+        return;
+    }
+    let start_ns = task::start_ns(task::group_leader());
+    match EVENTS.output::<ProcessRecord>(&record(RecordKind::Exit, tgid, tid, start_ns, 0), NO_WAKEUP) {
+        Ok(()) => count(Counter::ExitSubmitted),
+        Err(_) => count(Counter::ExitDroppedRingFull),
+    }
+}
+
+#[inline(always)]
+fn record(kind: RecordKind, tgid: u32, tid: u32, start_ns: u64, parent: u32) -> ProcessRecord {
     let head = RecordHead {
         version: WIRE_VERSION,
-        kind: RecordKind::Exec as u8,
+        kind: kind as u8,
         user_end: 0,
         flags: 0,
         user_frames: 0,
@@ -30,9 +90,5 @@ pub fn exec(_ctx: &RawTracePointContext) {
         tid,
         time_ns: boot_time_ns(),
     };
-    let record = ProcessRecord { head, start_ns: task::start_ns(task::group_leader()) };
-    match EVENTS.output::<ProcessRecord>(&record, 0) {
-        Ok(()) => count(Counter::ExecSubmitted),
-        Err(_) => count(Counter::ExecDroppedRingFull),
-    }
+    ProcessRecord { head, start_ns, parent, reserved: 0 }
 }

@@ -13,7 +13,7 @@ use aya::{
     programs::{PerfEvent, Program, ProgramError, RawTracePoint},
 };
 use aya_log::EbpfLogger;
-use profiler_common::limits;
+use profiler_common::{config::Settings, limits};
 use tracing::{info, warn};
 
 use super::{probe::kernel_facts, stats::KernelCounts, unwind::UnwindMaps};
@@ -55,10 +55,10 @@ pub(crate) enum BpfError {
     },
 }
 
-/// Sizes of the maps of unwind tables. Values of 4, 2, 2 KiB, 16 and about 64 bytes: 15.6 MiB.
+/// Sizes of the maps of unwind tables. Values of 4 KiB, 8 bytes, 2 KiB, 2 KiB and 16 bytes: 15.5 MiB.
 const TABLE_MAPS: [(&str, u32); 5] = [
-    ("PROCESSES", limits::UNWIND_PROCESSES_MAX),
-    ("CHUNKS", limits::UNWIND_PROCESSES_MAX),
+    ("CHUNKS", limits::UNWIND_CHUNKS_MAX),
+    ("GENERATIONS", limits::UNWIND_CHUNKS_MAX),
     ("DIRECTORIES", limits::UNWIND_DIRECTORIES_MAX),
     ("LEAVES", limits::UNWIND_LEAVES_MAX),
     ("RULES", limits::UNWIND_RULES_MAX),
@@ -71,6 +71,8 @@ pub(crate) struct LoadOptions {
     pub(crate) ring_bytes: u32,
     /// Whether to make room for unwind tables.
     pub(crate) has_tables: bool,
+    /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
+    pub(crate) stack_depth: u32,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
     /// Root of sysfs.
@@ -90,12 +92,25 @@ pub(crate) struct Programs {
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
 
+/// The programs of process events, and the tracepoint of each. The end of a process before its beginning, so that none
+/// is known whose end is not seen.
+const PROCESS_PROGRAMS: [(&str, &str); 3] = [
+    ("process_exit", "sched_process_exit"),
+    ("process_exec", "sched_process_exec"),
+    ("process_fork", "sched_process_fork"),
+];
+
 impl Programs {
     /// Loads everything and attaches the process events; sampling starts with [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
         let facts = kernel_facts(&options.sys_root)?.words();
+        let settings = Settings { user_frames_limit: options.stack_depth, has_targets: 0 }.words();
         let mut loader = EbpfLoader::new();
-        loader.override_global("KERNEL_FACTS", &facts, true).map_max_entries("EVENTS", options.ring_bytes);
+        loader
+            .override_global("KERNEL_FACTS", &facts, true)
+            .override_global("SETTINGS", &settings, true)
+            .map_max_entries("EVENTS", options.ring_bytes)
+            .map_max_entries("PROCESSES", limits::PROCESSES_MAX);
         if options.has_tables {
             for (map, entries) in TABLE_MAPS {
                 loader.map_max_entries(map, entries);
@@ -115,11 +130,12 @@ impl Programs {
     }
 
     fn attach_process_events(&mut self) -> Result<(), BpfError> {
-        const NAME: &str = "process_exec";
-        let failed = |source| BpfError::Program { program: NAME, source };
-        let program: &mut RawTracePoint = program(&mut self.ebpf, NAME)?.try_into().map_err(failed)?;
-        program.load().map_err(failed)?;
-        program.attach("sched_process_exec").map_err(failed)?;
+        for (name, tracepoint) in PROCESS_PROGRAMS {
+            let failed = |source| BpfError::Program { program: name, source };
+            let program: &mut RawTracePoint = program(&mut self.ebpf, name)?.try_into().map_err(failed)?;
+            program.load().map_err(failed)?;
+            program.attach(tracepoint).map_err(failed)?;
+        }
         Ok(())
     }
 

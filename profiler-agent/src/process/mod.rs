@@ -4,9 +4,10 @@ mod image;
 pub(crate) mod maps;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,7 @@ use profiler_common::unwind::mappings::NS_PER_TICK;
 
 use crate::{
     addr::Addr,
+    drain::Fork,
     label::{Labeler, SeriesLabels, Subject, owner},
     unwind::TableRequests,
 };
@@ -31,6 +33,8 @@ const REREAD_INTERVAL: Duration = Duration::from_secs(1);
 const LABELS_INTERVAL: Duration = Duration::from_secs(10);
 /// Time between two requests for one process's unwind tables, while its samples come without.
 const TABLES_INTERVAL: Duration = Duration::from_secs(5);
+/// A process that has ended is forgotten after this long: the last samples of its end come behind the event.
+const EXITED_MAX: Duration = Duration::from_secs(2);
 
 /// One process.
 #[derive(Debug)]
@@ -39,7 +43,7 @@ pub(crate) struct Process {
     /// The labels that identify its profiles.
     pub(crate) series: SeriesLabels,
     /// Ascending and disjoint.
-    mappings: Vec<Mapping>,
+    mappings: Arc<[Mapping]>,
     /// It could be looked at; else its labels are made from its name.
     is_read: bool,
     cgroup_id: u64,
@@ -67,6 +71,21 @@ impl Process {
             return Known::OldLabels;
         }
         Known::Yes
+    }
+
+    /// A child of this process, as it is at the fork.
+    fn forked(&self, start_ns: u64, now: Instant) -> Self {
+        Self {
+            start_ns,
+            series: self.series.clone(),
+            mappings: Arc::clone(&self.mappings),
+            is_read: true,
+            cgroup_id: self.cgroup_id,
+            mappings_read: self.mappings_read,
+            labels_read: self.labels_read,
+            tables_requested: now,
+            last_sampled: now,
+        }
     }
 
     /// The range that holds an address.
@@ -109,13 +128,16 @@ pub(crate) struct Processes {
     labeler: Labeler,
     /// `None` where frame pointers are to be used.
     tables: Option<TableRequests>,
+    /// Processes that have ended, by when that was told.
+    exited: VecDeque<(Instant, u32, u64)>,
     counts: ProcessCounts,
 }
 
 impl Processes {
     /// An empty table.
     pub(crate) fn new(images: ImageReader, labeler: Labeler, tables: Option<TableRequests>) -> Self {
-        Self { by_pid: HashMap::new(), images, labeler, tables, counts: ProcessCounts::default() }
+        let (by_pid, exited, counts) = Default::default();
+        Self { by_pid, images, labeler, tables, exited, counts }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -163,7 +185,7 @@ impl Processes {
         let mappings = self.images.mappings(pid);
         let process = self.by_pid.get_mut(&pid)?;
         if !mappings.is_empty() {
-            process.mappings = mappings;
+            process.mappings = mappings.into();
         }
         process.mappings_read = Instant::now();
         Some(process)
@@ -174,6 +196,49 @@ impl Processes {
         // Others get theirs with their first sample: most programs end before.
         if self.by_pid.remove(&pid).is_some() {
             self.request_tables(pid);
+        }
+    }
+
+    /// A process was forked: until it execs it is as its parent, so that its samples have their labels and mappings
+    /// however soon it ends.
+    pub(crate) fn fork(&mut self, fork: Fork) {
+        let Fork { parent, child, start_ns } = fork;
+        if let Some(tables) = &self.tables {
+            tables.forked(child);
+        }
+        // What is known of the parent is of the parent's present image; children do not push others out.
+        let Some(parent) = self.by_pid.get(&parent).filter(|parent| parent.is_read) else { return };
+        if self.by_pid.len() < PROCESSES_MAX {
+            let child_process = parent.forked(start_ns, Instant::now());
+            self.by_pid.insert(child, child_process);
+        }
+    }
+
+    /// The process has ended.
+    pub(crate) fn exit(&mut self, pid: u32, start_ns: u64) {
+        if let Some(tables) = &self.tables {
+            tables.exited(pid, start_ns);
+        }
+        if self.exited.len() >= PROCESSES_MAX {
+            self.forget_first_exited();
+        }
+        if self.by_pid.contains_key(&pid) {
+            self.exited.push_back((Instant::now(), pid, start_ns));
+        }
+    }
+
+    /// Forgets processes that have ended and whose last samples have come.
+    pub(crate) fn forget_exited(&mut self) {
+        while self.exited.front().is_some_and(|(since, ..)| since.elapsed() >= EXITED_MAX) {
+            self.forget_first_exited();
+        }
+    }
+
+    fn forget_first_exited(&mut self) {
+        let Some((_, pid, start_ns)) = self.exited.pop_front() else { return };
+        // The pid may be another process's by now.
+        if self.by_pid.get(&pid).is_some_and(|process| process.start_ns == start_ns) {
+            self.by_pid.remove(&pid);
         }
     }
 
@@ -246,7 +311,7 @@ impl Processes {
             self.counts.gone += 1;
             return self.unread(sampled, now);
         }
-        Process { series, mappings, is_read: true, ..self.unread(sampled, now) }
+        Process { series, mappings: mappings.into(), is_read: true, ..self.unread(sampled, now) }
     }
 
     /// A process of which only the sample is known.
@@ -256,7 +321,7 @@ impl Processes {
         Process {
             start_ns,
             series,
-            mappings: Vec::new(),
+            mappings: Arc::default(),
             is_read: false,
             cgroup_id,
             mappings_read: now,
@@ -323,8 +388,6 @@ fn stat_field(stat: &[u8], number: usize) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::executable::ExecutableCache;
 
@@ -379,6 +442,38 @@ mod tests {
         processes.get(sampled(pid, 1, "earlier process of this pid"));
         assert_eq!(processes.counts().gone, 1, "the pid now belongs to another process");
         assert_eq!(processes.len(), 1);
+    }
+
+    #[test]
+    fn a_child_that_is_gone_at_once_has_its_parents_labels_and_mappings() {
+        let mut processes = processes();
+        let (parent, child) = (std::process::id(), u32::MAX - 1);
+        let here =
+            Addr(a_child_that_is_gone_at_once_has_its_parents_labels_and_mappings as fn() as usize as u64);
+        let expect = processes.get(sampled(parent, 0, "parent")).series.clone();
+        processes.fork(Fork { parent, child, start_ns: 9 });
+        processes.exit(child, 9);
+        processes.forget_exited();
+        let process = processes.get(sampled(child, 9, "child"));
+        assert_eq!(process.series, expect);
+        assert!(process.mapping(here).is_some(), "it has the code of its parent");
+        assert_eq!(processes.counts().gone, 0);
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_forgotten_unless_its_pid_is_anothers() {
+        let mut processes = processes();
+        let (parent, child) = (std::process::id(), u32::MAX - 1);
+        processes.get(sampled(parent, 0, "parent"));
+        processes.fork(Fork { parent, child, start_ns: 9 });
+        processes.exit(child, 9);
+        processes.fork(Fork { parent, child, start_ns: 10 });
+        processes.forget_first_exited();
+        assert!(processes.known(child).is_some(), "the pid is another's by now");
+        processes.exit(child, 10);
+        processes.forget_first_exited();
+        assert!(processes.known(child).is_none());
+        assert!(processes.exited.is_empty());
     }
 
     #[test]
