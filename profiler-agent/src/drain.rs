@@ -31,10 +31,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Bytes of one batch: small enough that a batch dropped is a small loss, large enough that a channel of a few holds
 /// seconds of samples.
-const BATCH_BYTES_MAX: usize = 64 << 10;
-
-/// Batches between drain and worker: 16 MiB, tens of seconds of samples of a large machine.
-pub(crate) const BATCHES_MAX: usize = 256;
+pub(crate) const BATCH_BYTES_MAX: usize = 64 << 10;
 
 /// Records copied out of the ring buffer, in its order, each behind its length.
 #[derive(Debug, Default)]

@@ -7,7 +7,7 @@
 //! the worker, the encoder, and last the uploads, so that what was taken is delivered or counted.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
@@ -19,26 +19,31 @@ use std::{
 use anyhow::Context as _;
 use profiler_common::{stats::Counter, wire::StackEnd};
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::{
-    bpf::{KernelCounts, LoadOptions, Programs},
+    bpf::{BpfError, KernelCounts, LoadOptions, Programs},
+    budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
-    drain::{self, BATCHES_MAX, Progress, RawSample, Record},
+    drain::{self, Progress, RawSample, Record},
+    embedded,
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
     label::{Labeler, fold_kworker, task_name},
     ledger::{Balance, Cause, KernelTotals, Ledger, Place},
+    memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{self, LocationKey, Symbols},
+    symbolize::{LocationKey, Symbols},
     sys::{
         clock::{self, WallClock},
         cpu,
+        threads::ThreadGroup,
+        usage,
     },
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
-    window::{Closed, SampleLabels, Windows},
+    window::{Closed, Room, SampleLabels, Windows},
 };
 
 /// Closed windows between worker and encoder. Each may hold megabytes; symbolizing is behind by seconds at most.
@@ -55,7 +60,6 @@ const TICK: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
-const EXECUTABLES_MAX: u64 = 8192;
 
 /// One destination and its queue.
 pub(crate) struct Exporter {
@@ -68,8 +72,9 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    fn new(name: String) -> Self {
-        Self { name, queue: Arc::default(), counts: Arc::default() }
+    fn new(name: String, queue_bytes_max: usize) -> Self {
+        let queue = Arc::new(Queue::with_bytes_max(queue_bytes_max));
+        Self { name, queue, counts: Arc::default() }
     }
 }
 
@@ -84,17 +89,21 @@ pub(crate) struct Shared {
     pub(crate) symbols: Arc<Symbols>,
     /// Unwind tables.
     pub(crate) unwind: Arc<UnwindCounts>,
+    /// The sampling frequency, and what profiling takes.
+    pub(crate) sampling: Arc<Sampling>,
+    /// The bound of everything.
+    pub(crate) memory: MemoryPlan,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>) -> anyhow::Result<Self> {
+    fn new(exporters: Arc<[Exporter]>, memory: MemoryPlan) -> anyhow::Result<Self> {
         let symbols =
-            Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
+            Symbols::start("/proc".as_ref(), memory.symbols_bytes).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, exporters })
+        let (ledger, gauges, unwind, sampling) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, exporters })
     }
 
     /// The account of every destination.
@@ -163,6 +172,11 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    is_attached: bool,
+    labelers: Sender<Labeler>,
+    governor: Governor,
+    meter: Meter,
+    periods: Sender<NewPeriod>,
     view: View,
     uploads: Vec<Task<()>>,
     stop_drain: Sender<()>,
@@ -174,7 +188,7 @@ pub(crate) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads the programs, starts every stage and then sampling.
+    /// Loads the programs and starts every stage; sampling begins with [`Self::resume`].
     pub(crate) fn start(
         config: &Config,
         destinations: Vec<Destination>,
@@ -182,26 +196,30 @@ impl Pipeline {
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
         let options = LoadOptions {
-            ring_bytes: ring_bytes(cpus),
-            has_tables: config.unwind == Unwind::Dwarf,
+            ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
+            tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
+            processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
             period_ns: config.period_ns(),
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
+        let (labelers, new_labelers) = channel();
         let ring = programs.take_events()?;
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let shared = Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect())?;
+        let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
+        let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
+        let shared = Shared::new(exporters.collect(), config.memory)?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
         let (stop_drain, drain_stop) = channel();
         let progress = Arc::<Progress>::default();
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
-        let executables = executables();
+        let executables = executables(config.memory.executables);
         let (tables, unwinder) = match config.unwind {
             Unwind::Dwarf => {
                 let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
@@ -210,26 +228,68 @@ impl Pipeline {
             Unwind::FramePointers => (None, None),
         };
         let labeler = Labeler::new(&config.node, &config.labels);
-        let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
-        let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let images = ImageReader::new("/proc".into(), executables);
+        let processes = Processes::new(images, labeler, tables, config.memory.processes);
+        let room = Room::new(config.memory.windows_bytes);
+        let windows =
+            Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room);
+        let (periods, new_periods) = channel();
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            periods: new_periods,
+            closed: closed_sender,
+            new_labelers,
+        };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
+        shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
+        shared.sampling.set_budget(config.cpu_budget);
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
         let pipeline = Self {
+            is_attached: false,
+            labelers,
             drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
             unwinder,
             programs,
+            governor: Governor::new(config.cpu_budget, config.frequency_hz, TERM),
+            meter: Meter::new(),
+            periods,
             view,
             uploads,
             stop_drain,
             stop_uploads,
         };
-        pipeline.programs.start()?;
         Ok(pipeline)
+    }
+
+    /// Attaches everything and samples.
+    pub(crate) fn resume(&mut self) -> anyhow::Result<()> {
+        if let Err(error) = self.programs.start() {
+            // Not half: what could be attached is not worth having.
+            self.programs.stop();
+            return Err(error).context("attach to the kernel");
+        }
+        self.is_attached = true;
+        self.view.shared.gauges.set_paused(false);
+        Ok(())
+    }
+
+    /// Detaches everything. What was sampled goes its way; the stages wait.
+    pub(crate) fn pause(&mut self) {
+        self.programs.stop();
+        self.is_attached = false;
+        self.view.shared.gauges.set_paused(true);
+    }
+
+    /// Labels series anew, from the worker's next look at its tables on.
+    pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
+        // An error means that the worker is dead, which ends the agent.
+        let _ = self.labelers.send(Labeler::new(node, labels));
     }
 
     /// What metrics and the status line read.
@@ -244,9 +304,51 @@ impl Pipeline {
 
     /// Samples CPUs that have come online, and forgets those that are gone.
     pub(crate) fn follow_cpus(&mut self) {
+        if !self.is_attached {
+            return;
+        }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
+        }
+    }
+
+    /// Samples so many times a second and CPU from now on, as far as the CPU budget lets it. The open window ends.
+    pub(crate) fn set_frequency(&mut self, hz: u32) -> Result<(), BpfError> {
+        self.governor.want(hz);
+        self.apply_frequency()
+    }
+
+    fn apply_frequency(&mut self) -> Result<(), BpfError> {
+        let hz = self.governor.hz();
+        self.view.shared.sampling.set_hz(hz, self.governor.wanted_hz());
+        let period_ns = period_ns(hz);
+        // Told first: who gets a sample of the new period knows of it.
+        let told = self.periods.send(NewPeriod { period_ns, at_ns: clock::boot_ns() });
+        if told.is_err() {
+            // The worker is dead, which ends the agent.
+            return Ok(());
+        }
+        self.programs.set_period(period_ns)
+    }
+
+    /// Looks at what profiling takes of the CPUs, and lowers or restores the frequency. To be called about once a second.
+    pub(crate) fn keep_to_budget(&mut self) {
+        let sampling = &self.view.shared.sampling;
+        let Some((used, elapsed)) = self.meter.read(&self.view.kernel, self.programs.cpus(), sampling) else {
+            return;
+        };
+        let Some(step) = self.governor.observe(used, elapsed) else { return };
+        let Step { hz, direction, used } = step;
+        sampling.count(direction);
+        let (used, budget) =
+            (format!("{:.3}%", used * 100.0), sampling.budget().map(|budget| budget.to_string()));
+        match direction {
+            Direction::Down => warn!(hz, used, budget, "above the CPU budget: sampling less often"),
+            Direction::Up => info!(hz, used, budget, "well below the CPU budget: sampling more often"),
+        }
+        if let Err(error) = self.apply_frequency() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), hz, "change the sampling frequency");
         }
     }
 
@@ -274,6 +376,65 @@ impl Pipeline {
             let _ = runtime.block_on(upload);
         }
         Stopped { balances: self.view.balances(), failure }
+    }
+}
+
+/// The sampling period of a frequency, in nanoseconds of CPU time.
+pub(crate) fn period_ns(hz: u32) -> u64 {
+    1_000_000_000 / u64::from(hz.max(1))
+}
+
+/// From `at_ns` of the boot clock on, samples are taken with another period.
+#[derive(Clone, Copy, Debug)]
+struct NewPeriod {
+    period_ns: u64,
+    at_ns: u64,
+}
+
+/// Threads of the embedded backend, by name. What they take is not what profiling costs: sampling less often makes no
+/// query cheaper.
+const BACKEND_THREADS: &[&str] = &[embedded::THREAD_NAME, "wal-writer", "store-maintain"];
+
+/// Measures what profiling takes: the agent's threads but for the embedded backend's, and the programs in the kernel.
+struct Meter {
+    backend: ThreadGroup,
+    bpf: BpfTime,
+    at: Instant,
+    taken: Duration,
+    recent: VecDeque<Use>,
+}
+
+impl Meter {
+    /// Readings that the shown use is a mean of: those of ten seconds.
+    const RECENT_MAX: usize = 10;
+
+    fn new() -> Self {
+        Self {
+            backend: ThreadGroup::new(BACKEND_THREADS),
+            bpf: BpfTime::default(),
+            at: Instant::now(),
+            taken: Duration::ZERO,
+            recent: VecDeque::new(),
+        }
+    }
+
+    /// What was used since the last call. `None` where the counters cannot be read, which the next call makes up for.
+    fn read(&mut self, kernel: &KernelCounts, cpus: usize, sampling: &Sampling) -> Option<(Use, Duration)> {
+        let count = |counter| kernel.get(counter).ok();
+        self.bpf.update(count(Counter::CpuTaken)?, count(Counter::CpuTimed)?, count(Counter::CpuTimedNs)?);
+        let backend = self.backend.cpu_time();
+        let taken = usage::cpu_time().saturating_sub(backend) + self.bpf.total();
+        let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
+        let elapsed = now - self.at;
+        let used = Use { taken: taken.saturating_sub(self.taken), available: elapsed.saturating_mul(cpus) };
+        (self.at, self.taken) = (now, taken);
+        if self.recent.len() == Self::RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(used);
+        sampling.set_used(self.recent.iter().copied().sum::<Use>().ratio());
+        sampling.set_times(self.bpf.total(), backend);
+        Some((used, elapsed))
     }
 }
 
@@ -336,10 +497,10 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-fn executables() -> Arc<ExecutableCache> {
+fn executables(most: usize) -> Arc<ExecutableCache> {
     let open_files = crate::sys::limits::raise_open_files().unwrap_or(1024);
-    let executables = usize::try_from((open_files / OPEN_FILES_SHARE).min(EXECUTABLES_MAX)).unwrap_or(256);
-    Arc::new(ExecutableCache::new(executables))
+    let executables = usize::try_from(open_files / OPEN_FILES_SHARE).unwrap_or(usize::MAX);
+    Arc::new(ExecutableCache::new(executables.min(most)))
 }
 
 fn start_unwinder(
@@ -349,7 +510,7 @@ fn start_unwinder(
 ) -> anyhow::Result<(TableRequests, JoinHandle<()>)> {
     let maps = programs.take_unwind_maps()?;
     let images = ImageReader::new("/proc".into(), Arc::clone(executables));
-    let unwinder = Unwinder::new(maps, images, Arc::clone(&shared.unwind));
+    let unwinder = Unwinder::new(maps, shared.memory.unwind, images, Arc::clone(&shared.unwind));
     let (tables, requests) = unwind::requests(Arc::clone(&shared.unwind));
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
@@ -386,7 +547,10 @@ struct Worker {
     shared: Shared,
     processes: Processes,
     windows: Windows,
+    periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
+    /// Labelers that are to be used from now on.
+    new_labelers: Receiver<Labeler>,
 }
 
 impl Worker {
@@ -426,6 +590,13 @@ impl Worker {
             );
             self.processes.forget_all();
         }
+        if self.shared.gauges.is_paused() {
+            // Nobody says which of them exec meanwhile.
+            self.processes.forget_all();
+        }
+        if let Some(labeler) = self.new_labelers.try_iter().last() {
+            self.processes.set_labeler(labeler);
+        }
         self.processes.forget_idle();
         self.processes.forget_exited();
         self.shared.gauges.set_processes(&self.processes);
@@ -435,6 +606,9 @@ impl Worker {
 
     /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
     fn take(&mut self, batch: &drain::Batch) {
+        for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
+            self.windows.set_period(period_ns, at_ns);
+        }
         self.shared.ledger.leave(Place::DrainQueue, batch.samples());
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
@@ -611,15 +785,28 @@ mod tests {
     /// Sends a batch through worker and encoder to a destination that nobody serves, and gives its account. `between`
     /// sees the batch after the drain and before the worker.
     fn account(records: &[Vec<u8>], between: impl FnOnce(drain::Batch) -> drain::Batch) -> Balance {
-        let shared = Shared::new([Exporter::new("nobody".to_owned())].into()).expect("threads can be had");
+        let shared = {
+            let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
+            let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
+            Shared::new([nobody].into(), memory).expect("threads can be had")
+        };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
-        let (drain_sender, drained) = sync_channel(BATCHES_MAX);
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);
+        let (batch_sender, batches) = sync_channel(shared.memory.drain_batches);
         let now = clock::boot_ns();
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
-        let processes = Processes::new(images, Labeler::new("n", &[]), None);
-        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let processes = Processes::new(images, Labeler::new("n", &[]), None, 8);
+        let room = Room::new(shared.memory.windows_bytes);
+        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
+        let ((_, periods), (_, new_labelers)) = (channel(), channel());
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            periods,
+            closed: closed_sender,
+            new_labelers,
+        };
         let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
 
         drain::send(batch(records), &drain_sender, &shared.ledger);

@@ -5,42 +5,26 @@ use std::{
     io::{self, IsTerminal as _, Write as _},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
-use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
-use tracing_subscriber::EnvFilter;
+use profiler_common::wire::StackEnd;
 
 use crate::{
-    config::{ConfigError, LogFormat},
+    budget::{CpuShare, Sampling},
     drain::KernelCut,
     export::Quality,
     ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
+    memory::MemoryPlan,
     pipeline::{Exporter, Shared, View},
     process::{ProcessCounts, Processes},
+    status::Health,
     symbolize,
     sys::usage,
     unwind::UnwindCounts,
 };
-
-/// Starts logging to standard error.
-pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), ConfigError> {
-    let parsed = EnvFilter::try_new(filter).map_err(|error| {
-        ConfigError::new(
-            "log",
-            filter,
-            format!("{error}; accepted: error, warn, info, debug, trace, or a tracing filter"),
-        )
-    })?;
-    let logs = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(io::stderr);
-    match format {
-        LogFormat::Text => logs.with_ansi(io::stderr().is_terminal()).with_target(false).init(),
-        LogFormat::Json => logs.json().init(),
-    }
-    Ok(())
-}
 
 /// Sizes and rates of now, written by the stages.
 #[derive(Debug, Default)]
@@ -56,6 +40,9 @@ pub(crate) struct Gauges {
     late: AtomicU64,
     named: AtomicU64,
     unnamed: AtomicU64,
+    is_paused: AtomicBool,
+    reloads_accepted: AtomicU64,
+    reloads_refused: AtomicU64,
 }
 
 impl Gauges {
@@ -92,8 +79,54 @@ impl Gauges {
         self.unnamed.store(quality.unnamed, Relaxed);
     }
 
+    /// User stacks that end at their root, and all of them.
+    fn complete(&self) -> (u64, u64) {
+        self.stacks().fold((0, 0), |(complete, all), (end, count)| {
+            (complete + if end.is_complete() { count } else { 0 }, all + count)
+        })
+    }
+
+    /// Named frames of the last window, and all of them.
+    fn named(&self) -> (u64, u64) {
+        let (named, unnamed) = (self.named.load(Relaxed), self.unnamed.load(Relaxed));
+        (named, named + unnamed)
+    }
+
+    /// Whether nothing is attached to the kernel, for somebody has said so.
+    pub(crate) fn set_paused(&self, is_paused: bool) {
+        self.is_paused.store(is_paused, Relaxed);
+    }
+
+    /// Whether nothing is attached to the kernel.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.is_paused.load(Relaxed)
+    }
+
+    /// The configuration was read again; it was accepted or not.
+    pub(crate) fn count_reload(&self, is_accepted: bool) {
+        let count = if is_accepted { &self.reloads_accepted } else { &self.reloads_refused };
+        count.fetch_add(1, Relaxed);
+    }
+
     fn stacks(&self) -> impl Iterator<Item = (StackEnd, u64)> {
         StackEnd::ALL.into_iter().zip(self.stacks.iter().map(|count| count.load(Relaxed)))
+    }
+}
+
+/// What `/status` says of how it goes.
+pub(crate) fn health(view: &View) -> Health {
+    let gauges = &view.shared.gauges;
+    let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
+    let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+    Health {
+        processes: gauges.processes.load(Relaxed),
+        containers: gauges.containers.load(Relaxed),
+        complete_ratio: ratio(complete, all),
+        named_ratio: ratio(named, frames),
+        cpu_seconds: usage::cpu_time().as_secs_f64(),
+        resident_bytes: usage::resident_bytes(),
+        sampling: view.shared.sampling.to_string(),
+        memory: view.shared.memory.to_string(),
     }
 }
 
@@ -108,8 +141,10 @@ pub(crate) fn metrics(view: &View) -> String {
         "Samples put into a later window than their own.",
         late,
     );
+    sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
-    unwind_tables(&mut text, &shared.unwind);
+    memory(&mut text, &shared.memory);
+    unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
@@ -133,10 +168,56 @@ pub(crate) fn metrics(view: &View) -> String {
         "Times that the kernel's map of known processes had no room for one.",
         view.processes_not_kept(),
     );
+    operation(&mut text, gauges);
     text.gauge("profiler_agent_resident_bytes", "Resident memory of the agent.", usage::resident_bytes());
     text.head("profiler_agent_cpu_seconds_total", "CPU time of the agent, user and system.", "counter");
     text.line(format_args!("profiler_agent_cpu_seconds_total {}", usage::cpu_time().as_secs_f64()));
     text.0
+}
+
+fn operation(text: &mut Text, gauges: &Gauges) {
+    let is_paused = gauges.is_paused().into();
+    text.gauge(
+        "profiler_agent_paused",
+        "1 while nothing is attached to the kernel, as was asked.",
+        is_paused,
+    );
+    let metric = "profiler_agent_config_reloads_total";
+    text.head(metric, "Times the configuration was read again, by what became of it.", "counter");
+    for (result, count) in [("accepted", &gauges.reloads_accepted), ("refused", &gauges.reloads_refused)] {
+        text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
+    }
+}
+
+fn sampling(text: &mut Text, sampling: &Sampling) {
+    let hz = sampling.hz().into();
+    text.gauge("profiler_agent_frequency_hz", "Samples per second and CPU.", hz);
+    let metric = "profiler_agent_frequency_changes_total";
+    text.head(metric, "Changes of the frequency by the CPU budget, by direction.", "counter");
+    for (direction, changes) in sampling.changes() {
+        text.line(format_args!("{metric}{{direction=\"{direction}\"}} {changes}"));
+    }
+    let metric = "profiler_agent_cpu_budget_ratio";
+    text.head(
+        metric,
+        "Share of the CPU time of all CPUs that profiling may take; 1 without a budget.",
+        "gauge",
+    );
+    text.line(format_args!("{metric} {}", sampling.budget().map_or(1.0, CpuShare::ratio)));
+    let metric = "profiler_agent_cpu_used_ratio";
+    let help = "Share it took in the last 10 s: the agent without the embedded backend, and its programs in the kernel.";
+    text.head(metric, help, "gauge");
+    text.line(format_args!("{metric} {}", sampling.used()));
+    let metric = "profiler_agent_bpf_seconds_total";
+    text.head(metric, "CPU time of the sampling program, estimated from 1 of 64 runs.", "counter");
+    text.line(format_args!("{metric} {}", sampling.bpf_time().as_secs_f64()));
+    let metric = "profiler_agent_backend_cpu_seconds_total";
+    text.head(
+        metric,
+        "CPU time of the embedded backend, also part of profiler_agent_cpu_seconds_total.",
+        "counter",
+    );
+    text.line(format_args!("{metric} {}", sampling.backend_time().as_secs_f64()));
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
@@ -228,7 +309,17 @@ fn stacks(text: &mut Text, shared: &Shared) {
     }
 }
 
-fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
+fn memory(text: &mut Text, plan: &MemoryPlan) {
+    let metric = "profiler_agent_memory_limit_bytes";
+    text.gauge(metric, "The limit that all sizes follow from.", plan.limit_bytes);
+    let metric = "profiler_agent_memory_bytes";
+    text.head(metric, "What each table, cache or queue may take of it.", "gauge");
+    for (what, bytes) in plan.parts() {
+        text.line(format_args!("{metric}{{what=\"{what}\"}} {bytes}"));
+    }
+}
+
+fn unwind_tables(text: &mut Text, counts: &UnwindCounts, leaves_max: u32) {
     let UnwindCounts { tables, leaves, processes, has_scanned, requests_dropped, .. } = counts;
     text.gauge("profiler_agent_unwind_tables", "Unwind tables in the kernel.", tables.load(Relaxed));
     let processes = processes.load(Relaxed);
@@ -242,7 +333,7 @@ fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
     let metric = "profiler_agent_unwind_leaves";
     text.head(metric, "Pages of 512 unwind rows in the kernel.", "gauge");
     text.line(format_args!("{metric}{{state=\"used\"}} {}", leaves.load(Relaxed)));
-    text.line(format_args!("{metric}{{state=\"max\"}} {UNWIND_LEAVES_MAX}"));
+    text.line(format_args!("{metric}{{state=\"max\"}} {leaves_max}"));
     let metric = "profiler_agent_unwind_table_errors_total";
     text.head(metric, "Executables or processes that must do without unwind tables, by reason.", "counter");
     for (reason, count) in counts.errors() {
@@ -281,6 +372,16 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
         "profiler_agent_symbol_parser_panics_total",
         "Panics of a parser that were caught.",
         counts.parser_panics,
+    );
+    text.counter(
+        "profiler_agent_perf_map_bytes_total",
+        "Bytes read of perf maps, in which runtimes name generated code.",
+        counts.perf_map_bytes,
+    );
+    text.counter(
+        "profiler_agent_perf_map_lines_left_out_total",
+        "Lines of perf maps left out: not as documented, too long, or too many.",
+        counts.perf_map_lines_left_out,
     );
     text.gauge("profiler_agent_symbol_cache_bytes", "Bytes of symbolized locations.", counts.cache_bytes);
     text.gauge("profiler_agent_symbol_cache_entries", "Symbolized locations.", counts.cached);
@@ -400,17 +501,14 @@ impl Status {
         (self.at, self.cpu, self.taken) = (now, cpu, taken);
 
         let gauges = &self.view.shared.gauges;
-        let (complete, all) = gauges.stacks().fold((0, 0), |(complete, all), (end, count)| {
-            (complete + if end.is_complete() { count } else { 0 }, all + count)
-        });
-        let (named, unnamed) = (gauges.named.load(Relaxed), gauges.unnamed.load(Relaxed));
+        let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
         let shared = &self.view.shared;
         let dropped = dropped(&shared.ledger, &destinations(shared));
         format!(
             "{rate:.0} samples/s, {} containers, {} to the root, {} named, {dropped} dropped, {own_cpu:.1}% CPU, {} MiB",
             gauges.containers.load(Relaxed),
             percent(complete, all),
-            percent(named, named + unnamed),
+            percent(named, frames),
             usage::resident_bytes() >> 20,
         )
     }

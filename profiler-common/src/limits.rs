@@ -32,11 +32,7 @@ pub const UNWIND_DIRECTORIES_MAX: u32 = 384;
 
 /// Sets of mappings that the kernel side knows, 4 KiB each: 3 MiB. Processes that were forked and have not changed
 /// their mappings share one.
-pub const UNWIND_CHUNKS_MAX: u32 = 768;
-
-/// Processes that the kernel side knows: sampled ones, those with tables, and what they fork. About 90 bytes each,
-/// 0.7 MiB.
-pub const PROCESSES_MAX: u32 = 8192;
+pub const UNWIND_PROCESSES_MAX: u32 = 768;
 
 /// Distinct unwind rules in the kernel, 12 bytes each. 510 shared libraries have 3,600.
 pub const UNWIND_RULES_MAX: u32 = 16_384;

@@ -16,23 +16,31 @@ pub enum Counter {
     ExecSubmitted = 4,
     /// Exec records dropped: the ring buffer was full.
     ExecDroppedRingFull = 5,
+    /// Runs of the sampling program whose duration was measured: 1 of [`TIMED_EVERY`].
+    CpuTimed = 6,
+    /// Nanoseconds that the measured runs took.
+    CpuTimedNs = 7,
     /// Fork records written.
-    ForkSubmitted = 6,
+    ForkSubmitted = 8,
     /// Fork records dropped: the ring buffer was full.
-    ForkDroppedRingFull = 7,
+    ForkDroppedRingFull = 9,
     /// Exit records written.
-    ExitSubmitted = 8,
+    ExitSubmitted = 10,
     /// Exit records dropped: the ring buffer was full.
-    ExitDroppedRingFull = 9,
+    ExitDroppedRingFull = 11,
     /// Sampled processes that `PROCESSES` had no room for, at each of their samples.
-    CpuProcessNotKept = 10,
+    CpuProcessNotKept = 12,
     /// Forked processes that `PROCESSES` had no room for.
-    ForkProcessNotKept = 11,
+    ForkProcessNotKept = 13,
 }
+
+/// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
+pub const TIMED_EVERY: u64 = 64;
+const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 12;
+    pub const COUNT: u32 = 14;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -42,6 +50,8 @@ impl Counter {
         Self::CpuDroppedNoScratch,
         Self::ExecSubmitted,
         Self::ExecDroppedRingFull,
+        Self::CpuTimed,
+        Self::CpuTimedNs,
         Self::ForkSubmitted,
         Self::ForkDroppedRingFull,
         Self::ExitSubmitted,

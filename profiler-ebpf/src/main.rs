@@ -19,6 +19,7 @@ mod process;
 mod stack;
 mod table;
 mod task;
+mod timing;
 
 /// On-CPU samples: attached to one clock event per CPU.
 #[perf_event]

@@ -141,8 +141,16 @@ pub(crate) use kernel_fact;
 /// A plain addition: a counter is raised by one program family, and a program is not interrupted by itself.
 #[inline(always)]
 pub fn count(counter: Counter) {
-    if let Some(slot) = STATS.get_ptr_mut(counter as u32) {
-        // SAFETY: the look-up gave a live value of this CPU's slot.
-        unsafe { *slot = (*slot).wrapping_add(1) };
-    }
+    add(counter, 1);
+}
+
+/// Adds to a counter of this CPU, as [`count`] does, and gives its new value; 0 where there is none.
+#[inline(always)]
+pub fn add(counter: Counter, amount: u64) -> u64 {
+    let Some(slot) = STATS.get_ptr_mut(counter as u32) else { return 0 };
+    // SAFETY: the look-up gave a live value of this CPU's slot.
+    let sum = unsafe { *slot }.wrapping_add(amount);
+    // SAFETY: as above.
+    unsafe { *slot = sum };
+    sum
 }

@@ -2,6 +2,8 @@
 //!
 //! A process that nobody asks about pays one look-up for a fork or an exit of its own.
 
+use core::num::NonZeroU64;
+
 use aya_ebpf::programs::RawTracePointContext;
 use profiler_common::{
     stats::Counter,
@@ -44,12 +46,13 @@ pub fn fork(ctx: &RawTracePointContext) {
     }
     let child: u64 = ctx.arg(1);
     let Some(tgid) = task::tgid_of(child) else { return };
+    let tgid = tgid.get();
     // A thread of its own.
     if tgid == parent {
         return;
     }
     let Some(entry) = table::entry_of(parent, task::start_ns(task::group_leader())) else { return };
-    let start_ns = task::start_ns(Some(child));
+    let start_ns = task::start_ns(NonZeroU64::new(child));
     if PROCESSES.insert(tgid, entry.inherited(start_ns / NS_PER_TICK), 0).is_err() {
         count(Counter::ForkProcessNotKept);
     }

@@ -19,10 +19,10 @@ use crate::{
 
 /// The process's entry; an entry of an earlier process of the same id is none. A start of 0 is unknown and equals any.
 #[inline(always)]
-pub fn entry_of(tgid: u32, start_ns: u64) -> Option<ProcessEntry> {
+pub fn entry_of(tgid: u32, start_ns: u64) -> Option<&'static ProcessEntry> {
     let entry = PROCESSES.get_ptr(tgid)?;
-    // SAFETY: the look-up gave a value of a preallocated map, which stays readable.
-    let entry = unsafe { entry.read() };
+    // SAFETY: the look-up gave a value of a preallocated map, which stays readable; others write it only as a whole.
+    let entry = unsafe { &*entry };
     entry.is_of(start_ns).then_some(entry)
 }
 

@@ -1,5 +1,7 @@
 //! Fields of the current `task_struct`, read at offsets that the agent took from the kernel's BTF.
 
+use core::num::{NonZeroU32, NonZeroU64};
+
 use profiler_common::limits::COMM_BYTES;
 
 use crate::{
@@ -31,8 +33,8 @@ fn read_word(task: u64, offset: u32) -> Option<u32> {
 
 /// Id of the process that a task belongs to.
 #[inline(always)]
-pub fn tgid_of(task: u64) -> Option<u32> {
-    read_word(task, kernel_fact!(task_tgid_offset))
+pub fn tgid_of(task: u64) -> Option<NonZeroU32> {
+    read_word(task, kernel_fact!(task_tgid_offset)).and_then(NonZeroU32::new)
 }
 
 /// Whether the current task has begun to exit. Unknown counts as yes.
@@ -58,24 +60,27 @@ pub fn has_user_memory() -> bool {
 }
 
 /// Address of the `task_struct` of the current process's main thread.
+///
+/// Never 0, so that an absent one is a 0 and not a flag beside an undefined word: LLVM keeps such a word on the stack and
+/// loads it before it looks at the flag, which kernels before 6.3 refuse ("invalid read from stack").
 #[inline(always)]
-pub fn group_leader() -> Option<u64> {
-    read_field(current_task(), kernel_fact!(task_group_leader_offset))
+pub fn group_leader() -> Option<NonZeroU64> {
+    read_field(current_task(), kernel_fact!(task_group_leader_offset)).and_then(NonZeroU64::new)
 }
 
 /// When the process started, on CLOCK_BOOTTIME in nanoseconds; 0 when unknown.
 #[inline(always)]
-pub fn start_ns(leader: Option<u64>) -> u64 {
+pub fn start_ns(leader: Option<NonZeroU64>) -> u64 {
     let Some(leader) = leader else { return 0 };
-    read_field(leader, kernel_fact!(task_start_boottime_offset)).unwrap_or(0)
+    read_field(leader.get(), kernel_fact!(task_start_boottime_offset)).unwrap_or(0)
 }
 
 /// Copies the name of the process to `to`, or leaves zeros.
 #[inline(always)]
-pub fn read_comm(leader: Option<u64>, to: *mut [u8; COMM_BYTES]) {
+pub fn read_comm(leader: Option<NonZeroU64>, to: *mut [u8; COMM_BYTES]) {
     let offset = kernel_fact!(task_comm_offset);
     let read = match leader {
-        Some(leader) if offset != 0 => read_kernel(leader.wrapping_add(u64::from(offset)), to),
+        Some(leader) if offset != 0 => read_kernel(leader.get().wrapping_add(u64::from(offset)), to),
         _ => None,
     };
     if read.is_none() {

@@ -15,9 +15,9 @@ use std::{fmt, io};
 
 pub(crate) use build_id::BuildId;
 pub(crate) use cache::ExecutableCache;
-pub(crate) use elf::{CompressedSection, Elf, ElfError, SectionBytes, SymbolSections};
+pub(crate) use elf::{CompressedSection, Elf, ElfError, GoTable, SectionBytes, SymbolSections};
 pub(crate) use identity::Identity;
-pub(crate) use open::MappedFile;
+pub(crate) use open::{MappedFile, open_in_root};
 
 use crate::addr::{ElfAddr, FileOffset};
 
@@ -86,6 +86,10 @@ impl Executable {
 
     pub(crate) fn is_go(&self) -> bool {
         self.elf.is_go
+    }
+
+    pub(crate) fn go_table(&self) -> Option<&GoTable> {
+        self.elf.go_table.as_ref()
     }
 
     /// Reads the headers of an open regular file.

@@ -10,9 +10,6 @@ use tokio::sync::Notify;
 
 use crate::ledger::DestinationTotals;
 
-/// Bytes kept for one destination while it is away. A node's batch is about 30 KiB, so this is hours of windows.
-const QUEUE_BYTES_MAX: usize = 32 << 20;
-
 /// One upload: a whole `PushRequest`, encoded once and sent as it is at each try.
 #[derive(Clone, Debug)]
 pub(crate) struct Batch {
@@ -58,14 +55,10 @@ pub(crate) enum Outcome {
     Shutdown,
 }
 
-impl Default for Queue {
-    fn default() -> Self {
-        Self::with_bytes_max(QUEUE_BYTES_MAX)
-    }
-}
-
 impl Queue {
-    fn with_bytes_max(bytes_max: usize) -> Self {
+    /// A queue of so many bytes, kept while the destination is away. A node's batch is about 30 KiB: 28 MiB are hours of
+    /// windows.
+    pub(crate) fn with_bytes_max(bytes_max: usize) -> Self {
         Self { state: Mutex::default(), changed: Notify::new(), bytes_max }
     }
 
@@ -167,7 +160,7 @@ mod tests {
     #[test]
     fn each_outcome_has_its_own_count_and_the_queue_ends_when_closed() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let queue = Queue::default();
+        let queue = Queue::with_bytes_max(1 << 20);
         for events in [1, 2, 4] {
             queue.push(batch(1, events));
         }

@@ -1,5 +1,6 @@
 //! Processes by pid and start time: what they map, and which series they belong to.
 
+mod generated;
 mod image;
 pub(crate) mod maps;
 
@@ -11,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use generated::{GeneratedCode, PerfMapError};
 use image::ImageCounts;
 pub(crate) use image::{Backing, ImageReader, Mapping};
 use profiler_common::unwind::mappings::NS_PER_TICK;
@@ -22,8 +24,6 @@ use crate::{
     unwind::TableRequests,
 };
 
-/// Processes remembered. A process takes about 2 KiB here.
-const PROCESSES_MAX: usize = 16_384;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
@@ -44,6 +44,8 @@ pub(crate) struct Process {
     pub(crate) series: SeriesLabels,
     /// Ascending and disjoint.
     mappings: Arc<[Mapping]>,
+    /// Code without a file.
+    pub(crate) generated: Arc<GeneratedCode>,
     /// It could be looked at; else its labels are made from its name.
     is_read: bool,
     cgroup_id: u64,
@@ -79,6 +81,7 @@ impl Process {
             start_ns,
             series: self.series.clone(),
             mappings: Arc::clone(&self.mappings),
+            generated: Arc::clone(&self.generated),
             is_read: true,
             cgroup_id: self.cgroup_id,
             mappings_read: self.mappings_read,
@@ -131,13 +134,27 @@ pub(crate) struct Processes {
     /// Processes that have ended, by when that was told.
     exited: VecDeque<(Instant, u32, u64)>,
     counts: ProcessCounts,
+    /// A process takes about 2 KiB here.
+    processes_max: usize,
 }
 
 impl Processes {
-    /// An empty table.
-    pub(crate) fn new(images: ImageReader, labeler: Labeler, tables: Option<TableRequests>) -> Self {
-        let (by_pid, exited, counts) = Default::default();
-        Self { by_pid, images, labeler, tables, exited, counts }
+    /// An empty table for so many processes.
+    pub(crate) fn new(
+        images: ImageReader,
+        labeler: Labeler,
+        tables: Option<TableRequests>,
+        processes_max: usize,
+    ) -> Self {
+        Self {
+            by_pid: HashMap::new(),
+            images,
+            labeler,
+            tables,
+            exited: VecDeque::new(),
+            counts: ProcessCounts::default(),
+            processes_max,
+        }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -208,7 +225,7 @@ impl Processes {
         }
         // What is known of the parent is of the parent's present image; children do not push others out.
         let Some(parent) = self.by_pid.get(&parent).filter(|parent| parent.is_read) else { return };
-        if self.by_pid.len() < PROCESSES_MAX {
+        if self.by_pid.len() < self.processes_max {
             let child_process = parent.forked(start_ns, Instant::now());
             self.by_pid.insert(child, child_process);
         }
@@ -219,7 +236,7 @@ impl Processes {
         if let Some(tables) = &self.tables {
             tables.exited(pid, start_ns);
         }
-        if self.exited.len() >= PROCESSES_MAX {
+        if self.exited.len() >= self.processes_max {
             self.forget_first_exited();
         }
         if self.by_pid.contains_key(&pid) {
@@ -262,6 +279,12 @@ impl Processes {
         self.by_pid.clear();
     }
 
+    /// Labels all processes by another labeler from now on.
+    pub(crate) fn set_labeler(&mut self, labeler: Labeler) {
+        self.labeler = labeler;
+        self.forget_all();
+    }
+
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
         self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
@@ -291,7 +314,7 @@ impl Processes {
     }
 
     fn make_room(&mut self) {
-        if self.by_pid.len() < PROCESSES_MAX {
+        if self.by_pid.len() < self.processes_max {
             return;
         }
         let longest_idle =
@@ -311,17 +334,20 @@ impl Processes {
             self.counts.gone += 1;
             return self.unread(sampled, now);
         }
-        Process { series, mappings: mappings.into(), is_read: true, ..self.unread(sampled, now) }
+        let exe = series.get("exe").unwrap_or_default();
+        let generated = Arc::new(GeneratedCode::new(sampled.pid, sampled.start_ns, exe));
+        Process { series, mappings: mappings.into(), generated, is_read: true, ..self.unread(sampled, now) }
     }
 
     /// A process of which only the sample is known.
     fn unread(&self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let Sampled { pid: _, start_ns, cgroup_id, comm } = sampled;
+        let Sampled { pid, start_ns, cgroup_id, comm } = sampled;
         let series = self.labeler.series(&Subject { comm, ..Subject::default() });
         Process {
             start_ns,
             series,
             mappings: Arc::default(),
+            generated: Arc::new(GeneratedCode::new(pid, start_ns, comm)),
             is_read: false,
             cgroup_id,
             mappings_read: now,
@@ -393,7 +419,7 @@ mod tests {
 
     fn processes() -> Processes {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
-        Processes::new(images, Labeler::new("n", &[]), None)
+        Processes::new(images, Labeler::new("n", &[]), None, 64)
     }
 
     fn sampled(pid: u32, start_ns: u64, comm: &str) -> Sampled<'_> {

@@ -2,10 +2,14 @@
 
 mod cache;
 mod demangle;
+mod generated;
+mod go;
 mod inflate;
 mod kernel;
 mod native;
 mod nesting;
+mod pclntab;
+mod perf_map;
 mod queue;
 
 use std::collections::HashMap;
@@ -18,14 +22,13 @@ use std::{io, thread};
 
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
+use crate::process::GeneratedCode;
 use crate::sys::sigbus;
+use generated::GeneratedSymbols;
 pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
 use native::NativeSymbols;
 use queue::{Lane, Queue, Source, Work};
-
-/// Bytes of symbolized locations kept by default.
-pub(crate) const CACHE_BYTES_MAX: usize = 64 << 20;
 
 /// Stack of a symbolizer thread: DWARF nests as deep as calls were inlined, and the parser recurses with it. Only
 /// touched pages cost memory.
@@ -41,6 +44,8 @@ const IDLE: Duration = Duration::from_secs(5);
 pub(crate) enum LocationKey {
     /// In a file; holding the key keeps the file open.
     Native { executable: Arc<Executable>, addr: ElfAddr },
+    /// In code that a process has generated, as it was known by this version of it.
+    Generated { code: Arc<GeneratedCode>, version: u32, addr: Addr },
     /// In the kernel, a module or a BPF program.
     Kernel(Addr),
 }
@@ -49,6 +54,8 @@ pub(crate) enum LocationKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum LocationId {
     Native(ExecutableId, ElfAddr),
+    /// By the version of the code, which tells processes apart too.
+    Generated(u32, Addr),
     Kernel(Addr),
 }
 
@@ -56,6 +63,7 @@ impl LocationKey {
     pub(crate) fn id(&self) -> LocationId {
         match self {
             Self::Native { executable, addr } => LocationId::Native(executable.id(), *addr),
+            Self::Generated { code: _, version, addr } => LocationId::Generated(*version, *addr),
             Self::Kernel(addr) => LocationId::Kernel(*addr),
         }
     }
@@ -125,6 +133,12 @@ pub(crate) enum Reason {
     Malformed,
     /// The file was shortened while it was read.
     FileChanged,
+    /// The process has no perf map: nobody told its runtime to write one.
+    NoPerfMap,
+    /// Its perf map is no regular file, another user's, or an earlier process's.
+    PerfMapRefused,
+    /// The perf map does not have the address.
+    NotInPerfMap,
     /// The kernel shows no addresses: CAP_SYSLOG is missing, or kernel.kptr_restrict is 2.
     KallsymsHidden,
     /// Not ready when the window had to leave; it will be for the next.
@@ -135,11 +149,14 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// Every reason, in the order of [`Counts::unresolved`].
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::NoSymbols,
         Self::NotInSymbols,
         Self::Malformed,
         Self::FileChanged,
+        Self::NoPerfMap,
+        Self::PerfMapRefused,
+        Self::NotInPerfMap,
         Self::KallsymsHidden,
         Self::Late,
         Self::QueueFull,
@@ -152,6 +169,9 @@ impl Reason {
             Self::NotInSymbols => "not_in_symbols",
             Self::Malformed => "malformed",
             Self::FileChanged => "file_changed",
+            Self::NoPerfMap => "no_perf_map",
+            Self::PerfMapRefused => "perf_map_refused",
+            Self::NotInPerfMap => "not_in_perf_map",
             Self::KallsymsHidden => "kallsyms_hidden",
             Self::Late => "late",
             Self::QueueFull => "queue_full",
@@ -176,6 +196,10 @@ pub(crate) struct Counts {
     pub(crate) unresolved: [u64; Reason::ALL.len()],
     /// Panics of a parser that were caught.
     pub(crate) parser_panics: u64,
+    /// Bytes read of perf maps.
+    pub(crate) perf_map_bytes: u64,
+    /// Lines of perf maps that were left out: not as documented, too long, or too many.
+    pub(crate) perf_map_lines_left_out: u64,
     pub(crate) cache_bytes: u64,
     pub(crate) cached: u64,
     pub(crate) waiting: u64,
@@ -192,8 +216,7 @@ pub(crate) struct Symbols {
 }
 
 impl Symbols {
-    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered, see
-    /// [`CACHE_BYTES_MAX`].
+    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered.
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
@@ -204,10 +227,11 @@ impl Symbols {
         for (lane, name) in [(Lane::Quick, "symbolize"), (Lane::Large, "symbolize-large")] {
             let queue = Arc::clone(&symbols.queue);
             let kernel = KernelSymbols::new(proc_root);
+            let generated = GeneratedSymbols::new(proc_root);
             let thread = thread::Builder::new()
                 .name(name.into())
                 .stack_size(STACK_BYTES)
-                .spawn(move || work(&queue, lane, kernel))?;
+                .spawn(move || work(&queue, lane, kernel, generated))?;
             symbols.threads.push(thread);
         }
         Ok(symbols)
@@ -253,13 +277,14 @@ impl Drop for Symbols {
 }
 
 /// The life of a symbolizer thread.
-fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols) {
+fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols, mut generated: GeneratedSymbols) {
     let mut native = NativeSymbols::new();
     loop {
         let Work { source, addrs } = match queue.take(lane, IDLE) {
             queue::Next::Work(work) => work,
             queue::Next::Idle => {
                 native.release_idle(Instant::now());
+                generated.release_idle(Instant::now());
                 continue;
             }
             queue::Next::Closed => return,
@@ -269,6 +294,12 @@ fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols) {
                 let ids = addrs.iter().map(|&addr| LocationId::Native(executable.id(), ElfAddr(addr)));
                 let found = native.symbolize(&executable, &addrs);
                 queue.finish(ids.zip(found), native.take_panics());
+            }
+            Source::Generated { code, version } => {
+                let found = generated.symbolize(&code, &addrs, Instant::now());
+                let ids = addrs.iter().map(|&addr| LocationId::Generated(version, Addr(addr)));
+                queue.finish(ids.zip(found), 0);
+                queue.count_perf_maps(generated.take_counts());
             }
             Source::Kernel => {
                 let addrs: Vec<Addr> = addrs.into_iter().map(Addr).collect();
@@ -280,6 +311,7 @@ fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols) {
             }
         }
         native.release_idle(Instant::now());
+        generated.release_idle(Instant::now());
     }
 }
 
@@ -317,7 +349,7 @@ mod tests {
         let library = LocationKey::Native { executable, addr };
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
-        let symbols = Symbols::start(Path::new("/proc"), CACHE_BYTES_MAX).unwrap();
+        let symbols = Symbols::start(Path::new("/proc"), 1 << 20).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());

@@ -15,7 +15,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::demangle::{cut, demangle, is_mangled};
 use super::inflate::is_honest;
-use super::{NewFrame, Reason, nesting};
+use super::{NewFrame, Reason, go, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableId, SymbolSections};
 use crate::sys::sigbus;
 
@@ -279,8 +279,28 @@ impl NativeSymbols {
 
     /// One answer per address of `executable`, in their order. Reads the file, so this may take seconds.
     ///
-    /// A file that makes the parser fail or panic is tried the next simpler way, and at last is [`Reason::Malformed`].
+    /// Go's own table comes first; what it does not have, such as C, and all other programs have symbols and DWARF.
     pub(super) fn symbolize(
+        &mut self,
+        executable: &Arc<Executable>,
+        addrs: &[u64],
+    ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let Some(table) = go::table(executable) else { return self.symbolize_elf(executable, addrs) };
+        let of_go: Vec<_> = addrs.iter().map(|&addr| go::frames(&table, addr)).collect();
+        let is_missing = |&(_, frames): &(&u64, &Option<_>)| frames.is_none();
+        let missing: Vec<u64> = addrs.iter().zip(&of_go).filter(is_missing).map(|(&addr, _)| addr).collect();
+        if missing.is_empty() {
+            return of_go.into_iter().flatten().map(Ok).collect();
+        }
+        let mut others = self.symbolize_elf(executable, &missing).into_iter();
+        let other =
+            |frames: Option<_>| frames.map(Ok).or_else(|| others.next()).unwrap_or(Err(Reason::Malformed));
+        of_go.into_iter().map(other).collect()
+    }
+
+    /// By symbols and DWARF. A file that makes the parser fail or panic is tried the next simpler way, and at last is
+    /// [`Reason::Malformed`].
+    fn symbolize_elf(
         &mut self,
         executable: &Arc<Executable>,
         addrs: &[u64],

@@ -1,5 +1,6 @@
 //! Raw system calls and kernel formats. With `profiler-ebpf`, the only place where `unsafe` lives.
 
+pub(crate) mod bpf_objects;
 pub(crate) mod btf;
 pub(crate) mod capabilities;
 pub(crate) mod clock;
@@ -10,4 +11,5 @@ pub(crate) mod memory;
 pub(crate) mod perf_event;
 pub(crate) mod random;
 pub(crate) mod sigbus;
+pub(crate) mod threads;
 pub(crate) mod usage;

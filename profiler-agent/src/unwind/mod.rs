@@ -27,10 +27,7 @@ use std::{
 };
 
 use aya::maps::MapError;
-use profiler_common::{
-    limits,
-    unwind::mappings::{NS_PER_TICK, ProcessEntry},
-};
+use profiler_common::unwind::mappings::{NS_PER_TICK, ProcessEntry};
 use profiler_unwind::Architecture;
 use tracing::{debug, warn};
 
@@ -45,6 +42,7 @@ use crate::{
     addr::FileOffset,
     bpf::UnwindMaps,
     executable::Executable,
+    memory::UnwindSizes,
     process::{Backing, ImageReader, Mapping},
     sys::memory,
 };
@@ -68,7 +66,7 @@ const REFUSED_MAX: usize = 8192;
 pub(crate) struct UnwindCounts {
     /// Tables in the kernel now.
     pub(crate) tables: AtomicU64,
-    /// Pages of rows they take, of `limits::UNWIND_LEAVES_MAX`.
+    /// Pages of rows they take.
     pub(crate) leaves: AtomicU64,
     /// Processes with tables now.
     pub(crate) processes: AtomicU64,
@@ -178,14 +176,19 @@ struct Image {
 }
 
 impl Unwinder {
-    /// No tables yet.
-    pub(crate) fn new(maps: UnwindMaps, images: ImageReader, counts: Arc<UnwindCounts>) -> Self {
+    /// No tables yet, in maps of these sizes.
+    pub(crate) fn new(
+        maps: UnwindMaps,
+        sizes: UnwindSizes,
+        images: ImageReader,
+        counts: Arc<UnwindCounts>,
+    ) -> Self {
         Self {
             maps,
             images,
             counts,
-            tables: Tables::new(ARCHITECTURE, limits::UNWIND_LEAVES_MAX, limits::UNWIND_DIRECTORIES_MAX),
-            chunks: Chunks::new(limits::UNWIND_CHUNKS_MAX),
+            tables: Tables::new(ARCHITECTURE, sizes.leaves, sizes.directories),
+            chunks: Chunks::new(sizes.processes),
             processes: HashMap::new(),
             refused: HashSet::new(),
             crowded_out: HashMap::new(),

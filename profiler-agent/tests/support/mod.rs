@@ -4,7 +4,7 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Read as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -39,6 +39,8 @@ impl Agent {
             .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
             .arg("--data-dir")
             .arg(data_dir.path().join("data"))
+            .arg("--run-dir")
+            .arg(data_dir.path().join("run"))
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -120,6 +122,16 @@ impl Agent {
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
+    /// The same as a pprof profile, which tells inlined calls from frames.
+    pub fn pprof_since(&self, selector: &str, moment: SystemTime) -> profiler_pprof::proto::Profile {
+        let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+        let to = (since_epoch + Duration::from_secs(3600)).as_millis().to_string();
+        let from = since_epoch.as_millis().to_string();
+        let what = [("query", selector), ("format", "pprof"), ("from", &from), ("to", &to)];
+        let body = self.query("/api/v1/merge", &what);
+        profiler_pprof::decode(&body, &profiler_pprof::DecodeLimits::default()).expect("a profile")
+    }
+
     /// The sum of a metric of the agent's over all its labels; `None` while it does not answer.
     pub fn metric(&self, name: &str) -> Option<f64> {
         let (_, body) = self.get(self.agent, "/metrics")?;
@@ -172,7 +184,8 @@ impl Drop for Agent {
     }
 }
 
-fn interrupt(child: &Child) {
+/// Ends a child as Ctrl-C does.
+pub fn interrupt(child: &Child) {
     let pid = i32::try_from(child.id()).expect("a pid");
     // SAFETY: a signal to a child that has not been waited for: the pid is still its.
     let status = unsafe { libc::kill(pid, libc::SIGINT) };
@@ -273,20 +286,26 @@ impl Program {
     pub fn start(name: &str, arguments: &[&str]) -> Self {
         let path = testprogs().join(name);
         assert!(path.exists(), "{} is not there: run cargo xtask testprogs", path.display());
-        let mut command = Command::new(path);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self::start_command(Command::new(path).args(arguments))
+    }
+
+    /// Starts a program that says `ready`, and waits until it does.
+    pub fn start_command(command: &mut Command) -> Self {
+        let name = command.get_program().to_owned();
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let output = child.stdout.as_mut().expect("piped");
         let mut line = String::new();
         BufReader::with_capacity(1, output).read_line(&mut line).expect("a line");
-        assert_eq!(line, "ready\n", "{name}");
+        assert_eq!(line, "ready\n", "{}", name.display());
         let input = child.stdin.take();
         Self { child, input }
     }
 
-    /// Starts a test program that not every machine can build.
-    pub fn start_if_built(name: &str) -> Option<Self> {
-        testprogs().join(name).exists().then(|| Self::start(name, &[]))
+    /// Writes a line to its input.
+    pub fn tell(&mut self, line: &str) {
+        let input = self.input.as_mut().expect("a program of the tests has one");
+        writeln!(input, "{line}").expect("the program reads");
     }
 
     /// Starts a program of the system that writes nothing.
@@ -333,6 +352,16 @@ pub fn testprogs() -> PathBuf {
         .find(|directory| directory.ends_with("target"))
         .map_or_else(|| PathBuf::from("../target"), Path::to_path_buf)
         .join("testprogs")
+}
+
+/// Says what is left out, past the capture of test output: `cargo xtask test` counts these lines.
+pub fn skip(what: &str, reason: &str) {
+    say(&format!("SKIP {what}: {reason}"));
+}
+
+/// Prints a line past the capture of test output.
+pub fn say(line: &str) {
+    writeln!(std::io::stdout(), "{line}").expect("standard output is open");
 }
 
 /// Runs a tool and gives what it printed; it must succeed.

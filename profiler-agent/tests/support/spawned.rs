@@ -31,6 +31,8 @@ impl Spawned {
         let child = Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
             .args(["--listen", "127.0.0.1:0", "--backend-listen", "127.0.0.1:0", "--data-dir"])
             .arg(directory.path().join("data"))
+            .arg("--run-dir")
+            .arg(directory.path().join("run"))
             .args(arguments)
             .envs(variables.iter().copied())
             .stdin(Stdio::null())

@@ -176,13 +176,13 @@ fn go_code_has_frame_pointers_except_where_c_code_says_otherwise() {
     let sections = vec![(".go.buildinfo", 0x20_0000, 16)];
     let pure = table(&ElfFile { sections: sections.clone(), ..ElfFile::default() });
     assert_eq!((pure.source(), pure.counts().rows), (Source::Go, 1));
-    assert_eq!(pure.find(0x1000), Some(&x86_64::FRAME_POINTER));
+    assert_eq!(pure.find(0x1000), Some(&x86_64::FRAME_POINTER.elsewhere()));
 
     let eh_frame = Frames::x86_64().fde(0x2000, 0x100, WITH_FRAME_POINTER).finish();
     let cgo = table(&ElfFile { sections, ..file(eh_frame) });
     assert_eq!(cgo.source(), Source::Go);
     assert_eq!(cgo.find(0x2000).map(|rule| rule.cfa_offset), Some(8));
-    assert_eq!(cgo.find(0x2100), Some(&x86_64::FRAME_POINTER));
+    assert_eq!(cgo.find(0x2100), Some(&x86_64::FRAME_POINTER.elsewhere()));
 }
 
 #[test]
