@@ -130,6 +130,12 @@ impl View {
         self.kernel.get(Counter::CpuTaken).unwrap_or(0)
     }
 
+    /// Samples not taken: those that no target wants, and those that another of the same target stands for.
+    pub(crate) fn not_taken(&self) -> [(&'static str, u64); 2] {
+        let counters = [("target", Counter::CpuFiltered), ("frequency", Counter::CpuThinned)];
+        counters.map(|(reason, counter)| (reason, self.kernel.get(counter).unwrap_or(0)))
+    }
+
     /// Processes that the kernel side had no room for.
     pub(crate) fn processes_not_kept(&self) -> u64 {
         let counters = [Counter::CpuProcessNotKept, Counter::ForkProcessNotKept];
@@ -200,6 +206,7 @@ impl Pipeline {
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
             processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
+            targets: config.targets.clone(),
             period_ns: config.period_ns(),
             sys_root: "/sys".into(),
         };
@@ -306,6 +313,9 @@ impl Pipeline {
     pub(crate) fn follow_cpus(&mut self) {
         if !self.is_attached {
             return;
+        }
+        if let Err(error) = self.programs.follow_cgroups() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for the cgroups of targets");
         }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.

@@ -158,6 +158,15 @@ pub(crate) fn metrics(view: &View) -> String {
         "Exec events lost; each time all processes are read again.",
         execs_lost,
     );
+    let metric = "profiler_agent_samples_filtered_total";
+    text.head(
+        metric,
+        "Samples not taken, since no target wants them or another of their target stands for them.",
+        "counter",
+    );
+    for (reason, count) in view.not_taken() {
+        text.line(format_args!("{metric}{{reason=\"{reason}\"}} {count}"));
+    }
     text.counter(
         "profiler_agent_fork_exit_events_lost_total",
         "Fork and exit events lost: such processes are read from /proc, and forgotten when it has them no more.",

@@ -32,6 +32,10 @@ pub enum Counter {
     CpuProcessNotKept = 12,
     /// Forked processes that `PROCESSES` had no room for.
     ForkProcessNotKept = 13,
+    /// Samples that no target wants. Not taken.
+    CpuFiltered = 14,
+    /// Samples that another of the same target stands for. Not taken.
+    CpuThinned = 15,
 }
 
 /// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
@@ -40,7 +44,7 @@ const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 14;
+    pub const COUNT: u32 = 16;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -58,6 +62,8 @@ impl Counter {
         Self::ExitDroppedRingFull,
         Self::CpuProcessNotKept,
         Self::ForkProcessNotKept,
+        Self::CpuFiltered,
+        Self::CpuThinned,
     ];
 }
 

@@ -15,9 +15,9 @@ use profiler_common::{
 
 use crate::{
     helpers::{boot_time_ns, current_cgroup_id, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, add, count},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, add, count, setting},
     stack::{mask, walk_user},
-    task, timing,
+    targets, task, timing,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no sample pays for a wake-up.
@@ -26,14 +26,25 @@ const NO_WAKEUP: u64 = 1;
 /// Counts a sample, takes it, and measures now and then how long that takes.
 #[inline(always)]
 pub fn sample(ctx: &PerfEventContext) {
+    let weight = if setting!(has_targets) == 1 { targets::weight(period_ns(ctx)) } else { 1 };
+    if weight == 0 {
+        return;
+    }
     let began_ns = timing::begin(add(Counter::CpuTaken, 1));
-    take(ctx);
+    take(ctx, weight);
     timing::end(began_ns);
+}
+
+/// Nanoseconds of CPU time that a sample stands for.
+#[inline(always)]
+fn period_ns(ctx: &PerfEventContext) -> u64 {
+    let context = ctx.as_ptr();
+    crate::arch::context_period!(context)
 }
 
 /// Takes one sample and writes it to the ring buffer.
 #[inline(always)]
-fn take(ctx: &PerfEventContext) {
+fn take(ctx: &PerfEventContext, weight: u32) {
     let Some(scratch) = CPU_SCRATCH.get_ptr_mut(0) else {
         count(Counter::CpuDroppedNoScratch);
         error!(ctx, "no scratch value on this CPU: sample dropped");
@@ -45,6 +56,7 @@ fn take(ctx: &PerfEventContext) {
     walk_user(ctx, scratch, task.tgid, task.start_ns);
     let user_frames = scratch.frames;
     let kernel_frames = append_kernel_stack(ctx, scratch, user_frames);
+    scratch.sample.header.value = period_ns(ctx).wrapping_mul(u64::from(weight));
     write_header(ctx, scratch, &task, user_frames, kernel_frames);
     submit(scratch, user_frames + kernel_frames);
 }
@@ -77,7 +89,7 @@ fn append_kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch, user_frame
     kernel_stack(ctx, behind_user, BYTES).map_or(0, |bytes| bytes >> 3)
 }
 
-/// Fills in everything but the frames.
+/// Fills in everything but the frames and the value.
 #[inline(always)]
 fn write_header(
     ctx: &PerfEventContext,
@@ -103,7 +115,6 @@ fn write_header(
         tid,
         time_ns: boot_time_ns(),
     };
-    header.value = crate::arch::context_period!(context);
     header.cgroup_id = current_cgroup_id();
     header.start_ns = start_ns;
     header.thread_name = current_thread_name();

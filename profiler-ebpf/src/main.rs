@@ -18,6 +18,7 @@ mod maps;
 mod process;
 mod stack;
 mod table;
+mod targets;
 mod task;
 mod timing;
 

@@ -8,6 +8,7 @@ use profiler_common::{
     config::{KernelFacts, Settings},
     limits::{EVENTS_BYTES, USER_FRAMES_MAX},
     stats::Counter,
+    targets::{TARGETS_MAX, Targets, Turn},
     unwind::{
         Block, Directory, Leaf, UnwindRule,
         mappings::{MappingChunk, ProcessEntry},
@@ -96,6 +97,15 @@ const _: () = assert!(size_of::<Scratch>() <= 32 << 10);
 
 /// The process has no tables: it is walked by frame pointers.
 pub const NO_CHUNK: u64 = profiler_common::unwind::mappings::NO_CHUNK as u64;
+
+/// What is to be sampled: one value. Written by the agent, read by `cpu_sample` where [`SETTINGS`] say that there are
+/// targets.
+#[map]
+pub static TARGETS: Array<Targets> = Array::with_max_entries(1, 0);
+
+/// Which sample of each target is kept next: key position of the target, value of this CPU. Only `cpu_sample` uses it.
+#[map]
+pub static TARGET_TURNS: PerCpuArray<Turn> = PerCpuArray::with_max_entries(TARGETS_MAX as u32, 0);
 
 /// Set by the agent before loading, frozen by the kernel, as [`KERNEL_FACTS`].
 #[unsafe(no_mangle)]

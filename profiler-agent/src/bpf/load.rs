@@ -16,10 +16,11 @@ use aya_log::EbpfLogger;
 use profiler_common::config::Settings;
 use tracing::{info, warn};
 
-use super::{probe::kernel_facts, stats::KernelCounts, unwind::UnwindMaps};
+use super::{probe::kernel_facts, stats::KernelCounts, targets::TargetMap, unwind::UnwindMaps};
 use crate::{
     memory::UnwindSizes,
     sys::{btf::BtfError, cpu, perf_event::CpuClock},
+    targets::Targets,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -48,6 +49,8 @@ pub(crate) enum BpfError {
         #[source]
         source: MapError,
     },
+    #[error("the programs were loaded to sample everything")]
+    NoTargets,
     #[error("list the online CPUs")]
     Cpus(#[source] io::Error),
     #[error("open the clock event of CPU {cpu}")]
@@ -81,6 +84,9 @@ pub(crate) struct LoadOptions {
     pub(crate) processes: u32,
     /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
     pub(crate) stack_depth: u32,
+    /// What is sampled at first. Others can be set later unless these want everything: asking costs each sample some 50 ns,
+    /// and is left out then.
+    pub(crate) targets: Targets,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
     /// Root of sysfs.
@@ -96,6 +102,7 @@ pub(crate) struct Programs {
     process_events: Vec<RawTracePointLink>,
     /// CPUs that are online but whose event could not be opened when they came.
     refused: BTreeSet<u32>,
+    targets: Option<TargetMap>,
     period_ns: u64,
     sys_root: PathBuf,
 }
@@ -113,7 +120,11 @@ impl Programs {
     /// Loads everything; nothing is attached before [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
         let facts = kernel_facts(&options.sys_root)?.words();
-        let settings = Settings { user_frames_limit: options.stack_depth, has_targets: 0 }.words();
+        let settings = Settings {
+            user_frames_limit: options.stack_depth,
+            has_targets: (!options.targets.want_everything()).into(),
+        }
+        .words();
         let mut loader = EbpfLoader::new();
         loader
             .override_global("KERNEL_FACTS", &facts, true)
@@ -128,8 +139,13 @@ impl Programs {
             raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
         }
         sample_program(&mut ebpf)?.load().map_err(sample_failed)?;
+        let targets = match options.targets.want_everything() {
+            true => None,
+            false => Some(TargetMap::new(&mut ebpf, options.targets.clone())?),
+        };
         Ok(Self {
             ebpf,
+            targets,
             clocks: BTreeMap::new(),
             process_events: Vec::new(),
             refused: BTreeSet::new(),
@@ -232,6 +248,19 @@ impl Programs {
             }
         }
         Ok(())
+    }
+
+    /// Samples other targets from now on.
+    #[expect(dead_code, reason = "for the commands that record one process")]
+    pub(crate) fn set_targets(&mut self, targets: Targets) -> Result<(), BpfError> {
+        let map = self.targets.as_mut().ok_or(BpfError::NoTargets)?;
+        map.wanted = targets;
+        map.follow_cgroups()
+    }
+
+    /// Looks for cgroups of targets that were not there before.
+    pub(crate) fn follow_cgroups(&mut self) -> Result<(), BpfError> {
+        self.targets.as_mut().map_or(Ok(()), TargetMap::follow_cgroups)
     }
 
     /// Stops sampling and detaches everything; what is in the ring buffer stays there to be drained.
@@ -371,6 +400,7 @@ mod tests {
             tables: None,
             processes: 1024,
             stack_depth: 127,
+            targets: Targets::new(Vec::new(), true).expect("none"),
             period_ns: PERIODS_NS[0],
             sys_root: "/sys".into(),
         };
