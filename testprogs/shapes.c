@@ -67,6 +67,7 @@ WORK static int fork_and_burn(void)
 	pid_t child = fork();
 	if (child == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		prctl(PR_SET_NAME, "burning_child");
 		return in_child() == 0;
 	}
 	for (;;)
@@ -76,10 +77,12 @@ WORK static int fork_and_burn(void)
 int main(int argc, char **argv)
 {
 	pthread_t reader;
+	/* No call below is the last thing main does: it would take main's place on the stack. */
 	const char *shape = argc > 1 ? argv[1] : "";
 	if (strcmp(shape, "fork") == 0) {
 		say_ready();
-		return fork_and_burn();
+		sink += (uint64_t)fork_and_burn();
+		return 1;
 	}
 	pthread_create(&reader, NULL, read_lines, NULL);
 	say_ready();
@@ -88,9 +91,11 @@ int main(int argc, char **argv)
 	if (atomic_load(&stop))
 		return 0;
 	if (argc > 2 && strcmp(shape, "load") == 0)
-		return call_plugin(argv[2]);
-	if (argc > 3 && strcmp(shape, "exec") == 0)
+		sink += (uint64_t)call_plugin(argv[2]);
+	else if (argc > 3 && strcmp(shape, "exec") == 0)
 		execl(argv[2], argv[2], argv[3], (char *)NULL);
+	if (atomic_load(&stop))
+		return 0;
 	fprintf(stderr, "usage: %s load LIBRARY | exec PROGRAM ARGUMENT | fork\n", argv[0]);
 	return 2;
 }

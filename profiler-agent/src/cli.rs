@@ -11,7 +11,13 @@ use crate::config::{Flags, Sources};
 /// Without --upload, profiles are kept and shown by the backend built into this program. Without a command, the agent runs
 /// until it is stopped.
 #[derive(Debug, Parser)]
-#[command(name = "profiler-agent", version, max_term_width = 100, subcommand_help_heading = "Commands")]
+#[command(
+    name = "profiler-agent",
+    version,
+    max_term_width = 100,
+    subcommand_help_heading = "Commands",
+    args_override_self = true
+)]
 struct Cli {
     #[command(flatten)]
     flags: Flags,

@@ -85,6 +85,10 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
 
+    /// Where the names of symbolized code are kept for the next start, at most 64 MiB [default: DATA_DIR/cache]
+    #[arg(long, env = "PROFILER_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+
     /// How to find the callers of native code: dwarf (unwind tables made from each executable's .eh_frame; frame
     /// pointers where there are none) or frame-pointers [default: dwarf]
     #[arg(long, env = "PROFILER_UNWIND", value_name = "HOW")]
@@ -173,6 +177,7 @@ struct File {
     listen: Option<String>,
     backend_listen: Option<String>,
     data_dir: Option<PathBuf>,
+    cache_dir: Option<PathBuf>,
     unwind: Option<String>,
     stack_depth: Option<u32>,
     #[serde(default)]
@@ -246,6 +251,8 @@ pub(crate) struct Config {
     pub(crate) backend_listen: SocketAddr,
     /// Where the embedded backend keeps profiles.
     pub(crate) data_dir: PathBuf,
+    /// Where names are kept for the next start.
+    pub(crate) cache_dir: PathBuf,
     /// How the callers of native code are found.
     pub(crate) unwind: Unwind,
     /// User frames of a stack, at most.
@@ -417,6 +424,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         listen,
         backend_listen,
         data_dir,
+        cache_dir,
         unwind,
         stack_depth,
         pid,
@@ -435,6 +443,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         instance,
         allow_kernel,
     } = flags;
+    let data_dir = data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     let upload = if upload.is_empty() { file.upload } else { upload };
     let profiles = if profiles.is_empty() { file.profiles } else { profiles };
     let config = Config {
@@ -447,7 +456,8 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             "backend-listen",
             backend_listen.or(file.backend_listen).as_deref().unwrap_or(DEFAULT_BACKEND_LISTEN),
         )?,
-        data_dir: data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
+        cache_dir: cache_dir.or(file.cache_dir).unwrap_or_else(|| data_dir.join("cache")),
+        data_dir,
         unwind: parse_unwind(unwind.or(file.unwind))?,
         stack_depth: parse_stack_depth(stack_depth.or(file.stack_depth.map(|depth| depth.to_string())))?,
         targets: parse_targets(&[pid, comm], cgroup, file.target, file.target_default)?,
@@ -763,6 +773,7 @@ pub(crate) mod tests {
         assert_eq!(config.listen.to_string(), "127.0.0.1:7701");
         assert_eq!(config.backend_listen.to_string(), "127.0.0.1:7700");
         assert_eq!(config.data_dir, Path::new("/var/lib/profiler"));
+        assert_eq!(config.cache_dir, Path::new("/var/lib/profiler/cache"));
         assert_eq!(config.unwind, Unwind::Dwarf);
         assert_eq!(config.stack_depth, 1024);
         assert_eq!(config.uploads, []);

@@ -85,9 +85,14 @@ impl Front {
         (code, format!("{phase}\n"))
     }
 
-    fn report(&self) -> Report {
+    async fn report(&self) -> Report {
         let FrontState { identity, view, backend, .. } = &*self.state;
-        Report::new(identity, self.phase(), backend.get().copied(), view.get())
+        let view = match view.get() {
+            Some(view) => Some((view, view.exact_snapshot().await)),
+            None => None,
+        };
+        let view = view.as_ref().map(|(view, snapshot)| (*view, snapshot));
+        Report::new(identity, self.phase(), backend.get().copied(), view)
     }
 }
 
@@ -133,6 +138,7 @@ pub(crate) async fn serve(listener: TcpListener, front: Front, config: &Config) 
     let router = public()
         .route("/", get(index))
         .route("/status", get(status))
+        .route("/binaries", get(binaries))
         .route("/config", get(config_text))
         .route("/logs", get(logs))
         .route("/bpf", get(async || bpf_objects::listing()))
@@ -182,13 +188,14 @@ async fn guard(State(gate): State<Gate>, request: Request, next: Next) -> Respon
 async fn index() -> &'static str {
     "profiler-agent\n\n/status   taken = delivered + waiting + dropped; ?format=json\n/metrics  Prometheus\n\
      /healthz  alive\n/readyz   sampling, or paused\n/config   without secrets\n/logs     the latest lines\n\
+     /binaries which binaries cut stacks short, why, and what would help\n\
      /bpf      programs and maps\n"
 }
 
 async fn metrics(State(front): State<Front>) -> Response {
     match front.state.view.get() {
         Some(view) => {
-            let text = telemetry::metrics(view);
+            let text = telemetry::metrics(view, &view.exact_snapshot().await);
             ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
         }
         None => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", front.phase())).into_response(),
@@ -201,13 +208,24 @@ struct StatusQuery {
 }
 
 async fn status(State(front): State<Front>, Query(query): Query<StatusQuery>) -> Response {
-    let report = front.report();
+    let report = front.report().await;
     match query.format.as_deref() {
         Some("json") => {
             let json = serde_json::to_string(&report).expect("a report has text keys only");
             ([(CONTENT_TYPE, "application/json")], json).into_response()
         }
         _ => report.to_string().into_response(),
+    }
+}
+
+async fn binaries(State(front): State<Front>) -> Response {
+    match front.state.view.get() {
+        Some(view) => {
+            let reports = view.shared.binaries.reports();
+            let json = serde_json::to_string(&reports).expect("reports have text keys only");
+            ([(CONTENT_TYPE, "application/json")], json).into_response()
+        }
+        None => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", front.phase())).into_response(),
     }
 }
 
@@ -295,7 +313,9 @@ mod tests {
     #[test]
     fn names_that_a_web_page_could_make_up_are_refused() {
         let front = front();
-        for path in ["/", "/healthz", "/status", "/metrics", "/config", "/logs", "/bpf", "/nowhere"] {
+        for path in
+            ["/", "/healthz", "/status", "/metrics", "/config", "/binaries", "/logs", "/bpf", "/nowhere"]
+        {
             assert_eq!(ask(&front, path, Some("evil.example")).0, 403, "{path}");
         }
         for host in ["localhost:7701", "node-1:7701", "10.0.0.7"] {
@@ -308,7 +328,7 @@ mod tests {
         let front = front();
         let get = |path| ask_with(&front, &[], true, Asked { path, ..Asked::default() }).0;
         assert_eq!((get("/healthz"), get("/readyz"), get("/metrics")), (200, 503, 503));
-        for path in ["/", "/status", "/config", "/logs", "/bpf"] {
+        for path in ["/", "/status", "/config", "/binaries", "/logs", "/bpf"] {
             assert_eq!(get(path), 404, "{path}");
         }
     }
@@ -321,7 +341,7 @@ mod tests {
         let flags = ["--token-file", file.to_str().expect("a plain path")];
         let front = front();
         let ask = |path, token| ask_with(&front, &flags, false, Asked { path, host: None, token }).0;
-        for path in ["/", "/status", "/metrics", "/config", "/logs", "/bpf"] {
+        for path in ["/", "/status", "/metrics", "/config", "/binaries", "/logs", "/bpf"] {
             assert_eq!(ask(path, None), 401, "{path}");
             assert_eq!(ask(path, Some("0123456789abcdeF")), 401, "{path}");
         }

@@ -1,10 +1,13 @@
 //! An eBPF continuous profiling agent with an embedded backend.
 
 mod addr;
+mod binaries;
 mod bpf;
 mod budget;
 mod cli;
+mod command;
 mod config;
+mod doctor;
 mod drain;
 mod embedded;
 mod executable;
@@ -63,7 +66,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("profiler-agent: {error:#}");
             if error.is::<ConfigError>() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
@@ -71,28 +74,30 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> anyhow::Result<()> {
+fn run() -> anyhow::Result<ExitCode> {
+    sys::memory::bound_allocator();
     let (sources, command) = cli::parse();
     let config = sources.load()?;
     if sources.is_to_be_printed() {
         print!("{}", sources.show(&config)?);
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     // ring is the only provider compiled in; an error means that it is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     if let Some(command) = command {
-        let _ = command;
-        return Ok(());
+        return command::run(command, &sources, &config);
     }
-    privileges::acquire()?;
+    let missing = privileges::acquire()?;
     let logs = Logs::start(&config.log, config.log_format)?;
+    privileges::tell(&missing);
+    doctor::kernel::check("/proc".as_ref(), config.allow_kernel)?;
     // Kernels before 5.11 need it; later ones count maps against the memory cgroup.
     let _ = sys::limits::lift_locked_memory();
     let runtime = Runtime::new().context("start the async runtime")?;
     let result = profile(Reloader::new(sources, config), logs, &runtime);
     // A read of a file system that hangs must not keep the agent: what had to be joined has been.
     runtime.shutdown_background();
-    result
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 fn identity(config: &Config) -> Identity {

@@ -29,10 +29,10 @@ const BACKEND_PART: u64 = 4;
 
 /// The rest, in these parts.
 const PARTS: u64 = 64;
-const UNWIND_PARTS: u64 = 5;
+const UNWIND_PARTS: u64 = 8;
 const RING_PARTS: u64 = 4;
 const DRAIN_PARTS: u64 = 4;
-const WINDOWS_PARTS: u64 = 18;
+const WINDOWS_PARTS: u64 = 15;
 const SYMBOLS_PARTS: u64 = 16;
 const UPLOAD_PARTS: u64 = 8;
 const EXECUTABLES_PARTS: u64 = 2;
@@ -193,19 +193,17 @@ fn ring_bytes_max(bytes: u64) -> u32 {
     u32::try_from(power.clamp(RING_BYTES_MIN, RING_BYTES_MAX)).unwrap_or(u32::MAX)
 }
 
-/// A sixth for processes, a twentieth for directories, the rest for leaves; rules are few and always the same room.
+/// A sixth for processes, a twentieth for directories, the rest for leaves, which are made as they are needed; rules are few
+/// and always the same room.
 fn unwind_sizes(bytes: u64) -> UnwindSizes {
     let bytes = bytes.saturating_sub(RULES_BYTES);
-    let (processes, directories) = (bytes / 6, bytes / 20);
-    let leaves = bytes - processes - directories;
     let entries =
         |bytes: u64, of: u64, most: u32| u32::try_from(bytes / of).unwrap_or(u32::MAX).clamp(1, most);
-    UnwindSizes {
-        leaves: entries(leaves, LEAF_BYTES, UNWIND_LEAVES_MAX),
-        directories: entries(directories, DIRECTORY_BYTES, UNWIND_DIRECTORIES_MAX),
-        processes: entries(processes, UNWIND_PROCESS_BYTES, UNWIND_PROCESSES_MAX),
-        rules: UNWIND_RULES_MAX,
-    }
+    let processes = entries(bytes / 6, UNWIND_PROCESS_BYTES, UNWIND_PROCESSES_MAX);
+    let directories = entries(bytes / 20, DIRECTORY_BYTES, UNWIND_DIRECTORIES_MAX);
+    let others = u64::from(processes) * UNWIND_PROCESS_BYTES + u64::from(directories) * DIRECTORY_BYTES;
+    let leaves = entries(bytes - others, LEAF_BYTES, UNWIND_LEAVES_MAX);
+    UnwindSizes { leaves, directories, processes, rules: UNWIND_RULES_MAX }
 }
 
 /// The limit where the user gives none: 90 % of what the agent's own cgroup may take, or the default.
@@ -310,10 +308,11 @@ mod tests {
     #[test]
     fn the_default_holds_what_a_machine_of_some_hundred_processes_needs() {
         let plan = plan(256, false);
-        let expect = "limit 256 MiB: base 32.0, ring 8.0, unwind_tables 15.4, drain_queue 14.0, windows 63.0, symbols \
+        let expect = "limit 256 MiB: base 32.0, ring 8.0, unwind_tables 28.0, drain_queue 14.0, windows 52.5, symbols \
                       56.0, upload_queue 28.0, executables 7.0, processes 24.5";
         assert_eq!(plan.to_string(), expect);
-        assert_eq!(plan.unwind.leaves, UNWIND_LEAVES_MAX);
+        assert_eq!(plan.unwind.processes, UNWIND_PROCESSES_MAX);
+        assert!(plan.unwind.leaves >= 10_000, "two compilers with their libraries: {plan:?}");
     }
 
     /// `/proc` and cgroup mounts in a directory: files with their content.

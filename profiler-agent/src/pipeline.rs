@@ -8,6 +8,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    io::PipeWriter,
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
@@ -22,6 +23,7 @@ use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, info, warn};
 
 use crate::{
+    binaries::Binaries,
     bpf::{BpfError, KernelCounts, LoadOptions, Programs},
     budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
@@ -29,13 +31,14 @@ use crate::{
     embedded,
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
-    label::{Labeler, fold_kworker, task_name},
-    ledger::{Balance, Cause, KernelTotals, Ledger, Place},
+    label::{CgroupNames, Labeler, fold_kworker, task_name},
+    ledger::{Account, Balance, Cause, KernelTotals, Ledger, Place, ProfileType, Snapshot},
     memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{LocationKey, Symbols},
+    symbolize::{LocationKey, NameStore, Symbols},
     sys::{
+        cgroup::Hierarchy,
         clock::{self, WallClock},
         cpu,
         threads::ThreadGroup,
@@ -93,24 +96,29 @@ pub(crate) struct Shared {
     pub(crate) sampling: Arc<Sampling>,
     /// The bound of everything.
     pub(crate) memory: MemoryPlan,
+    /// How well each binary unwinds and is named.
+    pub(crate) binaries: Arc<Binaries>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>, memory: MemoryPlan) -> anyhow::Result<Self> {
+    fn new(
+        exporters: Arc<[Exporter]>,
+        memory: MemoryPlan,
+        names: Option<Arc<NameStore>>,
+    ) -> anyhow::Result<Self> {
         let symbols =
-            Symbols::start("/proc".as_ref(), memory.symbols_bytes).context("start the symbolizer")?;
+            Symbols::start("/proc".as_ref(), memory.symbols_bytes, names).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind, sampling) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, exporters })
+        let (ledger, gauges, unwind, sampling, binaries) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, binaries, exporters })
     }
 
-    /// The account of every destination.
-    fn balances(&self, kernel: KernelTotals) -> Vec<Balance> {
-        let balance =
-            |exporter: &Exporter| Balance::new(kernel, &self.ledger, &exporter.name, exporter.queue.totals());
-        self.exporters.iter().map(balance).collect()
+    /// Reads every term of the account.
+    fn snapshot(&self, kernel: impl Fn(ProfileType) -> KernelTotals) -> Snapshot {
+        let totals = |exporter: &Exporter| (exporter.name.clone(), exporter.queue.totals());
+        Snapshot::take(&self.ledger, kernel, self.exporters.iter().map(totals).collect())
     }
 }
 
@@ -124,12 +132,6 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// Samples taken. A counter that cannot be read counts as zero, which shows as a negative rest in the account, never
-    /// as one that holds by accident.
-    pub(crate) fn taken(&self) -> u64 {
-        self.kernel.get(Counter::CpuTaken).unwrap_or(0)
-    }
-
     /// Samples not taken: those that no target wants, and those that another of the same target stands for.
     pub(crate) fn not_taken(&self) -> [(&'static str, u64); 2] {
         let counters = [("target", Counter::CpuFiltered), ("frequency", Counter::CpuThinned)];
@@ -142,17 +144,31 @@ impl View {
         counters.into_iter().map(|counter| self.kernel.get(counter).unwrap_or(0)).sum()
     }
 
-    /// The account of every destination.
-    pub(crate) fn balances(&self) -> Vec<Balance> {
-        let kernel = self.kernel_totals();
-        self.shared.balances(kernel)
+    /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
+    /// the account, never as one that holds by accident.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        take_kernel_drops(&self.kernel, &self.shared.ledger);
+        let counter = |counter| self.kernel.get(counter).unwrap_or(0);
+        self.shared.snapshot(|profile_type| match profile_type {
+            ProfileType::Cpu => {
+                KernelTotals { taken: counter(Counter::CpuTaken), submitted: counter(Counter::CpuSubmitted) }
+            }
+        })
     }
 
-    /// What the kernel side has counted; its drops are in the ledger then.
-    pub(crate) fn kernel_totals(&self) -> KernelTotals {
-        take_kernel_drops(&self.kernel, &self.shared.ledger);
-        let submitted = self.kernel.get(Counter::CpuSubmitted).unwrap_or(0);
-        KernelTotals { taken: self.taken(), submitted }
+    /// The same, taken again until no sample changed places meanwhile: then it is exact. Where that never happens, the
+    /// last one, whose rest shows.
+    pub(crate) async fn exact_snapshot(&self) -> Snapshot {
+        const TRIES: usize = 50;
+        const PAUSE: Duration = Duration::from_millis(2);
+        for _ in 1..TRIES {
+            let snapshot = self.snapshot();
+            if snapshot.is_exact() {
+                return snapshot;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        self.snapshot()
     }
 }
 
@@ -162,7 +178,7 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
         [(Cause::RingFull, Counter::CpuDroppedRingFull), (Cause::NoScratch, Counter::CpuDroppedNoScratch)];
     for (cause, counter) in drops {
         if let Ok(events) = kernel.get(counter) {
-            ledger.set_dropped(cause, events);
+            ledger.of(ProfileType::Cpu).set_dropped(cause, events);
         }
     }
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
@@ -185,7 +201,7 @@ pub(crate) struct Pipeline {
     periods: Sender<NewPeriod>,
     view: View,
     uploads: Vec<Task<()>>,
-    stop_drain: Sender<()>,
+    stop_drain: PipeWriter,
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
@@ -201,6 +217,7 @@ impl Pipeline {
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
+        let cgroups = Hierarchy::find("/proc".as_ref());
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
@@ -208,6 +225,7 @@ impl Pipeline {
             stack_depth: config.stack_depth,
             targets: config.targets.clone(),
             period_ns: config.period_ns(),
+            cgroups: cgroups.as_ref().map(Hierarchy::version),
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
@@ -218,10 +236,10 @@ impl Pipeline {
         let (stop_uploads, upload_stop) = watch::channel(None);
         let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
         let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
-        let shared = Shared::new(exporters.collect(), config.memory)?;
+        let shared = Shared::new(exporters.collect(), config.memory, names(config))?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
-        let (stop_drain, drain_stop) = channel();
+        let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
         let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
@@ -236,7 +254,8 @@ impl Pipeline {
         };
         let labeler = Labeler::new(&config.node, &config.labels);
         let images = ImageReader::new("/proc".into(), executables);
-        let processes = Processes::new(images, labeler, tables, config.memory.processes);
+        let names = CgroupNames::new(cgroups);
+        let processes = Processes::new(images, labeler, names, tables, config.memory.processes);
         let room = Room::new(config.memory.windows_bytes);
         let windows =
             Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room);
@@ -377,6 +396,8 @@ impl Pipeline {
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
         let failure = join_in_order(stages, STAGE_DEADLINE).err();
+        // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
+        let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -385,7 +406,7 @@ impl Pipeline {
             // The tasks hold to the deadline themselves; a panic in one shows as events that still wait.
             let _ = runtime.block_on(upload);
         }
-        Stopped { balances: self.view.balances(), failure }
+        Stopped { balances: self.view.snapshot().balances(), failure }
     }
 }
 
@@ -507,6 +528,18 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
+/// The names kept on disk; without them, all are had anew.
+fn names(config: &Config) -> Option<Arc<NameStore>> {
+    match NameStore::open(config.cache_dir.join("names")) {
+        Ok(store) => Some(Arc::new(store)),
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            warn!(%error, "names are not kept on disk, and read again after a restart");
+            None
+        }
+    }
+}
+
 fn executables(most: usize) -> Arc<ExecutableCache> {
     let open_files = crate::sys::limits::raise_open_files().unwrap_or(1024);
     let executables = usize::try_from(open_files / OPEN_FILES_SHARE).unwrap_or(usize::MAX);
@@ -569,6 +602,8 @@ impl Worker {
         let mut execs_lost = 0;
         loop {
             let wait = clock::until(self.windows.next_end_ns()).clamp(WAIT_MIN, TICK);
+            let fresh = self.processes.next_fresh();
+            let wait = fresh.map_or(wait, |due| wait.min(due.saturating_duration_since(Instant::now())));
             match batches.recv_timeout(wait) {
                 Ok(batch) => self.take(&batch),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -577,6 +612,7 @@ impl Worker {
             // Read before the channel is emptied: what the drain had come to by then has been taken below.
             let complete_ns = progress.get();
             batches.try_iter().for_each(|batch| self.take(&batch));
+            self.processes.read_fresh(Instant::now());
             for window in self.windows.close_due(complete_ns, WallClock::now()) {
                 self.hand_on(window);
             }
@@ -614,27 +650,41 @@ impl Worker {
         execs_lost
     }
 
-    /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
+    /// Takes a batch. Its samples stop waiting in the channel one by one, each when it is counted elsewhere.
     fn take(&mut self, batch: &drain::Batch) {
         for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
             self.windows.set_period(period_ns, at_ns);
         }
-        self.shared.ledger.leave(Place::DrainQueue, batch.samples());
+        let mut samples_left = batch.samples();
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
         for (bytes, record) in records {
             match record {
-                Some(Record::Sample(raw)) => self.add(&raw, execs.are_ahead(raw.tgid)),
-                Some(Record::Exec { tgid }) => {
-                    execs.pass(tgid);
-                    self.processes.exec(tgid);
+                Some(Record::Sample(raw)) => {
+                    samples_left -= 1;
+                    self.add(&raw, execs.are_ahead(raw.tgid));
+                }
+                Some(Record::Exec(exec)) => {
+                    execs.pass(exec.pid);
+                    self.processes.exec(exec, Instant::now());
+                }
+                Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
+                None if drain::is_sample(bytes) => {
+                    samples_left -= 1;
+                    self.account().leave(Place::DrainQueue, 1);
+                    self.account().drop_events(Cause::Malformed, 1);
                 }
                 Some(Record::Fork(fork)) => self.processes.fork(fork),
                 Some(Record::Exit { tgid, start_ns }) => self.processes.exit(tgid, start_ns),
-                None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
                 None => self.shared.ledger.lose_execs(1),
             }
         }
+        // What the batch was said to hold and did not shows in the account.
+        self.account().leave(Place::DrainQueue, samples_left);
+    }
+
+    fn account(&self) -> &Account {
+        self.shared.ledger.of(ProfileType::Cpu)
     }
 
     fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
@@ -661,9 +711,11 @@ impl Worker {
         if let Some(cut) = raw.kernel_cut {
             self.shared.gauges.count_kernel_cut(cut);
         }
-        match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
-            Ok(()) => self.shared.ledger.enter(Place::Window, 1),
-            Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
+        let added = self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch);
+        self.account().leave(Place::DrainQueue, 1);
+        match added {
+            Ok(()) => self.account().enter(Place::Window, 1),
+            Err(_full) => self.account().drop_events(Cause::WindowFull, 1),
         }
     }
 
@@ -679,7 +731,7 @@ impl Worker {
 
     /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
     fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
-        let ledger = &self.shared.ledger;
+        let ledger = self.account();
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
         if samples == 0 {
@@ -702,8 +754,8 @@ impl Execs {
     fn in_records<'a>(records: impl Iterator<Item = &'a Record>) -> Self {
         let mut ahead = HashMap::new();
         for record in records {
-            if let Record::Exec { tgid } = record {
-                *ahead.entry(*tgid).or_default() += 1;
+            if let Record::Exec(exec) = record {
+                *ahead.entry(exec.pid).or_default() += 1;
             }
         }
         Self { ahead }
@@ -746,28 +798,30 @@ impl Encoder {
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
-        let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
+        let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
         let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
         let encoded = export::encode(window, &resolved, losses);
-        ledger.leave(Place::EncodeQueue, window.samples);
+        let account = ledger.of(ProfileType::Cpu);
+        account.leave(Place::EncodeQueue, window.samples);
         match encoded {
             Ok(encoded) => {
                 gauges.set_quality(encoded.quality);
+                binaries.add(window, &resolved);
                 for exporter in exporters.iter() {
                     encoded.batches.iter().for_each(|batch: &Batch| exporter.queue.push(batch.clone()));
                 }
             }
             Err(error) => {
                 error!(%error, samples = window.samples, "window not encoded and dropped");
-                ledger.drop_events(Cause::EncodeFailed, window.samples);
+                account.drop_events(Cause::EncodeFailed, window.samples);
             }
         }
     }
 
     /// Samples lost since the last window, by cause.
     fn new_losses(&mut self) -> Losses {
-        let total: Losses =
-            Cause::ALL.iter().map(|&cause| (cause.name(), self.shared.ledger.dropped(cause))).collect();
+        let account = self.shared.ledger.of(ProfileType::Cpu);
+        let total: Losses = Cause::ALL.iter().map(|&cause| (cause.name(), account.dropped(cause))).collect();
         let before =
             |name| self.reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
         let new = total
@@ -798,14 +852,14 @@ mod tests {
         let shared = {
             let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
             let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
-            Shared::new([nobody].into(), memory).expect("threads can be had")
+            Shared::new([nobody].into(), memory, None).expect("threads can be had")
         };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
         let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);
         let (batch_sender, batches) = sync_channel(shared.memory.drain_batches);
         let now = clock::boot_ns();
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
-        let processes = Processes::new(images, Labeler::new("n", &[]), None, 8);
+        let processes = Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None, 8);
         let room = Room::new(shared.memory.windows_bytes);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
         let ((_, periods), (_, new_labelers)) = (channel(), channel());
@@ -826,8 +880,8 @@ mod tests {
         worker.run(&batches, &Progress::default());
         closed.iter().for_each(|window| encoder.export(&window, &Losses::new()));
         let taken = records.len() as u64;
-        let mut balances = shared.balances(KernelTotals { taken, submitted: taken });
-        balances.pop().expect("one destination")
+        let snapshot = shared.snapshot(|_| KernelTotals { taken, submitted: taken });
+        snapshot.balances().pop().expect("one destination")
     }
 
     fn records() -> Vec<Vec<u8>> {

@@ -4,7 +4,11 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ledger::Balance, pipeline::View, telemetry};
+use crate::{
+    ledger::{Balance, Snapshot},
+    pipeline::View,
+    telemetry,
+};
 
 /// What the agent does now.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -92,10 +96,11 @@ pub(crate) struct Health {
     pub(crate) memory: String,
 }
 
-/// taken = delivered + waiting + dropped, in samples.
+/// taken = delivered + waiting + dropped, in samples of one profile type.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 struct Account {
     destination: String,
+    profile_type: String,
     taken: u64,
     delivered: u64,
     waiting: BTreeMap<String, u64>,
@@ -109,13 +114,14 @@ struct Account {
 impl From<Balance> for Account {
     fn from(balance: Balance) -> Self {
         let (text, unaccounted) = (balance.to_string(), balance.unaccounted());
-        let Balance { destination, taken, delivered, waiting, dropped } = balance;
+        let Balance { destination, profile_type, taken, delivered, waiting, dropped } = balance;
+        let profile_type = profile_type.name().to_owned();
         let named = |terms: Vec<(&str, u64)>| {
             terms.into_iter().map(|(name, events)| (name.to_owned(), events)).collect()
         };
         let unaccounted = i64::try_from(unaccounted).unwrap_or(i64::MAX);
         let (waiting, dropped) = (named(waiting), named(dropped));
-        Self { destination, taken, delivered, waiting, dropped, unaccounted, text }
+        Self { destination, profile_type, taken, delivered, waiting, dropped, unaccounted, text }
     }
 }
 
@@ -125,14 +131,14 @@ impl Report {
         identity: &Identity,
         phase: Phase,
         backend: Option<SocketAddr>,
-        view: Option<&View>,
+        view: Option<(&View, &Snapshot)>,
     ) -> Self {
-        let balances = view.map(View::balances).unwrap_or_default();
+        let balances = view.map(|(_, snapshot)| snapshot.balances()).unwrap_or_default();
         Self {
             identity: identity.clone(),
             phase,
             backend,
-            health: view.map(telemetry::health),
+            health: view.map(|(view, _)| telemetry::health(view)),
             destinations: balances.into_iter().map(Account::from).collect(),
         }
     }
@@ -183,7 +189,7 @@ impl fmt::Display for Health {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{DestinationTotals, KernelTotals, Ledger};
+    use crate::ledger::{DestinationTotals, KernelTotals, Ledger, PerType};
 
     fn report() -> Report {
         let identity = Identity {
@@ -194,8 +200,9 @@ mod tests {
             profiles: vec!["cpu".to_owned()],
         };
         let totals = DestinationTotals { delivered: 4, waiting: 5, ..DestinationTotals::default() };
-        let kernel = KernelTotals { taken: 9, submitted: 0 };
-        let balance = Balance::new(kernel, &Ledger::default(), "http://h/", totals);
+        let kernel = |_| KernelTotals { taken: 9, submitted: 0 };
+        let destinations = vec![("http://h/".to_owned(), PerType::from_fn(|_| totals))];
+        let balances = Snapshot::take(&Ledger::default(), kernel, destinations).balances();
         let health = Health {
             processes: 3,
             containers: 1,
@@ -211,7 +218,7 @@ mod tests {
             phase: Phase::Paused("/run/profiler/off exists".to_owned()),
             backend: Some(([127, 0, 0, 1], 7700).into()),
             health: Some(health),
-            destinations: vec![balance.into()],
+            destinations: balances.into_iter().map(Account::from).collect(),
         }
     }
 
@@ -224,7 +231,7 @@ mod tests {
         sampling: 19 Hz
         memory: limit 256 MiB
         flame graphs: http://127.0.0.1:7700/
-        http://h/: taken 9 = delivered 4 + waiting 5 (upload_queue 5) + dropped 0
+        http://h/: cpu: taken 9 = delivered 4 + waiting 5 (upload_queue 5) + dropped 0
         ");
     }
 

@@ -13,10 +13,12 @@ use std::{
 use profiler_common::wire::StackEnd;
 
 use crate::{
+    binaries::Binaries,
     budget::{CpuShare, Sampling},
     drain::KernelCut,
     export::Quality,
-    ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
+    label::NameCounts,
+    ledger::{ProfileType, Snapshot},
     memory::MemoryPlan,
     pipeline::{Exporter, Shared, View},
     process::{ProcessCounts, Processes},
@@ -37,6 +39,7 @@ pub(crate) struct Gauges {
     containers: AtomicU64,
     executables: AtomicU64,
     process_counts: Mutex<ProcessCounts>,
+    cgroups: Mutex<NameCounts>,
     late: AtomicU64,
     named: AtomicU64,
     unnamed: AtomicU64,
@@ -66,6 +69,7 @@ impl Gauges {
         self.containers.store(processes.containers() as u64, Relaxed);
         self.executables.store(processes.executables() as u64, Relaxed);
         *self.process_counts.lock().unwrap_or_else(PoisonError::into_inner) = processes.counts();
+        *self.cgroups.lock().unwrap_or_else(PoisonError::into_inner) = processes.cgroups();
     }
 
     /// Samples that came after their window had closed.
@@ -131,10 +135,10 @@ pub(crate) fn health(view: &View) -> Health {
 }
 
 /// The Prometheus text format, version 0.0.4.
-pub(crate) fn metrics(view: &View) -> String {
+pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     let mut text = Text::default();
     let shared = &view.shared;
-    samples(&mut text, view.kernel_totals(), &shared.ledger, &destinations(shared));
+    samples(&mut text, snapshot);
     let late = shared.gauges.late.load(Relaxed);
     text.counter(
         "profiler_agent_samples_late_total",
@@ -144,14 +148,17 @@ pub(crate) fn metrics(view: &View) -> String {
     sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
     memory(&mut text, &shared.memory);
+    binaries(&mut text, &shared.binaries);
     unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
+    names_on_disk(&mut text, shared.symbols.store_counts());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
     text.gauge("profiler_agent_executables", "Executables open now.", gauges.executables.load(Relaxed));
     process_counts(&mut text, *gauges.process_counts.lock().unwrap_or_else(PoisonError::into_inner));
+    cgroups(&mut text, *gauges.cgroups.lock().unwrap_or_else(PoisonError::into_inner));
     let execs_lost = shared.ledger.execs_lost();
     text.counter(
         "profiler_agent_exec_events_lost_total",
@@ -230,10 +237,11 @@ fn sampling(text: &mut Text, sampling: &Sampling) {
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
-    let ProcessCounts { gone, unusable_files, ranges_cut, evicted } = counts;
+    let ProcessCounts { gone, unusable_files, ranges_cut, evicted, read_late } = counts;
     let counters = [
         ("processes_gone", "Processes gone before they could be read.", gone),
         ("processes_evicted", "Processes forgotten to make room for others.", evicted),
+        ("processes_read_late", "New images left to their first sample, there being too many.", read_late),
         ("unusable_files", "Mappings whose file could not be used.", unusable_files),
         ("mappings_cut", "Processes with more executable ranges than are kept.", ranges_cut),
     ];
@@ -242,61 +250,64 @@ fn process_counts(text: &mut Text, counts: ProcessCounts) {
     }
 }
 
-/// A destination's name, and what became of the samples that it was given.
-type Destination<'a> = (&'a str, DestinationTotals);
-
-fn destinations(shared: &Shared) -> Vec<Destination<'_>> {
-    shared.exporters.iter().map(|exporter| (exporter.name.as_str(), exporter.queue.totals())).collect()
+fn cgroups(text: &mut Text, counts: NameCounts) {
+    let NameCounts { known, evicted, unknown } = counts;
+    text.gauge("profiler_agent_cgroups", "Cgroups whose names are known, removed ones too.", known);
+    text.counter(
+        "profiler_agent_cgroups_evicted_total",
+        "Cgroups forgotten to make room for others.",
+        evicted,
+    );
+    text.counter(
+        "profiler_agent_cgroups_unknown_total",
+        "Cgroups gone before their names were learnt, or that may not be looked up.",
+        unknown,
+    );
 }
 
 /// The account as metrics. What happens before samples belong to a destination stands once and without the label
 /// `destination`, so that sums over all lines are sums of events. Every line is always there: `rate` needs the zero.
-fn samples(text: &mut Text, kernel: KernelTotals, ledger: &Ledger, destinations: &[Destination<'_>]) {
-    let KernelTotals { taken: samples_taken, submitted } = kernel;
+fn samples(text: &mut Text, snapshot: &Snapshot) {
+    let label = |profile_type: ProfileType| format!("type=\"{}\"", profile_type.name());
+    let types = ProfileType::ALL.map(|profile_type| (label(profile_type), snapshot.of(profile_type)));
+    let destinations: Vec<_> = snapshot
+        .destinations()
+        .flat_map(|(name, totals)| {
+            let label = move |of| format!("{},destination={}", label(of), quoted(name));
+            ProfileType::ALL.map(|of| (label(of), *totals.of(of)))
+        })
+        .collect();
     let taken = "profiler_agent_samples_taken_total";
     text.head(taken, "Samples taken by the kernel side.", "counter");
-    text.line(format_args!("{taken}{{type=\"cpu\"}} {samples_taken}"));
+    for (labels, terms) in &types {
+        text.line(format_args!("{taken}{{{labels}}} {}", terms.taken));
+    }
     let delivered = "profiler_agent_samples_delivered_total";
     text.head(delivered, "Samples a destination has acknowledged.", "counter");
-    for (name, totals) in destinations {
-        text.line(format_args!(
-            "{delivered}{{type=\"cpu\",destination={}}} {}",
-            quoted(name),
-            totals.delivered
-        ));
+    for (labels, totals) in &destinations {
+        text.line(format_args!("{delivered}{{{labels}}} {}", totals.delivered));
     }
     let dropped = "profiler_agent_samples_dropped_total";
     text.head(dropped, "Samples dropped, by reason; without a destination, for all of them.", "counter");
-    let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
-    terms(text, dropped, "reason", None, &causes);
-    for (name, totals) in destinations {
-        terms(text, dropped, "reason", Some(name), &totals.dropped());
+    for (labels, terms) in &types {
+        text.terms(dropped, labels, "reason", &terms.dropped);
+    }
+    for (labels, totals) in &destinations {
+        text.terms(dropped, labels, "reason", &totals.dropped());
     }
     let waiting = "profiler_agent_samples_waiting";
     text.head(waiting, "Samples on their way, by place; without a destination, for all of them.", "gauge");
-    terms(text, waiting, "place", None, &[("ring", submitted.saturating_sub(ledger.drained()))]);
-    terms(text, waiting, "place", None, &Place::ALL.map(|place| (place.name(), ledger.waiting(place))));
-    for (name, totals) in destinations {
-        terms(text, waiting, "place", Some(name), &[("upload_queue", totals.waiting)]);
+    for (labels, terms) in &types {
+        text.terms(waiting, labels, "place", &terms.waiting);
     }
-    text.counter(
-        "profiler_agent_samples_drained_total",
-        "Samples read from the ring buffer.",
-        ledger.drained(),
-    );
-}
-
-fn terms(text: &mut Text, metric: &str, label: &str, destination: Option<&str>, terms: &[(&str, u64)]) {
-    let destination = destination.map(|name| format!("destination={},", quoted(name))).unwrap_or_default();
-    for (name, events) in terms {
-        text.line(format_args!("{metric}{{type=\"cpu\",{destination}{label}=\"{name}\"}} {events}"));
+    for (labels, totals) in &destinations {
+        text.terms(waiting, labels, "place", &[("upload_queue", totals.waiting)]);
     }
-}
-
-/// Samples dropped before they belonged to a destination, once, and by each destination.
-fn dropped(ledger: &Ledger, destinations: &[Destination<'_>]) -> u64 {
-    let own = destinations.iter().flat_map(|(_, totals)| totals.dropped()).map(|(_, events)| events);
-    Cause::ALL.iter().map(|&cause| ledger.dropped(cause)).chain(own).sum()
+    let drained = "profiler_agent_samples_drained_total";
+    text.head(drained, "Samples read from the ring buffer.", "counter");
+    for (labels, terms) in &types {
+        text.line(format_args!("{drained}{{{labels}}} {}", terms.drained));
+    }
 }
 
 fn stacks(text: &mut Text, shared: &Shared) {
@@ -325,6 +336,20 @@ fn memory(text: &mut Text, plan: &MemoryPlan) {
     text.head(metric, "What each table, cache or queue may take of it.", "gauge");
     for (what, bytes) in plan.parts() {
         text.line(format_args!("{metric}{{what=\"{what}\"}} {bytes}"));
+    }
+}
+
+fn binaries(text: &mut Text, binaries: &Binaries) {
+    let largest = binaries.largest();
+    let metric = "profiler_agent_binary_samples";
+    text.head(metric, "Samples with a frame in a binary, since the start, of the largest ones.", "gauge");
+    for (binary, samples, _) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {samples}", quoted(binary)));
+    }
+    let metric = "profiler_agent_binary_samples_truncated";
+    text.head(metric, "Those whose stack ends too early in that binary.", "gauge");
+    for (binary, _, truncated) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {truncated}", quoted(binary)));
     }
 }
 
@@ -406,6 +431,25 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
     }
 }
 
+fn names_on_disk(text: &mut Text, counts: Option<&symbolize::StoreCounts>) {
+    let none = symbolize::StoreCounts::default();
+    let symbolize::StoreCounts { hits, misses, loaded, discarded, saved, errors, evicted, bytes } =
+        counts.unwrap_or(&none);
+    let counters = [
+        ("hits", "Locations whose names were kept on disk.", hits),
+        ("misses", "Locations whose names were not.", misses),
+        ("files_loaded", "Files of names that were read.", loaded),
+        ("files_discarded", "Files of names that were damaged, foreign or of another format.", discarded),
+        ("files_saved", "Files of names that were written.", saved),
+        ("file_errors", "Files of names that could not be read or written.", errors),
+        ("files_evicted", "Files of names that made room for others.", evicted),
+    ];
+    for (name, help, value) in counters {
+        text.counter(&format!("profiler_agent_name_store_{name}_total"), help, value.load(Relaxed));
+    }
+    text.gauge("profiler_agent_name_store_bytes", "Bytes of names on disk.", bytes.load(Relaxed));
+}
+
 /// Name, help, kind and value of a metric that each destination has.
 type ExporterMetric = (&'static str, &'static str, &'static str, fn(&Exporter) -> u64);
 
@@ -444,6 +488,13 @@ struct Text(String);
 impl Text {
     fn line(&mut self, line: std::fmt::Arguments<'_>) {
         writeln!(self.0, "{line}").expect("a String takes every write");
+    }
+
+    /// One line for each term, named by a label behind others.
+    fn terms(&mut self, metric: &str, labels: &str, name: &str, terms: &[(&str, u64)]) {
+        for (value, events) in terms {
+            self.line(format_args!("{metric}{{{labels},{name}=\"{value}\"}} {events}"));
+        }
     }
 
     fn head(&mut self, metric: &str, help: &str, kind: &str) {
@@ -504,15 +555,15 @@ impl Status {
     fn line(&mut self) -> String {
         let (now, cpu) = (Instant::now(), usage::cpu_time());
         let seconds = now.duration_since(self.at).as_secs_f64().max(1e-3);
-        let taken = self.view.kernel_totals().taken;
+        let snapshot = self.view.snapshot();
+        let taken: u64 = ProfileType::ALL.iter().map(|&profile_type| snapshot.of(profile_type).taken).sum();
         let rate = taken.saturating_sub(self.taken) as f64 / seconds;
         let own_cpu = cpu.saturating_sub(self.cpu).as_secs_f64() / seconds * 100.0;
         (self.at, self.cpu, self.taken) = (now, cpu, taken);
 
         let gauges = &self.view.shared.gauges;
         let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
-        let shared = &self.view.shared;
-        let dropped = dropped(&shared.ledger, &destinations(shared));
+        let dropped = snapshot.dropped();
         format!(
             "{rate:.0} samples/s, {} containers, {} to the root, {} named, {dropped} dropped, {own_cpu:.1}% CPU, {} MiB",
             gauges.containers.load(Relaxed),
@@ -530,6 +581,7 @@ fn percent(part: u64, whole: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::{Cause, KernelTotals, Ledger, PerType};
 
     #[test]
     fn label_values_are_escaped() {
@@ -537,23 +589,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lost_before_the_destinations_counts_once_however_many_there_are() {
+    fn every_term_of_the_account_has_a_line_of_its_own_before_it_ever_happens() {
         let ledger = Ledger::default();
-        ledger.drop_events(Cause::RingFull, 3);
-        let refused = DestinationTotals { dropped_refused: 2, ..DestinationTotals::default() };
-        let destinations = [("http://a/", refused), ("http://b/", DestinationTotals::default())];
+        ledger.of(ProfileType::Cpu).drop_events(Cause::RingFull, 3);
+        let destinations = ["http://a/", "http://b/"].map(|name| (name.to_owned(), PerType::default()));
+        let kernel = |_| KernelTotals { taken: 9, submitted: 6 };
         let mut text = Text::default();
-        samples(&mut text, KernelTotals { taken: 9, submitted: 6 }, &ledger, &destinations);
+        samples(&mut text, &Snapshot::take(&ledger, kernel, destinations.to_vec()));
 
-        let lines: Vec<_> =
-            text.0.lines().filter(|line| line.starts_with("profiler_agent_samples_dropped_total{")).collect();
-        let value = |line: &str| line.rsplit_once(' ').and_then(|(_, value)| value.parse::<u64>().ok());
-        let sum: u64 = lines.iter().map(|line| value(line).expect("a number")).sum();
-        assert_eq!(sum, 5, "{lines:#?}");
-        assert_eq!(dropped(&ledger, &destinations), 5);
-        assert!(lines.contains(&"profiler_agent_samples_dropped_total{type=\"cpu\",reason=\"ring_full\"} 3"));
-        // Every cause has its line before it ever happens.
-        assert_eq!(lines.len(), Cause::ALL.len() + 2 * refused.dropped().len(), "{lines:#?}");
+        let lines: Vec<_> = text.0.lines().filter(|line| !line.starts_with('#')).collect();
+        for line in [
+            "taken_total{type=\"cpu\"} 9",
+            "delivered_total{type=\"cpu\",destination=\"http://a/\"} 0",
+            "dropped_total{type=\"cpu\",reason=\"ring_full\"} 3",
+            "dropped_total{type=\"cpu\",destination=\"http://b/\",reason=\"refused\"} 0",
+            "waiting{type=\"cpu\",place=\"ring\"} 6",
+            "waiting{type=\"cpu\",destination=\"http://b/\",place=\"upload_queue\"} 0",
+        ] {
+            assert!(
+                lines.contains(&format!("profiler_agent_samples_{line}").as_str()),
+                "{line} in {lines:#?}"
+            );
+        }
+        let of_dropped = |line: &&&str| line.starts_with("profiler_agent_samples_dropped_total{");
+        let sum: u64 = lines
+            .iter()
+            .filter(of_dropped)
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok())
+            .sum();
+        assert_eq!(sum, 3, "each event once, however many destinations there are: {lines:#?}");
         let unique: std::collections::HashSet<_> =
             lines.iter().filter_map(|line| line.rsplit_once(' ')).map(|(name, _)| name).collect();
         assert_eq!(unique.len(), lines.len(), "{lines:#?}");

@@ -44,7 +44,8 @@ const NATIVE: &[&str] = &["_start", "clone3", "__clone3", "clone", "__clone"];
 const MUSL: &[&str] = &["libc_start_main_stage2", "start"];
 
 /// Threads of Go begin in the run-time system: goroutines, and what it runs on stacks of its own.
-const GO: &[&str] = &["runtime.goexit", "runtime.goexit.abi0", "runtime.mstart", "runtime.mstart.abi0", "runtime.mcall"];
+const GO: &[&str] =
+    &["runtime.goexit", "runtime.goexit.abi0", "runtime.mstart", "runtime.mstart.abi0", "runtime.mcall"];
 
 const PYTHON: &str = "
 import json
@@ -70,7 +71,8 @@ struct Kind {
     compares_calls: bool,
 }
 
-const COMPILED: Kind = Kind { name: "", arguments: None, roots: NATIVE, share: Some(0.995), compares_calls: true };
+const COMPILED: Kind =
+    Kind { name: "", arguments: None, roots: NATIVE, share: Some(0.995), compares_calls: true };
 
 const KINDS: [Kind; 15] = [
     Kind { name: "deep_gcc", ..COMPILED },
@@ -97,8 +99,13 @@ const KINDS: [Kind; 15] = [
 ];
 
 /// C2 uses the frame pointer's register for whatever it likes, and says nowhere how large its frames are.
-const JAVA_DEFAULT: Kind =
-    Kind { name: "java", arguments: Some(&["-cp", "CLASSES", "Burn"]), share: None, compares_calls: false, ..COMPILED };
+const JAVA_DEFAULT: Kind = Kind {
+    name: "java",
+    arguments: Some(&["-cp", "CLASSES", "Burn"]),
+    share: None,
+    compares_calls: false,
+    ..COMPILED
+};
 
 /// One that runs.
 struct Subject {
@@ -209,15 +216,25 @@ fn check_inner_frames(subject: &Subject, agent: &Agent, from: SystemTime) {
     let sorting = ["sort", "realigned", "recurse", "recurse", "run"];
     let in_thread = [&sorting[..], &["worker"]].concat();
     let in_main = [&sorting[..], &["main"]].concat();
-    let expected = [("compare", in_main), ("compare", in_thread), ("sort", vec!["on_alarm", "recurse", "run"])];
+    let expected =
+        [("compare", in_main), ("compare", in_thread), ("sort", vec!["on_alarm", "recurse", "run"])];
     for (function, callers) in expected.iter().filter(|_| subject.kind.share.is_some()) {
         assert!(merged.has_stack(function, callers), "{name}: no {function} under {callers:?}\n{merged:#?}");
     }
 }
 
+/// A program that gives way to the profilers: there are many of them, and all are busy.
+fn polite(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "10"]).arg(program);
+    nice
+}
+
 fn start(kind: &'static Kind) -> Option<Subject> {
     let program = match kind.arguments {
-        None if testprogs().join(kind.name).exists() => Program::start(kind.name, &[]),
+        None if testprogs().join(kind.name).exists() => {
+            Program::start_command(&mut polite(testprogs().join(kind.name)))
+        }
         None => {
             skip(kind.name, "not built");
             return None;
@@ -231,7 +248,8 @@ fn start(kind: &'static Kind) -> Option<Subject> {
 fn interpreter(name: &str, arguments: &[&str]) -> Option<Program> {
     let paths = ["/usr/bin", "/usr/local/bin"].map(|directory| format!("{directory}/{name}"));
     let runs = |path: &&String| {
-        let version = Command::new(path).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let version =
+            Command::new(path).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
         version.is_ok_and(|status| status.success())
     };
     let Some(path) = paths.iter().find(runs) else {
@@ -242,5 +260,5 @@ fn interpreter(name: &str, arguments: &[&str]) -> Option<Program> {
     let classes = classes.to_str().expect("a plain path");
     let arguments: Vec<&str> =
         arguments.iter().map(|&argument| if argument == "CLASSES" { classes } else { argument }).collect();
-    Some(Program::system(path, &arguments))
+    Some(Program::system_command(polite(path).args(arguments)))
 }

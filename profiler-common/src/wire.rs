@@ -18,6 +18,8 @@ pub enum RecordKind {
     Fork = 3,
     /// A [`ProcessRecord`]: a process that the kernel side knew has ended, with all its threads.
     Exit = 4,
+    /// A [`CgroupRecord`]: a cgroup was made.
+    CgroupMade = 8,
 }
 
 impl RecordKind {
@@ -29,6 +31,7 @@ impl RecordKind {
             2 => Some(Self::Exec),
             3 => Some(Self::Fork),
             4 => Some(Self::Exit),
+            8 => Some(Self::CgroupMade),
             _ => None,
         }
     }
@@ -224,7 +227,8 @@ pub struct SampleHeader {
     pub head: RecordHead,
     /// What the sample stands for: the sampling period in nanoseconds for [`RecordKind::CpuSample`].
     pub value: u64,
-    /// Id of the task's cgroup in the v2 hierarchy (the inode number of its directory).
+    /// Id of the task's cgroup (the inode number of its directory): in the v2 hierarchy, or where that is not mounted in
+    /// the v1 hierarchy of [`crate::config::CgroupFacts`].
     pub cgroup_id: u64,
     /// Start of the process on CLOCK_BOOTTIME, in nanoseconds; 0 when the kernel's BTF does not say.
     pub start_ns: u64,
@@ -242,10 +246,22 @@ pub struct ProcessRecord {
     pub head: RecordHead,
     /// Start of the process, as in [`SampleHeader::start_ns`].
     pub start_ns: u64,
+    /// As in [`SampleHeader::cgroup_id`].
+    pub cgroup_id: u64,
     /// [`RecordKind::Fork`]: id of the process that forked it; 0 in other records.
     pub parent: u32,
     /// Keeps the size a multiple of 8.
     pub reserved: u32,
+}
+
+/// A new cgroup of the hierarchy whose ids samples carry.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupRecord {
+    /// Kind and time; the task is the one that made it.
+    pub head: RecordHead,
+    /// Its id, as in [`SampleHeader::cgroup_id`].
+    pub cgroup_id: u64,
 }
 
 /// Room for one sample, as the programs build it before it is copied to the ring buffer.
@@ -266,7 +282,8 @@ pub const RECORD_BYTES_MAX: usize = size_of::<SampleBuffer>();
 
 const _: () = assert!(size_of::<RecordHead>() == 24);
 const _: () = assert!(size_of::<SampleHeader>() == 80);
-const _: () = assert!(size_of::<ProcessRecord>() == 40);
+const _: () = assert!(size_of::<ProcessRecord>() == 48);
+const _: () = assert!(size_of::<CgroupRecord>() == 32);
 const _: () = assert!(RECORD_BYTES_MAX == 80 + 8 * FRAMES_MAX);
 
 #[cfg(test)]

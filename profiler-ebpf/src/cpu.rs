@@ -14,7 +14,7 @@ use profiler_common::{
 };
 
 use crate::{
-    helpers::{boot_time_ns, current_cgroup_id, current_ids, current_thread_name, kernel_stack},
+    helpers::{boot_time_ns, current_ids, current_thread_name, kernel_stack},
     maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, add, count, setting},
     stack::{mask, walk_user},
     targets, task, timing,
@@ -115,7 +115,7 @@ fn write_header(
         tid,
         time_ns: boot_time_ns(),
     };
-    header.cgroup_id = current_cgroup_id();
+    header.cgroup_id = task::cgroup_id();
     header.start_ns = start_ns;
     header.thread_name = current_thread_name();
     task::read_comm(leader, &raw mut header.comm);

@@ -28,7 +28,7 @@ pub fn monotonic_ns() -> u64 {
     unsafe { raw::bpf_ktime_get_ns() }
 }
 
-/// Id of the current task's cgroup in the v2 hierarchy.
+/// Id of the current task's cgroup in the v2 hierarchy, mounted or not.
 #[inline(always)]
 pub fn current_cgroup_id() -> u64 {
     // SAFETY: takes nothing and has no effect.

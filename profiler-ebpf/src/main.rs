@@ -50,6 +50,13 @@ pub fn process_exit(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+/// A cgroup was made.
+#[raw_tracepoint(tracepoint = "cgroup_mkdir")]
+pub fn cgroup_made(ctx: RawTracePointContext) -> i32 {
+    process::cgroup_made(&ctx);
+    0
+}
+
 /// GPL-only helpers (`bpf_probe_read_user`, `bpf_get_stack`) need it.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

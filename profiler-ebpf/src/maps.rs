@@ -1,12 +1,13 @@
 //! Every map and every value shared with the agent.
 
 use aya_ebpf::{
-    macros::map,
+    btf_maps::{self, ArrayOfMaps},
+    macros::{btf_map, map},
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use profiler_common::{
-    config::{KernelFacts, Settings},
-    limits::{EVENTS_BYTES, USER_FRAMES_MAX},
+    config::{CgroupFacts, KernelFacts, Settings},
+    limits::{EVENTS_BYTES, UNWIND_LEAF_SHARDS_MAX, UNWIND_SHARD_LEAVES, USER_FRAMES_MAX},
     stats::Counter,
     targets::{TARGETS_MAX, Targets, Turn},
     unwind::{
@@ -32,7 +33,7 @@ pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUN
 /// `process_exit`. When it is full, that is counted; a process without an entry is walked by frame pointers, and its
 /// children and its end are not told.
 ///
-/// This and the five maps below have one entry unless the agent sizes them before loading (`profiler_common::limits`).
+/// This and the maps below have one entry, or no shard, unless the agent sizes them before loading (`profiler_common::limits`).
 #[map]
 pub static PROCESSES: HashMap<u32, ProcessEntry> = HashMap::with_max_entries(1, 0);
 
@@ -50,9 +51,20 @@ pub static GENERATIONS: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static DIRECTORIES: Array<Directory> = Array::with_max_entries(1, 0);
 
-/// Pages of unwind tables: key `Directory::leaves`. Written as [`CHUNKS`] are.
-#[map]
-pub static LEAVES: Array<Leaf> = Array::with_max_entries(1, 0);
+/// Pages of unwind tables, in shards of [`UNWIND_SHARD_LEAVES`]: key of a shard the upper bits of `Directory::leaves`, of a
+/// page in it the lower ones. Written as [`CHUNKS`] are; the agent adds a shard when all others are full.
+#[btf_map]
+pub static LEAVES: ArrayOfMaps<Shard, { UNWIND_LEAF_SHARDS_MAX as usize }> = ArrayOfMaps::new();
+
+/// One map of [`LEAVES`].
+type Shard = btf_maps::Array<Leaf, { UNWIND_SHARD_LEAVES as usize }>;
+
+/// The page with a number; `None` where there is none.
+#[inline(always)]
+pub fn leaf(id: u32) -> Option<*const Leaf> {
+    let leaf = LEAVES.get_value(id / UNWIND_SHARD_LEAVES, &(id % UNWIND_SHARD_LEAVES))?;
+    Some(&raw const *leaf)
+}
 
 /// Unwind rules of all tables: key `Leaf::rules`. Written as [`CHUNKS`] are.
 #[map]
@@ -145,6 +157,28 @@ macro_rules! kernel_fact {
     }};
 }
 pub(crate) use kernel_fact;
+
+/// As [`KERNEL_FACTS`].
+#[unsafe(no_mangle)]
+pub static CGROUP_FACTS: CgroupFacts = CgroupFacts {
+    task_cgroups_offset: 0,
+    css_set_subsys_offset: 0,
+    css_cgroup_offset: 0,
+    cgroup_kn_offset: 0,
+    node_id_offset: 0,
+    cgroup_root_offset: 0,
+    root_hierarchy_offset: 0,
+    hierarchy: 0,
+};
+
+/// Reads one field of [`CGROUP_FACTS`]; volatile as `kernel_fact`.
+macro_rules! cgroup_fact {
+    ($field:ident) => {{
+        // SAFETY: a read-only static that is valid for ever; volatile only keeps the load in place.
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::CGROUP_FACTS.$field) }
+    }};
+}
+pub(crate) use cgroup_fact;
 
 /// Adds one to a counter of this CPU.
 ///

@@ -13,7 +13,7 @@ use profiler_common::{
 
 use crate::{
     arch,
-    maps::{CHUNKS, DIRECTORIES, GENERATIONS, LEAVES, NO_CHUNK, PROCESSES, RULES, count},
+    maps::{CHUNKS, DIRECTORIES, GENERATIONS, NO_CHUNK, PROCESSES, RULES, count, leaf},
     task,
 };
 
@@ -117,7 +117,7 @@ impl RowTable for DirectoryValue {
     fn leaf(&self, slot: u64) -> Option<*const Leaf> {
         // SAFETY: as above.
         let id = unsafe { (&raw const (*self.0).leaves).cast::<u32>().add(slot as usize).read() };
-        LEAVES.get_ptr(id)
+        leaf(id)
     }
 
     #[inline(always)]

@@ -5,8 +5,8 @@ use core::num::{NonZeroU32, NonZeroU64};
 use profiler_common::limits::COMM_BYTES;
 
 use crate::{
-    helpers::{current_task, read_kernel},
-    maps::kernel_fact,
+    helpers::{current_cgroup_id, current_task, read_kernel},
+    maps::{cgroup_fact, kernel_fact},
 };
 
 /// Reads the 8 bytes at `task + offset`; `None` when the offset is unknown.
@@ -97,4 +97,49 @@ pub fn read_comm(leader: Option<NonZeroU64>, to: *mut [u8; COMM_BYTES]) {
 pub fn saved_user_regs(regs_bytes: u64) -> Option<u64> {
     let stack = read_field(current_task(), kernel_fact!(task_stack_offset))?;
     Some(stack.wrapping_add(u64::from(kernel_fact!(thread_bytes))).wrapping_sub(regs_bytes))
+}
+
+/// Id of the current task's cgroup in the hierarchy that the agent has chosen; 0 when it cannot be read.
+#[inline(always)]
+pub fn cgroup_id() -> u64 {
+    let cgroups = cgroup_fact!(task_cgroups_offset);
+    if cgroups == 0 {
+        return current_cgroup_id();
+    }
+    v1_cgroup(cgroups).and_then(id_of_cgroup).unwrap_or(0)
+}
+
+/// Address of the current task's `cgroup` in a v1 hierarchy.
+#[inline(always)]
+fn v1_cgroup(cgroups_offset: u32) -> Option<u64> {
+    let css_set = read_field(current_task(), cgroups_offset)?;
+    let css = read_pointer(css_set, cgroup_fact!(css_set_subsys_offset))?;
+    read_pointer(css, cgroup_fact!(css_cgroup_offset))
+}
+
+/// Id of the `cgroup` at an address, by which its directory can be opened.
+#[inline(always)]
+pub fn id_of_cgroup(cgroup: u64) -> Option<u64> {
+    let node = read_pointer(cgroup, cgroup_fact!(cgroup_kn_offset))?;
+    read_pointer(node, cgroup_fact!(node_id_offset))
+}
+
+/// Whether the `cgroup` at an address is in the hierarchy that the agent has chosen.
+#[inline(always)]
+pub fn is_chosen_hierarchy(cgroup: u64) -> bool {
+    let Some(root) = read_pointer(cgroup, cgroup_fact!(cgroup_root_offset)) else { return false };
+    let mut hierarchy = 0u32;
+    let at = root.wrapping_add(u64::from(cgroup_fact!(root_hierarchy_offset)));
+    read_kernel(at, &raw mut hierarchy).is_some() && hierarchy == cgroup_fact!(hierarchy)
+}
+
+/// Reads the 8 bytes at `base + offset`, where 0 is an offset like any other; `None` for a null base.
+#[inline(always)]
+fn read_pointer(base: u64, offset: u32) -> Option<u64> {
+    if base == 0 {
+        return None;
+    }
+    let mut value = 0u64;
+    read_kernel(base.wrapping_add(u64::from(offset)), &raw mut value)?;
+    Some(value)
 }

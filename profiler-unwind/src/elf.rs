@@ -107,7 +107,12 @@ impl<'a> Elf<'a> {
 
     /// Shows the functions of `.symtab` that have at most so many bytes, of its first `symbols` entries, by name and
     /// addresses.
-    pub(crate) fn each_function(&self, symbols: usize, bytes_max: u64, mut each: impl FnMut(&[u8], Range<u64>)) {
+    pub(crate) fn each_function(
+        &self,
+        symbols: usize,
+        bytes_max: u64,
+        mut each: impl FnMut(&[u8], Range<u64>),
+    ) {
         let Ok(table) = self.sections.symbols(LittleEndian, self.bytes, elf::SHT_SYMTAB) else { return };
         for symbol in table.iter().take(symbols) {
             let (start, bytes) = (symbol.st_value(LittleEndian), symbol.st_size(LittleEndian));

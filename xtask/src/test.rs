@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{cargo_test, ebpf, lint, tally::Tally, testprogs, ui};
+use crate::{cargo_test, ebpf, lint, tally::Tally, testprogs, ui, vm};
 
 /// One part of the whole test, which runs to its end whatever the others do.
 struct Step {
@@ -16,7 +16,7 @@ struct Step {
     run: fn() -> Result<Tally>,
 }
 
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 12] = [
     Step { name: "fmt", title: "the sources are formatted", run: lint::format },
     Step { name: "clippy", title: "the sources have no warnings", run: lint::clippy },
     Step { name: "docs", title: "the documentation builds without warnings", run: lint::docs },
@@ -28,6 +28,7 @@ const STEPS: [Step; 11] = [
     Step { name: "host", title: "tests against the machine's own programs", run: cargo_test::host },
     Step { name: "ui", title: "the UI is tested and its dist/ is what its sources give", run: ui::check },
     Step { name: "root", title: "the agent in the kernel", run: cargo_test::root },
+    Step { name: "vm", title: "the agent in the oldest kernel, under qemu", run: vm::oldest },
 ];
 
 /// Steps that need no build of the tests.

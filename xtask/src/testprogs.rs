@@ -14,7 +14,7 @@ use crate::{
     tools::{self, CC, GO},
 };
 
-const C_PROGRAMS: [&str; 3] = ["burn", "short", "fork_storm"];
+const C_PROGRAMS: [&str; 5] = ["burn", "short", "fork_storm", "identity", "crowd"];
 
 /// Linked statically into `container/`, which is all that the test's container images hold.
 const CONTAINER_PROGRAMS: [&str; 2] = ["burn", "pause"];
@@ -45,7 +45,7 @@ struct Unframed {
 }
 
 /// Those whose compiler is not installed are skipped.
-const UNFRAMED: [Unframed; 13] = [
+const UNFRAMED: [Unframed; 14] = [
     Unframed { name: "deep_gcc", compiler: "gcc", source: "deep.c", flags: &[] },
     Unframed { name: "deep_clang", compiler: "clang", source: "deep.c", flags: &[] },
     Unframed { name: "recurse", compiler: "gcc", source: "recurse.c", flags: &[] },
@@ -56,6 +56,7 @@ const UNFRAMED: [Unframed; 13] = [
     Unframed { name: "deep_musl_qsort", compiler: "musl-gcc", source: "deep.c", flags: &["-static"] },
     Unframed { name: "throw_gcc", compiler: "g++", source: "throw.cpp", flags: &[] },
     Unframed { name: "throw_clang", compiler: "clang++", source: "throw.cpp", flags: &[] },
+    Unframed { name: "depth", compiler: "gcc", source: "depth.c", flags: &[] },
     Unframed { name: "shapes", compiler: "gcc", source: "shapes.c", flags: &["-ldl"] },
     // Two versions whose frames differ: a table of the one is wrong for the other.
     Unframed {

@@ -36,6 +36,17 @@ pub(crate) const CONTAINERD: Tool = Tool {
 /// What the agent's cost is compared with.
 pub(crate) const PERF: Tool =
     Tool { name: "perf", package: "linux-perf", is_there: || command::is_installed("perf") };
+pub(crate) const QEMU: Tool = Tool {
+    name: "qemu-system-x86_64",
+    package: "qemu-system-x86",
+    is_there: || command::is_installed("qemu-system-x86_64"),
+};
+/// The virtual machines' shell.
+pub(crate) const BUSYBOX: Tool = Tool {
+    name: "a static busybox",
+    package: "busybox-static",
+    is_there: || command::is_installed("busybox"),
+};
 pub(crate) const LIBPYTHON: Tool =
     Tool { name: "a shared libpython3", package: "libpython3-dev", is_there: has_libpython };
 

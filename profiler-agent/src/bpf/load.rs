@@ -16,10 +16,19 @@ use aya_log::EbpfLogger;
 use profiler_common::config::Settings;
 use tracing::{info, warn};
 
-use super::{probe::kernel_facts, stats::KernelCounts, targets::TargetMap, unwind::UnwindMaps};
+use super::{
+    probe::{cgroup_facts, kernel_facts},
+    stats::KernelCounts,
+    targets::TargetMap,
+    unwind::UnwindMaps,
+};
 use crate::{
     memory::UnwindSizes,
-    sys::{btf::BtfError, cpu, perf_event::CpuClock},
+    sys::{
+        btf::{Btf, BtfError},
+        cgroup, cpu,
+        perf_event::CpuClock,
+    },
     targets::Targets,
 };
 
@@ -62,15 +71,11 @@ pub(crate) enum BpfError {
 }
 
 /// Entries of the maps of unwind tables. As many sets of mappings as processes: children share their parent's.
-fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 5] {
-    let UnwindSizes { leaves, directories, processes, rules } = sizes;
-    [
-        ("CHUNKS", processes),
-        ("GENERATIONS", processes),
-        ("DIRECTORIES", directories),
-        ("LEAVES", leaves),
-        ("RULES", rules),
-    ]
+///
+/// Leaves come in shards, as they are needed.
+fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 4] {
+    let UnwindSizes { leaves: _, directories, processes, rules } = sizes;
+    [("CHUNKS", processes), ("GENERATIONS", processes), ("DIRECTORIES", directories), ("RULES", rules)]
 }
 
 /// What may be chosen before loading.
@@ -89,6 +94,8 @@ pub(crate) struct LoadOptions {
     pub(crate) targets: Targets,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
+    /// The hierarchy whose cgroup ids samples carry.
+    pub(crate) cgroups: Option<cgroup::Version>,
     /// Root of sysfs.
     pub(crate) sys_root: PathBuf,
 }
@@ -108,26 +115,29 @@ pub(crate) struct Programs {
 }
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
-/// The programs of process events, and the tracepoint of each. The end of a process before its beginning, so that none
-/// is known whose end is not seen.
-const PROCESS_PROGRAMS: [(&str, &str); 3] = [
+/// Programs that follow processes, and the raw tracepoints they are attached to. The end of a process before its
+/// beginning, so that none is known whose end is not seen.
+const PROCESS_PROGRAMS: [(&str, &str); 4] = [
     ("process_exit", "sched_process_exit"),
     ("process_exec", "sched_process_exec"),
     ("process_fork", "sched_process_fork"),
+    ("cgroup_made", "cgroup_mkdir"),
 ];
 
 impl Programs {
     /// Loads everything; nothing is attached before [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
-        let facts = kernel_facts(&options.sys_root)?.words();
+        let btf = Btf::of_kernel(&options.sys_root)?;
+        let (facts, cgroups) = (kernel_facts(&btf).words(), cgroup_facts(&btf, options.cgroups).words());
+        drop(btf);
         let settings = Settings {
             user_frames_limit: options.stack_depth,
             has_targets: (!options.targets.want_everything()).into(),
         }
         .words();
         let mut loader = EbpfLoader::new();
+        loader.override_global("KERNEL_FACTS", &facts, true).override_global("CGROUP_FACTS", &cgroups, true);
         loader
-            .override_global("KERNEL_FACTS", &facts, true)
             .override_global("SETTINGS", &settings, true)
             .map_max_entries("EVENTS", options.ring_bytes)
             .map_max_entries("PROCESSES", options.processes);
@@ -402,6 +412,7 @@ mod tests {
             stack_depth: 127,
             targets: Targets::new(Vec::new(), true).expect("none"),
             period_ns: PERIODS_NS[0],
+            cgroups: None,
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).expect("this kernel runs the programs");

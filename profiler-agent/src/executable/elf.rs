@@ -15,6 +15,9 @@ use crate::addr::{ElfAddr, FileOffset};
 /// Load segments taken from one file. Linkers write 2 to 6; every program header is 56 bytes of a bounded read.
 const SEGMENTS_MAX: usize = 256;
 
+/// A file's name, and the CRC behind it.
+const DEBUG_LINK_BYTES_MAX: u64 = 256 + 8;
+
 /// Mappings begin and end on pages; 4 KiB is the least any supported kernel uses.
 const PAGE_BYTES: u64 = 4096;
 
@@ -124,6 +127,8 @@ pub(crate) struct SymbolSections {
     pub(crate) abbreviations: Vec<SectionBytes>,
     /// There is DWARF in the file itself.
     pub(crate) has_debug_info: bool,
+    /// The name of a separate file with debug information, as `.gnu_debuglink` has it.
+    pub(crate) debug_link: Option<Box<str>>,
     /// A section names another file with debug information.
     pub(crate) names_other_file: bool,
 }
@@ -273,11 +278,29 @@ where
         match name {
             b".debug_info" | b".zdebug_info" => sizes.has_debug_info |= on_file > 0,
             b".gnu_debuglink" | b".gnu_debugaltlink" | b".debug_sup" => sizes.names_other_file = true,
+            _ => {}
+        }
+        if name == b".gnu_debuglink" {
+            sizes.debug_link = debug_link::<H, R>(endian, data, section);
+        }
+        match name {
             b".gopclntab" | b".go.buildinfo" => is_go = true,
             _ => {}
         }
     }
     (sizes, is_go)
+}
+
+/// Source: GDB manual, "Debugging Information in Separate Files": a name, a zero byte, padding, a CRC.
+fn debug_link<'data, H, R>(endian: Endianness, data: R, section: &H::SectionHeader) -> Option<Box<str>>
+where
+    H: FileHeader<Endian = Endianness>,
+    R: ReadRef<'data>,
+{
+    let (start, bytes) = section.file_range(endian)?;
+    let bytes = data.read_bytes_at(start, bytes.min(DEBUG_LINK_BYTES_MAX)).ok()?;
+    let name = bytes.split(|&byte| byte == 0).next()?;
+    str::from_utf8(name).ok().filter(|name| !name.is_empty()).map(Into::into)
 }
 
 impl SymbolSections {

@@ -144,6 +144,18 @@ pub(crate) enum ExecutableError {
     Full { path: PathBuf, max: usize },
 }
 
+#[cfg(test)]
+impl Executable {
+    /// The same file, as if it had this debug link.
+    pub(crate) fn elf_with_debug_link(&self, name: &str) -> Self {
+        let mut elf = self.elf.clone();
+        elf.symbols.debug_link = Some(name.into());
+        let file = self.file.try_clone().expect("a descriptor");
+        let (path, identity) = (self.path.clone(), self.identity.clone());
+        Self { id: self.id, path, identity, file, elf, debug_is_safe: OnceLock::new() }
+    }
+}
+
 /// Real executables for the tests of other modules.
 #[cfg(test)]
 pub(crate) mod testing {

@@ -14,6 +14,7 @@ use super::queue::Batch;
 use crate::{
     drain::KernelCut,
     executable::Executable,
+    ledger::{PerType, ProfileType},
     normalize::Location,
     symbolize::{self, KERNEL, LocationKey},
     window::{Closed, SampleLabels, Series},
@@ -96,7 +97,7 @@ fn quality(window: &Closed, symbols: &HashMap<symbolize::LocationId, symbolize::
 struct Request {
     series: Vec<push::Series>,
     bytes: usize,
-    events: u64,
+    events: PerType<u64>,
 }
 
 impl Request {
@@ -107,10 +108,11 @@ impl Request {
 
     fn push(&mut self, window: &Closed, series: &Series, pprof: Vec<u8>) {
         self.bytes += pprof.len();
-        self.events += series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
+        *self.events.of_mut(ProfileType::Cpu) +=
+            series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
         self.series.push(push::Series {
             labels: push::labels(series.labels.iter()),
-            profile_type: "cpu".to_owned(),
+            profile_type: ProfileType::Cpu.name().to_owned(),
             temporality: Temporality::Delta.to_wire(),
             start_unix_ns: window.start_unix_ns.cast_signed(),
             duration_ns: window.duration_ns,

@@ -10,7 +10,7 @@ use std::{
 
 use profiler_common::unwind::mappings::NS_PER_TICK;
 
-use super::{STAT_STARTTIME, stat_number};
+use super::stat::Stat;
 use crate::{executable::open_in_root, sys::clock::WallClock};
 
 /// What a perf map may be older than the process that writes it: clocks of file systems tick in 4 ms, and somebody may
@@ -123,7 +123,7 @@ impl GeneratedCode {
             return Err(PerfMapError::Stale);
         }
         // Last: what was opened by the pid was of this process if the pid is its own still.
-        let started = stat_number(&directory, STAT_STARTTIME);
+        let started = Stat::read(&directory).map(|stat| stat.start_ticks);
         if self.start_ns != 0 && started != Some(self.start_ns / NS_PER_TICK) {
             return Err(PerfMapError::Open(io::ErrorKind::NotFound.into()));
         }
@@ -234,7 +234,7 @@ mod tests {
         let file = File::create(&map).unwrap();
         let start_ns = crate::sys::clock::boot_ns();
         let ticks = start_ns / NS_PER_TICK;
-        let stat = format!("70 (x) S{} {ticks} 0", " 0".repeat(STAT_STARTTIME - 4));
+        let stat = format!("70 (x) S{} {ticks} 0", " 0".repeat(18));
         fs::write(process.join("stat"), stat).unwrap();
         let code = GeneratedCode::new(70, start_ns, "node");
         code.open_perf_map(directory.path()).expect("written after the process has started");

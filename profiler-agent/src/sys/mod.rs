@@ -3,6 +3,7 @@
 pub(crate) mod bpf_objects;
 pub(crate) mod btf;
 pub(crate) mod capabilities;
+pub(crate) mod cgroup;
 pub(crate) mod clock;
 pub(crate) mod cpu;
 pub(crate) mod file_map;

@@ -28,13 +28,13 @@ use std::{
 
 use aya::maps::MapError;
 use profiler_common::unwind::mappings::{NS_PER_TICK, ProcessEntry};
-use profiler_unwind::Architecture;
+use profiler_unwind::{Architecture, Source};
 use tracing::{debug, warn};
 
-pub(crate) use self::make::Reason;
+pub(crate) use self::make::{Reason, VDSO};
 use self::{
     chunk::{CodeRange, MappedTable, Part, Record},
-    make::{MakeError, VDSO},
+    make::MakeError,
     sharing::{ChunkRef, Chunks, GivenUp},
     tables::{Owner, PlaceError, Tables, Write},
 };
@@ -507,6 +507,19 @@ fn bias(mapping: &Mapping, executable: &Executable) -> Option<u64> {
     let FileOffset(offset) = mapping.offset();
     let first = executable.elf_addr(FileOffset(offset))?;
     Some(mapping.range().start.0.wrapping_sub(first.0))
+}
+
+/// What the unwind table of a file is made from, and its rows; else why there is none.
+pub(crate) fn source_of(executable: &Executable) -> Result<(&'static str, u64), String> {
+    let table =
+        make::of_executable(executable).map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+    let source = match table.source() {
+        Source::EhFrame => ".eh_frame",
+        Source::EhFrameHdr => ".eh_frame by its header: sections are stripped",
+        Source::DebugFrame => ".debug_frame",
+        Source::Go => "frame pointers of Go",
+    };
+    Ok((source, table.counts().rows))
 }
 
 fn log_refusal(executable: Option<&Executable>, error: &MakeError) {

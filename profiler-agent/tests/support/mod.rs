@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+mod patience;
+
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -30,12 +32,19 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent and waits until it samples and its backend answers.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_after("", arguments)
+    }
+
+    /// The same by a shell in a mount namespace of its own, which runs `commands` first; they end in `&&`.
+    pub fn start_after(commands: &str, arguments: &[&str]) -> Self {
         // An error means that another test of this process has installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let data_dir = tempfile::tempdir().expect("a temporary directory");
         let (agent, backend) = (free_address(), free_address());
         let log = data_dir.path().join("agent.log");
-        let child = Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
+        let script = format!("{commands} exec \"$0\" \"$@\"");
+        let child = Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_profiler-agent")])
             .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
             .arg("--data-dir")
             .arg(data_dir.path().join("data"))
@@ -60,7 +69,7 @@ impl Agent {
 
     /// Asks until there is an answer, or fails with what the agent has logged.
     pub fn wait_for<T>(&self, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-        let end = Instant::now() + PATIENCE;
+        let end = patience::end_of(PATIENCE);
         loop {
             if let Some(found) = probe() {
                 return found;
@@ -113,13 +122,18 @@ impl Agent {
 
     /// The same of windows that ended after a moment.
     pub fn merge_since(&self, selector: &str, moment: SystemTime) -> Merged {
+        let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
+        let body = self.query_since("/api/v1/merge", &what, moment);
+        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+    }
+
+    /// A query of windows that ended after a moment.
+    fn query_since(&self, path: &str, parameters: &[(&str, &str)], moment: SystemTime) -> Vec<u8> {
         let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
         let to = (since_epoch + Duration::from_secs(3600)).as_millis().to_string();
         let from = since_epoch.as_millis().to_string();
         let range = [("from", from.as_str()), ("to", to.as_str())];
-        let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
-        let body = self.query("/api/v1/merge", &[&range[..], &what[..]].concat());
-        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+        self.query(path, &[&range[..], parameters].concat())
     }
 
     /// The same as a pprof profile, which tells inlined calls from frames.
@@ -158,12 +172,27 @@ impl Agent {
         });
     }
 
-    /// The same as a pprof file in the data directory.
+    /// The merged profile as a pprof file in the data directory.
     pub fn merge_to_file(&self, selector: &str, name: &str) -> PathBuf {
-        let body = self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]);
+        self.write(name, &self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]))
+    }
+
+    /// The same of windows that ended after a moment.
+    pub fn merge_to_file_since(&self, selector: &str, name: &str, moment: SystemTime) -> PathBuf {
+        let what = [("query", selector), ("format", "pprof")];
+        self.write(name, &self.query_since("/api/v1/merge", &what, moment))
+    }
+
+    fn write(&self, name: &str, body: &[u8]) -> PathBuf {
         let path = self.data_dir.path().join(name);
         fs::write(&path, body).expect("write the profile");
         path
+    }
+
+    /// Kills the agent, which has no time to clean up.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the agent is a child of this test");
+        self.child.wait().expect("the agent is a child of this test");
     }
 
     /// Stops the agent as Ctrl-C does and gives its log; it must exit with 0.
@@ -310,8 +339,12 @@ impl Program {
 
     /// Starts a program of the system that writes nothing.
     pub fn system(name: &str, arguments: &[&str]) -> Self {
-        let mut command = Command::new(name);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self::system_command(Command::new(name).args(arguments))
+    }
+
+    /// The same of a command.
+    pub fn system_command(command: &mut Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self { child: command.spawn().expect("the program starts"), input: None }
     }
 
