@@ -14,6 +14,7 @@ mod normalize;
 mod pipeline;
 mod privileges;
 mod process;
+mod record;
 mod symbolize;
 mod sys;
 mod telemetry;
@@ -36,7 +37,7 @@ use crate::{
     export::Destination,
     http::Front,
     ledger::Balance,
-    pipeline::{Pipeline, Stopped},
+    pipeline::{Pipeline, Sink, Stopped},
     telemetry::Status,
 };
 
@@ -49,16 +50,42 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("profiler-agent: {error:#}");
-            if error.is::<ConfigError>() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
+            if error.is::<ConfigError>() {
+                ExitCode::from(EXIT_USAGE)
+            } else if error.is::<record::NotRun>() {
+                ExitCode::from(record::EXIT_NOT_RUN)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
 
-fn run() -> anyhow::Result<()> {
-    let config = config::load(Flags::parse())?;
+#[derive(clap::Parser)]
+struct Cli {
+    #[command(flatten)]
+    flags: Flags,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Record(record::Arguments),
+}
+
+fn run() -> anyhow::Result<ExitCode> {
+    let Cli { flags, command } = Cli::parse();
+    let config = config::load(flags)?;
+    if let Some(Command::Record(arguments)) = command {
+        let config = arguments.adjust(config)?;
+        telemetry::start_logging("warn", config.log_format)?;
+        let _ = sys::limits::lift_locked_memory();
+        return record::run(&config, &arguments);
+    }
     privileges::acquire()?;
     telemetry::start_logging(&config.log, config.log_format)?;
     // ring is the only provider compiled in; an error means that it is installed already.
@@ -69,7 +96,7 @@ fn run() -> anyhow::Result<()> {
     let result = profile(&config, &runtime);
     // A read of a file system that hangs must not keep the agent: what had to be joined has been.
     runtime.shutdown_background();
-    result
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 fn profile(config: &Config, runtime: &Runtime) -> anyhow::Result<()> {
@@ -87,7 +114,8 @@ fn profile(config: &Config, runtime: &Runtime) -> anyhow::Result<()> {
         Some(backend) => vec![Destination::local(backend.address())],
         None => config.uploads.clone(),
     };
-    let mut pipeline = Pipeline::start(config, destinations, runtime.handle())?;
+    let sinks = destinations.into_iter().map(Sink::Upload).collect();
+    let mut pipeline = Pipeline::start(config, sinks, runtime.handle())?;
     front.begin(pipeline.view().clone());
     let signals = runtime.block_on(async { Signals::listen() })?;
     announce(config, listen, &pipeline, backend.as_ref());
@@ -184,6 +212,14 @@ impl Signals {
             interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
             terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
         })
+    }
+
+    /// Waits for one.
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
     }
 }
 

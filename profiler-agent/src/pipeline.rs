@@ -26,7 +26,7 @@ use crate::{
     config::{Config, Unwind},
     drain::{self, BATCHES_MAX, Progress, RawSample, Record},
     executable::ExecutableCache,
-    export::{self, Batch, Destination, Losses, Queue, UploadCounts},
+    export::{self, Batch, Collector, Destination, Losses, Queue, UploadCounts},
     label::{Labeler, fold_kworker, task_name},
     ledger::{Balance, Cause, KernelTotals, Ledger, Place},
     normalize::{self, Location},
@@ -45,6 +45,8 @@ use crate::{
 const CLOSED_MAX: usize = 8;
 /// How long a closed window waits for names. What is late leaves as an address; the next window has its name.
 const SYMBOLS_DEADLINE: Duration = Duration::from_secs(2);
+/// The same for a recording, which has no next window.
+const RECORD_SYMBOLS_DEADLINE: Duration = Duration::from_secs(30);
 /// How long the uploads have to finish at the end.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a stage has to finish at the end. One that reads from a file system that hangs would keep the agent for ever.
@@ -56,6 +58,30 @@ const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
 const EXECUTABLES_MAX: u64 = 8192;
+
+/// Where closed windows go.
+pub(crate) enum Sink {
+    /// To a backend.
+    Upload(Destination),
+    /// Into one profile in this process.
+    Collect(Arc<Collector>),
+}
+
+impl Sink {
+    fn name(&self) -> String {
+        match self {
+            Self::Upload(destination) => destination.name(),
+            Self::Collect(_) => "recording".to_owned(),
+        }
+    }
+
+    fn symbols_deadline(&self) -> Duration {
+        match self {
+            Self::Upload(_) => SYMBOLS_DEADLINE,
+            Self::Collect(_) => RECORD_SYMBOLS_DEADLINE,
+        }
+    }
+}
 
 /// One destination and its queue.
 pub(crate) struct Exporter {
@@ -166,7 +192,7 @@ impl Pipeline {
     /// Loads the programs, starts every stage and then sampling.
     pub(crate) fn start(
         config: &Config,
-        destinations: Vec<Destination>,
+        sinks: Vec<Sink>,
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
@@ -181,8 +207,9 @@ impl Pipeline {
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let shared = Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect())?;
-        let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
+        let shared = Shared::new(sinks.iter().map(|to| Exporter::new(to.name())).collect())?;
+        let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
+        let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
         let (stop_drain, drain_stop) = channel();
         let progress = Arc::<Progress>::default();
@@ -201,7 +228,7 @@ impl Pipeline {
         let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
         let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
-        let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
+        let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Losses::new() };
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
@@ -218,6 +245,12 @@ impl Pipeline {
         };
         pipeline.programs.start()?;
         Ok(pipeline)
+    }
+
+    /// Samples these processes only.
+    pub(crate) fn record_only(&mut self, target: &crate::record::Target) -> anyhow::Result<()> {
+        let _ = target;
+        Ok(())
     }
 
     /// What metrics and the status line read.
@@ -355,18 +388,23 @@ fn forward_messages(programs: &mut Programs, runtime: &runtime::Handle) {
 }
 
 fn start_uploads(
-    destinations: Vec<Destination>,
+    sinks: Vec<Sink>,
     exporters: &[Exporter],
     runtime: &runtime::Handle,
     stop: &watch::Receiver<Option<tokio::time::Instant>>,
 ) -> anyhow::Result<Vec<Task<()>>> {
-    let start = |(destination, exporter): (Destination, &Exporter)| {
+    let start = |(sink, exporter): (Sink, &Exporter)| {
         let Exporter { name: _, queue, counts } = exporter;
-        let client = destination.client().context("set up the HTTP client")?;
-        let upload = export::upload(client, destination, Arc::clone(queue), Arc::clone(counts), stop.clone());
-        Ok(runtime.spawn(upload))
+        let (queue, counts) = (Arc::clone(queue), Arc::clone(counts));
+        match sink {
+            Sink::Upload(destination) => {
+                let client = destination.client().context("set up the HTTP client")?;
+                Ok(runtime.spawn(export::upload(client, destination, queue, counts, stop.clone())))
+            }
+            Sink::Collect(collector) => Ok(runtime.spawn(export::collect(collector, queue))),
+        }
     };
-    destinations.into_iter().zip(exporters).map(start).collect()
+    sinks.into_iter().zip(exporters).map(start).collect()
 }
 
 /// Normalizes, labels and counts. The only owner of the process table and the open windows.
@@ -530,6 +568,8 @@ fn lacks_tables(raw: &RawSample) -> bool {
 /// Names the frames of closed windows, encodes them and gives them to every destination.
 struct Encoder {
     shared: Shared,
+    /// How long a window waits for names.
+    symbols_deadline: Duration,
     /// Losses already told in a profile.
     reported: Losses,
 }
@@ -545,7 +585,7 @@ impl Encoder {
 
     fn export(&self, window: &Closed, losses: &Losses) {
         let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
-        let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
+        let resolved = symbols.resolve(code_locations(window), Instant::now() + self.symbols_deadline);
         let encoded = export::encode(window, &resolved, losses);
         ledger.leave(Place::EncodeQueue, window.samples);
         match encoded {
@@ -602,7 +642,8 @@ mod tests {
         let processes = Processes::new(images, Labeler::new("n", &[]), None);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
         let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
-        let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
+        let symbols_deadline = SYMBOLS_DEADLINE;
+        let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Losses::new() };
 
         drain::send(batch(records), &drain_sender, &shared.ledger);
         let passed_on = between(drained.recv().expect("the batch that was sent"));
