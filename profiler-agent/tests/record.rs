@@ -54,7 +54,7 @@ fn a_command_is_recorded_with_what_it_starts_and_gives_its_status() {
     let dir = tempfile::tempdir().expect("a directory");
     let other = Program::start("rust_burn", &[]);
     let burn = testprogs().join("burn");
-    let script = format!("timeout 3 {}; exit 7", burn.display());
+    let script = format!("sleep 3 | {} > /dev/null; exit 7", burn.display());
     let output = record(dir.path(), &["-o", "a.pb.gz", "--", "sh", "-c", &script]);
     assert_eq!(output.status.code(), Some(7), "{}", message(&output));
     let file = dir.path().join("a.pb.gz");
