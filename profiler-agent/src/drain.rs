@@ -2,14 +2,17 @@
 //! network. A batch that the worker has no room for is dropped here and counted.
 
 use std::{
+    io::PipeReader,
+    os::fd::AsFd,
     sync::{
         atomic::{
             AtomicU64,
             Ordering::{Acquire, Release},
         },
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError},
+        mpsc::{SyncSender, TrySendError},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{MapData, RingBuf};
@@ -17,21 +20,22 @@ use profiler_common::{
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
-    ledger::{Cause, Ledger, Place},
+    ledger::{Cause, Ledger, Place, ProfileType},
+    process::Exec,
     sys::clock,
 };
 
-/// Time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
+/// Longest time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// Shortest time between drains, so that programs started by the thousand do not keep the agent busy.
+const INTERVAL_MIN: Duration = Duration::from_millis(5);
 
 /// Bytes of one batch: small enough that a batch dropped is a small loss, large enough that a channel of a few holds
 /// seconds of samples.
-const BATCH_BYTES_MAX: usize = 64 << 10;
-
-/// Batches between drain and worker: 16 MiB, tens of seconds of samples of a large machine.
-pub(crate) const BATCHES_MAX: usize = 256;
+pub(crate) const BATCH_BYTES_MAX: usize = 64 << 10;
 
 /// Records copied out of the ring buffer, in its order, each behind its length.
 #[derive(Debug, Default)]
@@ -104,16 +108,22 @@ impl Progress {
     }
 }
 
-/// Drains until `stop` is closed, then once more until the ring buffer is empty.
+/// Drains until the other end of `stop` is closed, then once more until the ring buffer is empty. Samples wait for the
+/// timer; records that must be looked at soon wake us ([`INTERVAL_MIN`] after the last drain at the earliest).
 pub(crate) fn run(
     mut ring: RingBuf<MapData>,
     batches: &SyncSender<Batch>,
     ledger: &Ledger,
     progress: &Progress,
-    stop: &Receiver<()>,
+    stop: &PipeReader,
 ) {
+    let mut drained = Instant::now();
     loop {
-        let stopping = stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Disconnected);
+        let stopping = wait(&ring, stop);
+        if !stopping {
+            thread::sleep(INTERVAL_MIN.saturating_sub(drained.elapsed()));
+        }
+        drained = Instant::now();
         let began_ns = clock::boot_ns();
         drain(&mut ring, batches, ledger);
         progress.reach(began_ns);
@@ -121,6 +131,22 @@ pub(crate) fn run(
             return;
         }
     }
+}
+
+/// Waits until the timer is up, a program wakes us, or the other end of `stop` is closed, which it tells.
+///
+/// Records written without waking are not waited for, but end the wait if they are there when it begins. Source:
+/// kernel/bpf/ringbuf.c: ringbuf_map_poll_kern.
+fn wait(ring: &impl AsFd, stop: &PipeReader) -> bool {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: INTERVAL.subsec_nanos().into() };
+    let mut descriptors = [PollFd::new(ring, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+    if poll(&mut descriptors, Some(&timeout)).is_err() {
+        // A signal, or no memory: neither must make this a busy loop.
+        thread::sleep(INTERVAL_MIN);
+        return false;
+    }
+    let [_, stop] = descriptors;
+    stop.revents().contains(PollFlags::HUP)
 }
 
 fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledger: &Ledger) {
@@ -140,11 +166,12 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
         return;
     }
     let Batch { bytes: _, samples, execs } = batch;
-    ledger.add_drained(samples);
-    ledger.enter(Place::DrainQueue, samples);
+    let account = ledger.of(ProfileType::Cpu);
+    account.add_drained(samples);
+    account.enter(Place::DrainQueue, samples);
     if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = batches.try_send(batch) {
-        ledger.leave(Place::DrainQueue, samples);
-        ledger.drop_events(Cause::DrainQueueFull, samples);
+        account.leave(Place::DrainQueue, samples);
+        account.drop_events(Cause::DrainQueueFull, samples);
         ledger.lose_execs(execs);
     }
 }
@@ -154,10 +181,12 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
 pub(crate) enum Record {
     /// An on-CPU sample.
     Sample(RawSample),
-    /// The process `(tgid)` has a new image.
-    Exec {
-        /// Process id.
-        tgid: u32,
+    /// A process has a new image.
+    Exec(Exec),
+    /// A cgroup was made.
+    CgroupMade {
+        /// Its id.
+        id: u64,
     },
 }
 
@@ -170,7 +199,7 @@ pub(crate) struct RawSample {
     pub(crate) start_ns: u64,
     /// Boot-clock time, in nanoseconds.
     pub(crate) time_ns: u64,
-    /// Id of the task's cgroup in the v2 hierarchy.
+    /// Id of the task's cgroup.
     pub(crate) cgroup_id: u64,
     /// What the sample stands for: nanoseconds of CPU time.
     pub(crate) value: u64,
@@ -204,7 +233,11 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
     let _tid = reader.u32()?;
     let time_ns = reader.u64()?;
     match RecordKind::decode(kind)? {
-        RecordKind::Exec => Some(Record::Exec { tgid }),
+        RecordKind::Exec => {
+            let (start_ns, cgroup_id) = (reader.u64()?, reader.u64()?);
+            Some(Record::Exec(Exec { pid: tgid, start_ns, cgroup_id }))
+        }
+        RecordKind::CgroupMade => Some(Record::CgroupMade { id: reader.u64()? }),
         RecordKind::CpuSample => {
             if user_frames > USER_FRAMES_MAX || kernel_frames > KERNEL_FRAMES_MAX {
                 return None;
@@ -333,6 +366,15 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn closing_the_other_end_ends_the_wait() {
+        let (ring, _held_open) = std::io::pipe().expect("a pipe");
+        let (stop, stopper) = std::io::pipe().expect("a pipe");
+        assert!(!wait(&ring, &stop));
+        drop(stopper);
+        assert!(wait(&ring, &stop));
+    }
+
+    #[test]
     fn every_truncation_of_a_sample_is_refused() {
         let whole = encode(&sample(5));
         for length in 0..whole.len() {
@@ -365,9 +407,10 @@ pub(crate) mod tests {
         for _ in 0..3 {
             send(batch(&[encode(&sample(1))]), &sender, &ledger);
         }
-        assert_eq!(ledger.drained(), 3);
-        assert_eq!(ledger.waiting(Place::DrainQueue), 1);
-        assert_eq!(ledger.dropped(Cause::DrainQueueFull), 2);
+        let account = ledger.of(ProfileType::Cpu);
+        assert_eq!(account.drained(), 3);
+        assert_eq!(account.waiting(Place::DrainQueue), 1);
+        assert_eq!(account.dropped(Cause::DrainQueueFull), 2);
         drop(receiver);
     }
 

@@ -7,7 +7,8 @@
 //! the worker, the encoder, and last the uploads, so that what was taken is delivered or counted.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    io::PipeWriter,
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
@@ -19,26 +20,33 @@ use std::{
 use anyhow::Context as _;
 use profiler_common::{stats::Counter, wire::StackEnd};
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::{
-    bpf::{KernelCounts, LoadOptions, Programs},
+    binaries::Binaries,
+    bpf::{BpfError, KernelCounts, LoadOptions, Programs},
+    budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
-    drain::{self, BATCHES_MAX, Progress, RawSample, Record},
+    drain::{self, Progress, RawSample, Record},
+    embedded,
     executable::ExecutableCache,
     export::{self, Batch, Collector, Destination, Losses, Queue, UploadCounts},
-    label::{Labeler, fold_kworker, task_name},
-    ledger::{Balance, Cause, KernelTotals, Ledger, Place},
+    label::{CgroupNames, Labeler, fold_kworker, task_name},
+    ledger::{Account, Balance, Cause, KernelTotals, Ledger, Place, ProfileType, Snapshot},
+    memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{self, LocationKey, Symbols},
+    symbolize::{LocationKey, NameStore, Symbols},
     sys::{
+        cgroup::Hierarchy,
         clock::{self, WallClock},
         cpu,
+        threads::ThreadGroup,
+        usage,
     },
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
-    window::{Closed, SampleLabels, Windows},
+    window::{Closed, Room, SampleLabels, Windows},
 };
 
 /// Closed windows between worker and encoder. Each may hold megabytes; symbolizing is behind by seconds at most.
@@ -57,7 +65,6 @@ const TICK: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
-const EXECUTABLES_MAX: u64 = 8192;
 
 /// Where closed windows go.
 pub(crate) enum Sink {
@@ -94,8 +101,9 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    fn new(name: String) -> Self {
-        Self { name, queue: Arc::default(), counts: Arc::default() }
+    fn new(name: String, queue_bytes_max: usize) -> Self {
+        let queue = Arc::new(Queue::with_bytes_max(queue_bytes_max));
+        Self { name, queue, counts: Arc::default() }
     }
 }
 
@@ -110,24 +118,33 @@ pub(crate) struct Shared {
     pub(crate) symbols: Arc<Symbols>,
     /// Unwind tables.
     pub(crate) unwind: Arc<UnwindCounts>,
+    /// The sampling frequency, and what profiling takes.
+    pub(crate) sampling: Arc<Sampling>,
+    /// The bound of everything.
+    pub(crate) memory: MemoryPlan,
+    /// How well each binary unwinds and is named.
+    pub(crate) binaries: Arc<Binaries>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>) -> anyhow::Result<Self> {
+    fn new(
+        exporters: Arc<[Exporter]>,
+        memory: MemoryPlan,
+        names: Option<Arc<NameStore>>,
+    ) -> anyhow::Result<Self> {
         let symbols =
-            Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
+            Symbols::start("/proc".as_ref(), memory.symbols_bytes, names).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, exporters })
+        let (ledger, gauges, unwind, sampling, binaries) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, binaries, exporters })
     }
 
-    /// The account of every destination.
-    fn balances(&self, kernel: KernelTotals) -> Vec<Balance> {
-        let balance =
-            |exporter: &Exporter| Balance::new(kernel, &self.ledger, &exporter.name, exporter.queue.totals());
-        self.exporters.iter().map(balance).collect()
+    /// Reads every term of the account.
+    fn snapshot(&self, kernel: impl Fn(ProfileType) -> KernelTotals) -> Snapshot {
+        let totals = |exporter: &Exporter| (exporter.name.clone(), exporter.queue.totals());
+        Snapshot::take(&self.ledger, kernel, self.exporters.iter().map(totals).collect())
     }
 }
 
@@ -141,23 +158,31 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// Samples taken. A counter that cannot be read counts as zero, which shows as a negative rest in the account, never
-    /// as one that holds by accident.
-    pub(crate) fn taken(&self) -> u64 {
-        self.kernel.get(Counter::CpuTaken).unwrap_or(0)
-    }
-
-    /// The account of every destination.
-    pub(crate) fn balances(&self) -> Vec<Balance> {
-        let kernel = self.kernel_totals();
-        self.shared.balances(kernel)
-    }
-
-    /// What the kernel side has counted; its drops are in the ledger then.
-    pub(crate) fn kernel_totals(&self) -> KernelTotals {
+    /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
+    /// the account, never as one that holds by accident.
+    pub(crate) fn snapshot(&self) -> Snapshot {
         take_kernel_drops(&self.kernel, &self.shared.ledger);
-        let submitted = self.kernel.get(Counter::CpuSubmitted).unwrap_or(0);
-        KernelTotals { taken: self.taken(), submitted }
+        let counter = |counter| self.kernel.get(counter).unwrap_or(0);
+        self.shared.snapshot(|profile_type| match profile_type {
+            ProfileType::Cpu => {
+                KernelTotals { taken: counter(Counter::CpuTaken), submitted: counter(Counter::CpuSubmitted) }
+            }
+        })
+    }
+
+    /// The same, taken again until no sample changed places meanwhile: then it is exact. Where that never happens, the
+    /// last one, whose rest shows.
+    pub(crate) async fn exact_snapshot(&self) -> Snapshot {
+        const TRIES: usize = 50;
+        const PAUSE: Duration = Duration::from_millis(2);
+        for _ in 1..TRIES {
+            let snapshot = self.snapshot();
+            if snapshot.is_exact() {
+                return snapshot;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        self.snapshot()
     }
 }
 
@@ -167,7 +192,7 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
         [(Cause::RingFull, Counter::CpuDroppedRingFull), (Cause::NoScratch, Counter::CpuDroppedNoScratch)];
     for (cause, counter) in drops {
         if let Ok(events) = kernel.get(counter) {
-            ledger.set_dropped(cause, events);
+            ledger.of(ProfileType::Cpu).set_dropped(cause, events);
         }
     }
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
@@ -178,9 +203,14 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    is_attached: bool,
+    labelers: Sender<Labeler>,
+    governor: Governor,
+    meter: Meter,
+    periods: Sender<NewPeriod>,
     view: View,
     uploads: Vec<Task<()>>,
-    stop_drain: Sender<()>,
+    stop_drain: PipeWriter,
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
@@ -189,34 +219,39 @@ pub(crate) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads the programs, starts every stage and then sampling.
+    /// Loads the programs and starts every stage; sampling begins with [`Self::resume`].
     pub(crate) fn start(
         config: &Config,
         sinks: Vec<Sink>,
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
+        let cgroups = Hierarchy::find("/proc".as_ref());
         let options = LoadOptions {
-            ring_bytes: ring_bytes(cpus),
-            has_tables: config.unwind == Unwind::Dwarf,
+            ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
+            tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
             period_ns: config.period_ns(),
+            cgroups: cgroups.as_ref().map(Hierarchy::version),
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
+        let (labelers, new_labelers) = channel();
         let ring = programs.take_events()?;
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let shared = Shared::new(sinks.iter().map(|to| Exporter::new(to.name())).collect())?;
+        let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
+        let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
+        let shared = Shared::new(exporters.collect(), config.memory, names(config))?;
         let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
         let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
-        let (stop_drain, drain_stop) = channel();
+        let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
         let progress = Arc::<Progress>::default();
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
-        let executables = executables();
+        let executables = executables(config.memory.executables);
         let (tables, unwinder) = match config.unwind {
             Unwind::Dwarf => {
                 let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
@@ -225,25 +260,43 @@ impl Pipeline {
             Unwind::FramePointers => (None, None),
         };
         let labeler = Labeler::new(&config.node, &config.labels);
-        let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
-        let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let images = ImageReader::new("/proc".into(), executables);
+        let names = CgroupNames::new(cgroups);
+        let processes = Processes::new(images, labeler, names, tables, config.memory.processes);
+        let room = Room::new(config.memory.windows_bytes);
+        let windows =
+            Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room);
+        let (periods, new_periods) = channel();
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            periods: new_periods,
+            closed: closed_sender,
+            new_labelers,
+        };
         let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Losses::new() };
+        shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
+        shared.sampling.set_budget(config.cpu_budget);
         let kernel = view.kernel.clone();
         let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
         let pipeline = Self {
+            is_attached: false,
+            labelers,
             drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
             unwinder,
             programs,
+            governor: Governor::new(config.cpu_budget, config.frequency_hz, TERM),
+            meter: Meter::new(),
+            periods,
             view,
             uploads,
             stop_drain,
             stop_uploads,
         };
-        pipeline.programs.start()?;
         Ok(pipeline)
     }
 
@@ -251,6 +304,36 @@ impl Pipeline {
     pub(crate) fn record_only(&mut self, target: &crate::record::Target) -> anyhow::Result<()> {
         let _ = target;
         Ok(())
+    }
+
+    /// Whether the processes that ran at the start have their unwind tables, where there are any.
+    pub(crate) fn has_scanned(&self) -> bool {
+        self.unwinder.is_none() || self.view.shared.unwind.has_scanned.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Attaches everything and samples.
+    pub(crate) fn resume(&mut self) -> anyhow::Result<()> {
+        if let Err(error) = self.programs.start() {
+            // Not half: what could be attached is not worth having.
+            self.programs.stop();
+            return Err(error).context("attach to the kernel");
+        }
+        self.is_attached = true;
+        self.view.shared.gauges.set_paused(false);
+        Ok(())
+    }
+
+    /// Detaches everything. What was sampled goes its way; the stages wait.
+    pub(crate) fn pause(&mut self) {
+        self.programs.stop();
+        self.is_attached = false;
+        self.view.shared.gauges.set_paused(true);
+    }
+
+    /// Labels series anew, from the worker's next look at its tables on.
+    pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
+        // An error means that the worker is dead, which ends the agent.
+        let _ = self.labelers.send(Labeler::new(node, labels));
     }
 
     /// What metrics and the status line read.
@@ -265,9 +348,55 @@ impl Pipeline {
 
     /// Samples CPUs that have come online, and forgets those that are gone.
     pub(crate) fn follow_cpus(&mut self) {
+        if !self.is_attached {
+            return;
+        }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
+        }
+    }
+
+    /// Samples so many times a second and CPU from now on, as far as the CPU budget lets it. The open window ends.
+    pub(crate) fn set_frequency(&mut self, hz: u32) -> Result<(), BpfError> {
+        self.governor.want(hz);
+        self.apply_frequency()
+    }
+
+    fn apply_frequency(&mut self) -> Result<(), BpfError> {
+        let hz = self.governor.hz();
+        self.view.shared.sampling.set_hz(hz, self.governor.wanted_hz());
+        let period_ns = period_ns(hz);
+        // Told first: who gets a sample of the new period knows of it.
+        let told = self.periods.send(NewPeriod { period_ns, at_ns: clock::boot_ns() });
+        if told.is_err() {
+            // The worker is dead, which ends the agent.
+            return Ok(());
+        }
+        self.programs.set_period(period_ns)
+    }
+
+    /// Looks at what profiling takes of the CPUs, and lowers or restores the frequency. To be called about once a second.
+    pub(crate) fn keep_to_budget(&mut self) {
+        let sampling = &self.view.shared.sampling;
+        let Some((used, elapsed)) = self.meter.read(&self.view.kernel, self.programs.cpus(), sampling) else {
+            return;
+        };
+        // Without CPUs that are sampled nothing is to be learned: sampling is paused.
+        let Some(step) = (self.programs.cpus() > 0).then(|| self.governor.observe(used, elapsed)).flatten()
+        else {
+            return;
+        };
+        let Step { hz, direction, used } = step;
+        sampling.count(direction);
+        let (used, budget) =
+            (format!("{:.3}%", used * 100.0), sampling.budget().map(|budget| budget.to_string()));
+        match direction {
+            Direction::Down => warn!(hz, used, budget, "above the CPU budget: sampling less often"),
+            Direction::Up => info!(hz, used, budget, "well below the CPU budget: sampling more often"),
+        }
+        if let Err(error) = self.apply_frequency() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), hz, "change the sampling frequency");
         }
     }
 
@@ -286,6 +415,8 @@ impl Pipeline {
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
         let failure = join_in_order(stages, STAGE_DEADLINE).err();
+        // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
+        let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -294,7 +425,66 @@ impl Pipeline {
             // The tasks hold to the deadline themselves; a panic in one shows as events that still wait.
             let _ = runtime.block_on(upload);
         }
-        Stopped { balances: self.view.balances(), failure }
+        Stopped { balances: self.view.snapshot().balances(), failure }
+    }
+}
+
+/// The sampling period of a frequency, in nanoseconds of CPU time.
+pub(crate) fn period_ns(hz: u32) -> u64 {
+    1_000_000_000 / u64::from(hz.max(1))
+}
+
+/// From `at_ns` of the boot clock on, samples are taken with another period.
+#[derive(Clone, Copy, Debug)]
+struct NewPeriod {
+    period_ns: u64,
+    at_ns: u64,
+}
+
+/// Threads of the embedded backend, by name. What they take is not what profiling costs: sampling less often makes no
+/// query cheaper.
+const BACKEND_THREADS: &[&str] = &[embedded::THREAD_NAME, "wal-writer", "store-maintain"];
+
+/// Measures what profiling takes: the agent's threads but for the embedded backend's, and the programs in the kernel.
+struct Meter {
+    backend: ThreadGroup,
+    bpf: BpfTime,
+    at: Instant,
+    taken: Duration,
+    recent: VecDeque<Use>,
+}
+
+impl Meter {
+    /// Readings that the shown use is a mean of: those of ten seconds.
+    const RECENT_MAX: usize = 10;
+
+    fn new() -> Self {
+        Self {
+            backend: ThreadGroup::new(BACKEND_THREADS),
+            bpf: BpfTime::default(),
+            at: Instant::now(),
+            taken: Duration::ZERO,
+            recent: VecDeque::new(),
+        }
+    }
+
+    /// What was used since the last call. `None` where the counters cannot be read, which the next call makes up for.
+    fn read(&mut self, kernel: &KernelCounts, cpus: usize, sampling: &Sampling) -> Option<(Use, Duration)> {
+        let count = |counter| kernel.get(counter).ok();
+        self.bpf.update(count(Counter::CpuTaken)?, count(Counter::CpuTimed)?, count(Counter::CpuTimedNs)?);
+        let backend = self.backend.cpu_time();
+        let taken = usage::cpu_time().saturating_sub(backend) + self.bpf.total();
+        let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
+        let elapsed = now - self.at;
+        let used = Use { taken: taken.saturating_sub(self.taken), available: elapsed.saturating_mul(cpus) };
+        (self.at, self.taken) = (now, taken);
+        if self.recent.len() == Self::RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(used);
+        sampling.set_used(self.recent.iter().copied().sum::<Use>().ratio());
+        sampling.set_times(self.bpf.total(), backend);
+        Some((used, elapsed))
     }
 }
 
@@ -357,10 +547,22 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-fn executables() -> Arc<ExecutableCache> {
+/// The names kept on disk; without them, all are had anew.
+fn names(config: &Config) -> Option<Arc<NameStore>> {
+    match NameStore::open(config.cache_dir.join("names")) {
+        Ok(store) => Some(Arc::new(store)),
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            warn!(%error, "names are not kept on disk, and read again after a restart");
+            None
+        }
+    }
+}
+
+fn executables(most: usize) -> Arc<ExecutableCache> {
     let open_files = crate::sys::limits::raise_open_files().unwrap_or(1024);
-    let executables = usize::try_from((open_files / OPEN_FILES_SHARE).min(EXECUTABLES_MAX)).unwrap_or(256);
-    Arc::new(ExecutableCache::new(executables))
+    let executables = usize::try_from(open_files / OPEN_FILES_SHARE).unwrap_or(usize::MAX);
+    Arc::new(ExecutableCache::new(executables.min(most)))
 }
 
 fn start_unwinder(
@@ -370,7 +572,7 @@ fn start_unwinder(
 ) -> anyhow::Result<(TableRequests, JoinHandle<()>)> {
     let maps = programs.take_unwind_maps()?;
     let images = ImageReader::new("/proc".into(), Arc::clone(executables));
-    let unwinder = Unwinder::new(maps, images, Arc::clone(&shared.unwind));
+    let unwinder = Unwinder::new(maps, shared.memory.unwind, images, Arc::clone(&shared.unwind));
     let (tables, requests) = unwind::requests(Arc::clone(&shared.unwind));
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
@@ -412,7 +614,10 @@ struct Worker {
     shared: Shared,
     processes: Processes,
     windows: Windows,
+    periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
+    /// Labelers that are to be used from now on.
+    new_labelers: Receiver<Labeler>,
 }
 
 impl Worker {
@@ -421,6 +626,8 @@ impl Worker {
         let mut execs_lost = 0;
         loop {
             let wait = clock::until(self.windows.next_end_ns()).clamp(WAIT_MIN, TICK);
+            let fresh = self.processes.next_fresh();
+            let wait = fresh.map_or(wait, |due| wait.min(due.saturating_duration_since(Instant::now())));
             match batches.recv_timeout(wait) {
                 Ok(batch) => self.take(&batch),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -429,6 +636,7 @@ impl Worker {
             // Read before the channel is emptied: what the drain had come to by then has been taken below.
             let complete_ns = progress.get();
             batches.try_iter().for_each(|batch| self.take(&batch));
+            self.processes.read_fresh(Instant::now());
             for window in self.windows.close_due(complete_ns, WallClock::now()) {
                 self.hand_on(window);
             }
@@ -452,28 +660,52 @@ impl Worker {
             );
             self.processes.forget_all();
         }
+        if self.shared.gauges.is_paused() {
+            // Nobody says which of them exec meanwhile.
+            self.processes.forget_all();
+        }
+        if let Some(labeler) = self.new_labelers.try_iter().last() {
+            self.processes.set_labeler(labeler);
+        }
         self.processes.forget_idle();
         self.shared.gauges.set_processes(&self.processes);
         self.shared.gauges.set_late(self.windows.late());
         execs_lost
     }
 
-    /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
+    /// Takes a batch. Its samples stop waiting in the channel one by one, each when it is counted elsewhere.
     fn take(&mut self, batch: &drain::Batch) {
-        self.shared.ledger.leave(Place::DrainQueue, batch.samples());
+        for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
+            self.windows.set_period(period_ns, at_ns);
+        }
+        let mut samples_left = batch.samples();
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
         for (bytes, record) in records {
             match record {
-                Some(Record::Sample(raw)) => self.add(&raw, execs.are_ahead(raw.tgid)),
-                Some(Record::Exec { tgid }) => {
-                    execs.pass(tgid);
-                    self.processes.exec(tgid);
+                Some(Record::Sample(raw)) => {
+                    samples_left -= 1;
+                    self.add(&raw, execs.are_ahead(raw.tgid));
                 }
-                None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
+                Some(Record::Exec(exec)) => {
+                    execs.pass(exec.pid);
+                    self.processes.exec(exec, Instant::now());
+                }
+                Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
+                None if drain::is_sample(bytes) => {
+                    samples_left -= 1;
+                    self.account().leave(Place::DrainQueue, 1);
+                    self.account().drop_events(Cause::Malformed, 1);
+                }
                 None => self.shared.ledger.lose_execs(1),
             }
         }
+        // What the batch was said to hold and did not shows in the account.
+        self.account().leave(Place::DrainQueue, samples_left);
+    }
+
+    fn account(&self) -> &Account {
+        self.shared.ledger.of(ProfileType::Cpu)
     }
 
     fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
@@ -497,9 +729,11 @@ impl Worker {
             }
         };
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
-        match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
-            Ok(()) => self.shared.ledger.enter(Place::Window, 1),
-            Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
+        let added = self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch);
+        self.account().leave(Place::DrainQueue, 1);
+        match added {
+            Ok(()) => self.account().enter(Place::Window, 1),
+            Err(_full) => self.account().drop_events(Cause::WindowFull, 1),
         }
     }
 
@@ -515,7 +749,7 @@ impl Worker {
 
     /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
     fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
-        let ledger = &self.shared.ledger;
+        let ledger = self.account();
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
         if samples == 0 {
@@ -538,8 +772,8 @@ impl Execs {
     fn in_records<'a>(records: impl Iterator<Item = &'a Record>) -> Self {
         let mut ahead = HashMap::new();
         for record in records {
-            if let Record::Exec { tgid } = record {
-                *ahead.entry(*tgid).or_default() += 1;
+            if let Record::Exec(exec) = record {
+                *ahead.entry(exec.pid).or_default() += 1;
             }
         }
         Self { ahead }
@@ -584,28 +818,30 @@ impl Encoder {
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
-        let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
+        let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
         let resolved = symbols.resolve(code_locations(window), Instant::now() + self.symbols_deadline);
         let encoded = export::encode(window, &resolved, losses);
-        ledger.leave(Place::EncodeQueue, window.samples);
+        let account = ledger.of(ProfileType::Cpu);
+        account.leave(Place::EncodeQueue, window.samples);
         match encoded {
             Ok(encoded) => {
                 gauges.set_quality(encoded.quality);
+                binaries.add(window, &resolved);
                 for exporter in exporters.iter() {
                     encoded.batches.iter().for_each(|batch: &Batch| exporter.queue.push(batch.clone()));
                 }
             }
             Err(error) => {
                 error!(%error, samples = window.samples, "window not encoded and dropped");
-                ledger.drop_events(Cause::EncodeFailed, window.samples);
+                account.drop_events(Cause::EncodeFailed, window.samples);
             }
         }
     }
 
     /// Samples lost since the last window, by cause.
     fn new_losses(&mut self) -> Losses {
-        let total: Losses =
-            Cause::ALL.iter().map(|&cause| (cause.name(), self.shared.ledger.dropped(cause))).collect();
+        let account = self.shared.ledger.of(ProfileType::Cpu);
+        let total: Losses = Cause::ALL.iter().map(|&cause| (cause.name(), account.dropped(cause))).collect();
         let before =
             |name| self.reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
         let new = total
@@ -633,15 +869,28 @@ mod tests {
     /// Sends a batch through worker and encoder to a destination that nobody serves, and gives its account. `between`
     /// sees the batch after the drain and before the worker.
     fn account(records: &[Vec<u8>], between: impl FnOnce(drain::Batch) -> drain::Batch) -> Balance {
-        let shared = Shared::new([Exporter::new("nobody".to_owned())].into()).expect("threads can be had");
+        let shared = {
+            let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
+            let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
+            Shared::new([nobody].into(), memory, None).expect("threads can be had")
+        };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
-        let (drain_sender, drained) = sync_channel(BATCHES_MAX);
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);
+        let (batch_sender, batches) = sync_channel(shared.memory.drain_batches);
         let now = clock::boot_ns();
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
-        let processes = Processes::new(images, Labeler::new("n", &[]), None);
-        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
+        let processes = Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None, 8);
+        let room = Room::new(shared.memory.windows_bytes);
+        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
+        let ((_, periods), (_, new_labelers)) = (channel(), channel());
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            periods,
+            closed: closed_sender,
+            new_labelers,
+        };
         let symbols_deadline = SYMBOLS_DEADLINE;
         let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Losses::new() };
 
@@ -652,8 +901,8 @@ mod tests {
         worker.run(&batches, &Progress::default());
         closed.iter().for_each(|window| encoder.export(&window, &Losses::new()));
         let taken = records.len() as u64;
-        let mut balances = shared.balances(KernelTotals { taken, submitted: taken });
-        balances.pop().expect("one destination")
+        let snapshot = shared.snapshot(|_| KernelTotals { taken, submitted: taken });
+        snapshot.balances().pop().expect("one destination")
     }
 
     fn records() -> Vec<Vec<u8>> {

@@ -14,6 +14,8 @@ pub enum RecordKind {
     CpuSample = 1,
     /// A [`ProcessRecord`]: the process has a new image, everything known of its mappings is void.
     Exec = 2,
+    /// A [`CgroupRecord`]: a cgroup was made.
+    CgroupMade = 8,
 }
 
 impl RecordKind {
@@ -23,6 +25,7 @@ impl RecordKind {
         match byte {
             1 => Some(Self::CpuSample),
             2 => Some(Self::Exec),
+            8 => Some(Self::CgroupMade),
             _ => None,
         }
     }
@@ -212,7 +215,8 @@ pub struct SampleHeader {
     pub head: RecordHead,
     /// What the sample stands for: the sampling period in nanoseconds for [`RecordKind::CpuSample`].
     pub value: u64,
-    /// Id of the task's cgroup in the v2 hierarchy (the inode number of its directory).
+    /// Id of the task's cgroup (the inode number of its directory): in the v2 hierarchy, or where that is not mounted in
+    /// the v1 hierarchy of [`crate::config::CgroupFacts`].
     pub cgroup_id: u64,
     /// Start of the process on CLOCK_BOOTTIME, in nanoseconds; 0 when the kernel's BTF does not say.
     pub start_ns: u64,
@@ -230,6 +234,18 @@ pub struct ProcessRecord {
     pub head: RecordHead,
     /// Start of the process, as in [`SampleHeader::start_ns`].
     pub start_ns: u64,
+    /// As in [`SampleHeader::cgroup_id`].
+    pub cgroup_id: u64,
+}
+
+/// A new cgroup of the hierarchy whose ids samples carry.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupRecord {
+    /// Kind and time; the task is the one that made it.
+    pub head: RecordHead,
+    /// Its id, as in [`SampleHeader::cgroup_id`].
+    pub cgroup_id: u64,
 }
 
 /// Room for one sample, as the programs build it before it is copied to the ring buffer.
@@ -250,7 +266,8 @@ pub const RECORD_BYTES_MAX: usize = size_of::<SampleBuffer>();
 
 const _: () = assert!(size_of::<RecordHead>() == 24);
 const _: () = assert!(size_of::<SampleHeader>() == 80);
-const _: () = assert!(size_of::<ProcessRecord>() == 32);
+const _: () = assert!(size_of::<ProcessRecord>() == 40);
+const _: () = assert!(size_of::<CgroupRecord>() == 32);
 const _: () = assert!(RECORD_BYTES_MAX == 80 + 8 * FRAMES_MAX);
 
 #[cfg(test)]

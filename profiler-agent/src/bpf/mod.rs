@@ -5,6 +5,6 @@ mod probe;
 mod stats;
 mod unwind;
 
-pub(crate) use load::{LoadOptions, Programs};
+pub(crate) use load::{BpfError, LoadOptions, Programs};
 pub(crate) use stats::KernelCounts;
 pub(crate) use unwind::UnwindMaps;

@@ -89,7 +89,7 @@ pub(crate) async fn run(collector: Arc<Collector>, queue: Arc<Queue>) {
         let outcome = match collector.add(&body) {
             Ok(()) => Outcome::Delivered,
             Err(error) => {
-                warn!(events, error = %format!("{:#}", anyhow::Error::from(error)), "batch dropped");
+                warn!(?events, error = %format!("{:#}", anyhow::Error::from(error)), "batch dropped");
                 Outcome::Refused
             }
         };

@@ -10,6 +10,7 @@ use std::{
     ffi::OsString,
     process::ExitCode,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -23,9 +24,11 @@ use self::{command::Waiting, output::Output, progress::Progress};
 use crate::{
     Signals,
     config::{self, Config, ConfigError},
+    doctor,
     export::Collector,
+    logs::Logs,
     pipeline::{Pipeline, Sink, Stopped},
-    privileges, tell,
+    privileges, sys, tell,
 };
 
 /// Samples per second and CPU of a recording, unless asked for otherwise: more than the agent's own, since it ends.
@@ -34,6 +37,9 @@ const DEFAULT_FREQUENCY: &str = "99";
 const DEFAULT_DURATION: &str = "10s";
 const DURATION_MIN: Duration = Duration::from_millis(100);
 const DURATION_MAX: Duration = Duration::from_secs(24 * 3600);
+/// How long a recording waits for unwind tables before it begins; it goes on without.
+const TABLES_DEADLINE: Duration = Duration::from_secs(5);
+const TABLES_POLL: Duration = Duration::from_millis(10);
 /// How often the progress line moves.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -88,6 +94,8 @@ impl Arguments {
         let frequency = self.frequency.clone().unwrap_or_else(|| DEFAULT_FREQUENCY.to_owned());
         config.frequency_hz = config::parse_frequency(Some(frequency))?;
         config.uploads.clear();
+        // It ends by itself, and was asked for at this rate.
+        config.cpu_budget = None;
         Ok(config)
     }
 
@@ -112,7 +120,7 @@ impl Arguments {
 pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let output = Output::parse(&arguments.output)?;
     let duration = arguments.duration()?;
-    privileges::acquire()?;
+    privileges::tell(&start_quietly(config)?);
     let target = Target::resolve(arguments)?;
     let file = output.open()?;
     let runtime = Runtime::new().context("start the async runtime")?;
@@ -123,6 +131,8 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
     let command = Waiting::spawn(&arguments.command)?;
     let target = command.as_ref().map_or(target, |command| Target::Pids(vec![command.pid()]));
     pipeline.record_only(&target)?;
+    wait_for_tables(&pipeline);
+    pipeline.resume()?;
     let end = observe(&runtime, &mut pipeline, duration, command)?;
     let Stopped { balances, failure } = pipeline.stop(runtime.handle());
     runtime.shutdown_background();
@@ -141,6 +151,24 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
     };
     finish(&profile, &output, file)?;
     Ok(end.exit_code())
+}
+
+/// What the agent does before it starts, with warnings for all there is to read.
+fn start_quietly(config: &Config) -> anyhow::Result<Vec<sys::capabilities::Capability>> {
+    let missing = privileges::acquire()?;
+    Logs::start("warn", config.log_format)?;
+    doctor::kernel::check("/proc".as_ref(), config.allow_kernel)?;
+    // Kernels before 5.11 need it; later ones count maps against the memory cgroup.
+    let _ = sys::limits::lift_locked_memory();
+    Ok(missing)
+}
+
+/// The first stacks are worth as much as the last ones: what runs now gets its unwind tables first, within reason.
+fn wait_for_tables(pipeline: &Pipeline) {
+    let deadline = Instant::now() + TABLES_DEADLINE;
+    while !pipeline.has_scanned() && Instant::now() < deadline {
+        thread::sleep(TABLES_POLL);
+    }
 }
 
 fn finish(profile: &Profile, output: &Output, file: output::File) -> anyhow::Result<()> {
@@ -183,10 +211,10 @@ fn observe(
         let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
         loop {
             tokio::select! {
-                () = signals.any() => break,
+                () = signals.end() => break,
                 _ = ticks.tick() => {}
             }
-            progress.show(started.elapsed(), view.taken());
+            progress.show(started.elapsed(), view.snapshot().taken());
             if let Some(part) = pipeline.dead_stage() {
                 bail!("stage {part} died");
             }
