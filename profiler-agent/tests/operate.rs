@@ -83,7 +83,7 @@ fn port_0_is_told_as_the_port_that_was_taken_and_answers() {
     let agent = Spawned::start(&[]);
     let address = agent.address();
     assert_ne!(address.port(), 0);
-    assert!(get(address, "/readyz").starts_with("HTTP/1.1 200 "), "{}", agent.log());
+    agent.wait_for("it is ready", || get(address, "/readyz").starts_with("HTTP/1.1 200 ").then_some(()));
     agent.signal(libc::SIGINT);
     assert_eq!(agent.end().0, Some(0));
 }
