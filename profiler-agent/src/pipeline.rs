@@ -320,15 +320,10 @@ impl Pipeline {
         Ok(pipeline)
     }
 
-    /// Samples these processes only.
-    pub(crate) fn record_only(&mut self, target: &crate::record::Target) -> anyhow::Result<()> {
-        let _ = target;
-        Ok(())
-    }
-
     /// Whether the processes that ran at the start have their unwind tables, where there are any.
     pub(crate) fn has_scanned(&self) -> bool {
-        self.unwinder.is_none() || self.view.shared.unwind.has_scanned.load(std::sync::atomic::Ordering::Relaxed)
+        self.unwinder.is_none()
+            || self.view.shared.unwind.has_scanned.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Attaches everything and samples.

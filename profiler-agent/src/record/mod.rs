@@ -19,13 +19,13 @@ use profiler_pprof::proto::Profile;
 use tokio::runtime::Runtime;
 
 pub(crate) use self::command::{EXIT_NOT_RUN, NotRun};
-pub(crate) use self::target::Target;
-use self::{command::Waiting, output::Output, progress::Progress};
+use self::{command::Waiting, output::Output, progress::Progress, target::Target};
 use crate::{
     Signals,
     config::{self, Config, ConfigError},
     doctor,
     export::Collector,
+    ledger::ProfileType,
     logs::Logs,
     pipeline::{Pipeline, Sink, Stopped},
     privileges, sys, tell,
@@ -123,14 +123,13 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
     privileges::tell(&start_quietly(config)?);
     let target = Target::resolve(arguments)?;
     let file = output.open()?;
+    let command = Waiting::spawn(&arguments.command)?;
+    let target = command.as_ref().map_or(target, |command| Target::Processes(vec![command.pid()]));
+    let config = Config { targets: target.to_targets(), ..config.clone() };
     let runtime = Runtime::new().context("start the async runtime")?;
     let collector = Arc::<Collector>::default();
-
     let mut pipeline =
-        Pipeline::start(config, vec![Sink::Collect(Arc::clone(&collector))], runtime.handle())?;
-    let command = Waiting::spawn(&arguments.command)?;
-    let target = command.as_ref().map_or(target, |command| Target::Pids(vec![command.pid()]));
-    pipeline.record_only(&target)?;
+        Pipeline::start(&config, vec![Sink::Collect(Arc::clone(&collector))], runtime.handle())?;
     wait_for_tables(&pipeline);
     pipeline.resume()?;
     let end = observe(&runtime, &mut pipeline, duration, command)?;
@@ -214,7 +213,7 @@ fn observe(
                 () = signals.end() => break,
                 _ = ticks.tick() => {}
             }
-            progress.show(started.elapsed(), view.snapshot().taken());
+            progress.show(started.elapsed(), view.snapshot().of(ProfileType::Cpu).taken);
             if let Some(part) = pipeline.dead_stage() {
                 bail!("stage {part} died");
             }

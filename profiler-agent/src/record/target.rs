@@ -5,34 +5,34 @@ use std::{collections::BTreeSet, fmt, fs, path::Path};
 use anyhow::{Context as _, bail};
 
 use super::Arguments;
-use crate::label::owner;
+use crate::{
+    label::owner,
+    targets::{self, Targets},
+};
 
 /// Digits of a container id that are enough to mean it.
 const ID_DIGITS_MIN: usize = 4;
 
 /// Processes to record.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Target {
+pub(super) enum Target {
     /// All of them.
     Everything,
     /// These, and what they start from then on.
-    Pids(Vec<u32>),
-    /// All in these cgroups and below: paths as `/proc/PID/cgroup` has them.
-    Cgroups(BTreeSet<String>),
+    Processes(Vec<u32>),
+    /// All in this cgroup of the v2 hierarchy and below: its path as `/proc/PID/cgroup` has it.
+    Cgroup(String),
 }
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Everything => f.write_str("this machine"),
-            Self::Pids(pids) => {
+            Self::Processes(pids) => {
                 let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
                 write!(f, "process {}", pids.join(", "))
             }
-            Self::Cgroups(paths) => {
-                let paths: Vec<_> = paths.iter().map(String::as_str).collect();
-                write!(f, "cgroup {}", paths.join(", "))
-            }
+            Self::Cgroup(path) => write!(f, "cgroup {path}"),
         }
     }
 }
@@ -45,10 +45,10 @@ impl Target {
     pub(super) fn resolve(arguments: &Arguments) -> anyhow::Result<Self> {
         let proc_root = Path::new("/proc");
         if let Some(container) = &arguments.container {
-            return container_cgroups(proc_root, container).map(Self::Cgroups);
+            return find_container(proc_root, container);
         }
         if let Some(path) = &arguments.cgroup {
-            return Ok(Self::Cgroups(BTreeSet::from([cgroup_path(path)?])));
+            return cgroup_path(path).map(Self::Cgroup);
         }
         if arguments.pid.is_empty() {
             return Ok(Self::Everything);
@@ -56,7 +56,21 @@ impl Target {
         for pid in &arguments.pid {
             check_process(proc_root, *pid)?;
         }
-        Ok(Self::Pids(arguments.pid.clone()))
+        Ok(Self::Processes(arguments.pid.clone()))
+    }
+
+    /// As the kernel side is told.
+    pub(super) fn to_targets(&self) -> Targets {
+        let list = match self {
+            Self::Processes(pids) => return Targets::family(pids),
+            Self::Everything => Vec::new(),
+            Self::Cgroup(path) => vec![targets::Target {
+                cgroup: Some(path.into()),
+                is_wanted: true,
+                ..targets::Target::default()
+            }],
+        };
+        Targets::new(list, matches!(self, Self::Everything)).expect("one target fits")
     }
 }
 
@@ -74,48 +88,51 @@ fn check_process(proc_root: &Path, pid: u32) -> anyhow::Result<()> {
 
 /// `/sys/fs/cgroup/unified/a/b` and `a/b` -> `/a/b`.
 fn cgroup_path(given: &str) -> anyhow::Result<String> {
-    let below = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].iter().find_map(|root| given.strip_prefix(root));
-    let path = format!("/{}", below.unwrap_or(given).trim_matches('/'));
-    let exists = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup", "/sys/fs/cgroup/systemd"]
-        .iter()
-        .any(|root| Path::new(&format!("{root}{path}")).is_dir());
-    if !exists {
-        bail!("cgroup {given}: no such directory below /sys/fs/cgroup");
+    let Some(mount) = targets::cgroup2_mount("/proc".as_ref()) else {
+        bail!("cgroup {given}: no cgroup v2 hierarchy is mounted; record its processes with -p");
+    };
+    let below = Path::new(given).strip_prefix(&mount).unwrap_or(Path::new(given));
+    let path = format!("/{}", below.to_string_lossy().trim_matches('/'));
+    if !mount.join(path.trim_start_matches('/')).is_dir() {
+        bail!("cgroup {given}: no such directory below {}", mount.display());
     }
     Ok(path)
 }
 
-/// The cgroups of the container whose id begins so, or whose name it is.
-fn container_cgroups(proc_root: &Path, container: &str) -> anyhow::Result<BTreeSet<String>> {
-    let mut found: BTreeSet<(String, String)> = BTreeSet::new();
+/// A process of a container.
+struct Member {
+    pid: u32,
+    id: String,
+    /// The container's own cgroup in the v2 hierarchy, where it has one.
+    cgroup: Option<String>,
+}
+
+/// The container whose id begins so, or whose name it is: its cgroup, or else its processes.
+fn find_container(proc_root: &Path, container: &str) -> anyhow::Result<Target> {
+    let mut members = Vec::new();
     for entry in fs::read_dir(proc_root).context("list processes")?.flatten() {
-        let is_process = entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit());
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
         // A process that ends meanwhile is in no container.
-        let cgroup = fs::read_to_string(entry.path().join("cgroup"));
-        if let (true, Ok(cgroup)) = (is_process, cgroup)
-            && let Some(id) = owner(&cgroup).container_id
+        let Ok(cgroup) = fs::read_to_string(entry.path().join("cgroup")) else { continue };
+        if let Some(id) = owner(&cgroup).container_id
             && (id == container || (container.len() >= ID_DIGITS_MIN && id.starts_with(container)))
         {
-            found.extend(container_path(&cgroup, &id).map(|path| (id, path)));
+            members.push(Member { pid, cgroup: container_cgroup(&cgroup, &id), id });
         }
     }
-    let ids: BTreeSet<_> = found.iter().map(|(id, _)| id.as_str()).collect();
+    let ids: BTreeSet<_> = members.iter().map(|member| member.id.as_str()).collect();
     match ids.len() {
-        0 => bail!(
-            "container {container}: no running process belongs to it (give its name, or 4 digits of its id)"
-        ),
-        1 => Ok(found.into_iter().map(|(_, path)| path).collect()),
-        _ => bail!(
-            "container {container}: begins the ids of {}",
-            ids.into_iter().collect::<Vec<_>>().join(", ")
-        ),
+        0 => bail!("container {container}: no process of it runs (give its name, or 4 digits of its id)"),
+        1 => {}
+        _ => bail!("container {container}: begins the ids of {}", Vec::from_iter(ids).join(", ")),
     }
+    let cgroup = members.iter().find_map(|member| member.cgroup.clone());
+    Ok(cgroup.map_or_else(|| Target::Processes(members.iter().map(|m| m.pid).collect()), Target::Cgroup))
 }
 
 /// The path of the container itself, which may have cgroups of its own below.
-fn container_path(cgroup: &str, id: &str) -> Option<String> {
-    let paths = cgroup.lines().filter_map(|line| line.splitn(3, ':').nth(2));
-    let path = paths.filter(|path| path.contains(id)).max_by_key(|path| path.len())?;
+fn container_cgroup(cgroup: &str, id: &str) -> Option<String> {
+    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
     let mut end = path.find(id)? + id.len();
     end += path.get(end..)?.find('/').unwrap_or(path.len() - end);
     path.get(..end).map(str::to_owned)
@@ -141,19 +158,27 @@ mod tests {
     fn a_container_is_found_by_the_beginning_of_its_id() {
         let inside = format!("0::/kubepods.slice/cri-containerd-{ID}.scope/init\n");
         let root = proc_with(&[(1, "0::/init.scope\n".to_owned()), (20, inside)]);
-        let found = container_cgroups(root.path(), "3f1c").expect("one container");
-        assert_eq!(found, BTreeSet::from([format!("/kubepods.slice/cri-containerd-{ID}.scope")]));
+        let found = find_container(root.path(), "3f1c").expect("one container");
+        assert_eq!(found, Target::Cgroup(format!("/kubepods.slice/cri-containerd-{ID}.scope")));
+    }
+
+    #[test]
+    fn without_a_v2_cgroup_of_its_own_a_container_is_its_processes() {
+        let inside = format!("4:memory:/docker/{ID}\n0::/system.slice/docker.service\n");
+        let root = proc_with(&[(1, "0::/init.scope\n".to_owned()), (20, inside)]);
+        let found = find_container(root.path(), "3f1c").expect("one container");
+        assert_eq!(found, Target::Processes(vec![20]));
     }
 
     #[test]
     fn a_container_that_is_not_there_and_one_that_is_not_clear_are_errors() {
         let other = ID.replace("3f1c0", "3f1c1");
         let root = proc_with(&[(1, format!("0::/docker/{ID}\n")), (2, format!("0::/docker/{other}\n"))]);
-        let message = |container| container_cgroups(root.path(), container).expect_err("refused").to_string();
-        assert!(message("beef").contains("no running process"), "{}", message("beef"));
+        let message = |container| find_container(root.path(), container).expect_err("refused").to_string();
+        assert!(message("beef").contains("no process of it runs"), "{}", message("beef"));
         assert!(message("3f1c").contains("begins the ids of"), "{}", message("3f1c"));
-        assert!(message("3").contains("no running process"), "{}", message("3"));
-        assert_eq!(container_cgroups(root.path(), &ID[..6]).expect("one").len(), 1);
+        assert!(message("3").contains("no process of it runs"), "{}", message("3"));
+        find_container(root.path(), &ID[..6]).expect("one");
     }
 
     #[test]
