@@ -27,7 +27,7 @@ pub(super) fn run(
     let parameters =
         format!("console=ttyS0 quiet panic=-1 profiler.cgroup={cgroup} profiler.tests={}", tests.join(","));
     let mut qemu = Command::new("timeout");
-    qemu.args(["--kill-after=5", PATIENCE_SECONDS, "qemu-system-x86_64"])
+    qemu.args(["--foreground", "--kill-after=5", PATIENCE_SECONDS, "qemu-system-x86_64"])
         .args(["-accel", "tcg", "-cpu", "max", "-smp", "1"])
         .args(["-icount", &format!("shift={NS_PER_INSTRUCTION_LOG2},sleep=off")])
         // Its wall clock too, or certificates and windows would run by the host's.
