@@ -7,6 +7,8 @@ mod budget;
 mod cli;
 mod command;
 mod config;
+#[cfg(test)]
+mod docs;
 mod doctor;
 mod drain;
 mod embedded;
@@ -27,6 +29,7 @@ mod status;
 mod supervise;
 mod symbolize;
 mod sys;
+mod targets;
 mod telemetry;
 mod unwind;
 mod window;

@@ -132,6 +132,18 @@ pub(crate) struct View {
 }
 
 impl View {
+    /// Samples not taken: those that no target wants, and those that another of the same target stands for.
+    pub(crate) fn not_taken(&self) -> [(&'static str, u64); 2] {
+        let counters = [("target", Counter::CpuFiltered), ("frequency", Counter::CpuThinned)];
+        counters.map(|(reason, counter)| (reason, self.kernel.get(counter).unwrap_or(0)))
+    }
+
+    /// Processes that the kernel side had no room for.
+    pub(crate) fn processes_not_kept(&self) -> u64 {
+        let counters = [Counter::CpuProcessNotKept, Counter::ForkProcessNotKept];
+        counters.into_iter().map(|counter| self.kernel.get(counter).unwrap_or(0)).sum()
+    }
+
     /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
     /// the account, never as one that holds by accident.
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -172,6 +184,11 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
         ledger.set_execs_lost_in_ring(records);
     }
+    let lives =
+        [Counter::ForkDroppedRingFull, Counter::ExitDroppedRingFull].map(|counter| kernel.get(counter));
+    if let [Ok(forks), Ok(exits)] = lives {
+        ledger.set_lives_lost_in_ring(forks + exits);
+    }
 }
 
 /// The running stages.
@@ -204,6 +221,9 @@ impl Pipeline {
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
+            processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
+            stack_depth: config.stack_depth,
+            targets: config.targets.clone(),
             period_ns: config.period_ns(),
             cgroups: cgroups.as_ref().map(Hierarchy::version),
             sys_root: "/sys".into(),
@@ -313,6 +333,9 @@ impl Pipeline {
         if !self.is_attached {
             return;
         }
+        if let Err(error) = self.programs.follow_cgroups() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for the cgroups of targets");
+        }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
@@ -344,7 +367,11 @@ impl Pipeline {
         let Some((used, elapsed)) = self.meter.read(&self.view.kernel, self.programs.cpus(), sampling) else {
             return;
         };
-        let Some(step) = self.governor.observe(used, elapsed) else { return };
+        // Without CPUs that are sampled nothing is to be learned: sampling is paused.
+        let Some(step) = (self.programs.cpus() > 0).then(|| self.governor.observe(used, elapsed)).flatten()
+        else {
+            return;
+        };
         let Step { hz, direction, used } = step;
         sampling.count(direction);
         let (used, budget) =
@@ -621,6 +648,7 @@ impl Worker {
             self.processes.set_labeler(labeler);
         }
         self.processes.forget_idle();
+        self.processes.forget_exited();
         self.shared.gauges.set_processes(&self.processes);
         self.shared.gauges.set_late(self.windows.late());
         execs_lost
@@ -650,6 +678,8 @@ impl Worker {
                     self.account().leave(Place::DrainQueue, 1);
                     self.account().drop_events(Cause::Malformed, 1);
                 }
+                Some(Record::Fork(fork)) => self.processes.fork(fork),
+                Some(Record::Exit { tgid, start_ns }) => self.processes.exit(tgid, start_ns),
                 None => self.shared.ledger.lose_execs(1),
             }
         }
@@ -682,6 +712,9 @@ impl Worker {
             }
         };
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
+        if let Some(cut) = raw.kernel_cut {
+            self.shared.gauges.count_kernel_cut(cut);
+        }
         let added = self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch);
         self.account().leave(Place::DrainQueue, 1);
         match added {
@@ -808,7 +841,7 @@ impl Encoder {
 fn code_locations(window: &Closed) -> impl Iterator<Item = LocationKey> {
     window.locations.iter().filter_map(|location| match location {
         Location::Code(key) => Some(key.clone()),
-        Location::Unnamed { .. } | Location::Marker(_) => None,
+        Location::Unnamed { .. } | Location::Marker(_) | Location::KernelMarker(_) => None,
     })
 }
 

@@ -124,7 +124,7 @@ fn stamp(path: &Path) -> Option<Stamp> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -171,18 +171,29 @@ mod tests {
     fn what_can_change_changes_and_the_rest_waits_for_a_restart() {
         let mut case = Case::new("");
         case.check(
-            "log = \"debug\"\nenabled = false\nlabels = {a = \"b\"}\n",
-            &["labels", "log", "enabled"],
+            "frequency = 99\nlog = \"debug\"\nenabled = false\nlabels = {a = \"b\"}\n",
+            &["frequency", "labels", "log", "enabled"],
             &[],
         );
         assert!(!case.reloader.running().enabled);
         case.check(
             "data_dir = \"/x\"\nlisten = \"127.0.0.1:9\"\n",
-            &["labels", "log", "enabled"],
+            &["frequency", "labels", "log", "enabled"],
             &["listen", "data_dir"],
         );
         assert_eq!(case.reloader.running().data_dir, Path::new("/var/lib/profiler"));
         case.check("", &[], &[]);
+    }
+
+    /// The keys that can change at run time: of a file in which every key has another value.
+    pub(crate) fn live_keys() -> Vec<Key> {
+        let new = "frequency = 7\nlabels = { a = \"b\" }\nlog = \"warn\"\nenabled = false\nwindow = \"3s\"\n\
+                   listen = \"127.0.0.1:1\"\nbackend_listen = \"127.0.0.1:2\"\ndata_dir = \"/x\"\nnode = \"x\"\n\
+                   unwind = \"frame-pointers\"\nupload = [\"http://h/\"]\nlog_format = \"json\"\ninstance = \"i\"\n\
+                   metrics_listen = \"127.0.0.1:3\"\nrun_dir = \"/y\"\nallow_kernel = true\n";
+        let mut case = Case::new("");
+        case.write(new);
+        case.reloader.reload().expect("accepted").live
     }
 
     #[test]

@@ -195,7 +195,9 @@ impl Supervisor {
     /// Follows the CPUs, and names a part of the agent that has died.
     pub(crate) fn check(&mut self) -> Option<String> {
         self.pipeline.follow_cpus();
-        self.pipeline.keep_to_budget();
+        if self.paused.is_none() {
+            self.pipeline.keep_to_budget();
+        }
         self.pipeline.dead_stage().map(|stage| format!("stage {stage} died"))
     }
 

@@ -4,6 +4,7 @@
 mod spawned;
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Read as _,
     path::Path,
@@ -292,6 +293,25 @@ fn without_a_needed_capability_it_ends_with_1_and_names_it() {
     let (code, log) = agent.end();
     assert_eq!(code, Some(1), "{log}");
     assert!(log.contains("CAP_BPF") && log.lines().count() == 1, "{log}");
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn every_metric_is_documented_and_every_documented_metric_is_there() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
+    let document = fs::read_to_string(path).expect("it is in the tree");
+    let documented: BTreeSet<_> = document
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` | "))
+        .map(|(name, rest)| (name, rest.split(' ').next().unwrap_or_default()))
+        .collect();
+    let agent = Spawned::start(&[]);
+    wait_until_ready(&agent, "sampling\n");
+    let metrics = get(agent.address(), "/metrics");
+    let there: BTreeSet<_> =
+        metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
+    let difference: Vec<_> = documented.symmetric_difference(&there).collect();
+    assert!(difference.is_empty(), "in one of both only: {difference:?}");
 }
 
 #[test]

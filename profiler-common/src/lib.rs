@@ -14,5 +14,6 @@
 pub mod config;
 pub mod limits;
 pub mod stats;
+pub mod targets;
 pub mod unwind;
 pub mod wire;

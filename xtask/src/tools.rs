@@ -19,6 +19,12 @@ pub(crate) struct Tool {
 pub(crate) const CC: Tool = Tool { name: "cc", package: "gcc", is_there: || command::is_installed("cc") };
 pub(crate) const CLANG: Tool =
     Tool { name: "clang", package: "clang", is_there: || command::is_installed("clang") };
+/// Brings the C library's headers for aarch64 with it.
+pub(crate) const CC_AARCH64: Tool = Tool {
+    name: "aarch64-linux-gnu-gcc",
+    package: "crossbuild-essential-arm64",
+    is_there: || command::is_installed("aarch64-linux-gnu-gcc"),
+};
 pub(crate) const MUSL: Tool =
     Tool { name: "musl-gcc", package: "musl-tools", is_there: || command::is_installed("musl-gcc") };
 pub(crate) const GO: Tool = Tool { name: "go", package: "golang", is_there: || command::is_installed("go") };

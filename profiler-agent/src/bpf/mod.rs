@@ -3,6 +3,7 @@
 mod load;
 mod probe;
 mod stats;
+mod targets;
 mod unwind;
 
 pub(crate) use load::{BpfError, LoadOptions, Programs};

@@ -771,7 +771,7 @@ mod tests {
         assert_eq!(one(&mut symbols, &executable, addr), before);
         assert!(symbols.entries[&executable.id()].loaded.is_none());
         // What is not known is looked up as ever.
-        check(one(&mut symbols, &executable, addr - 5), &["hot"]);
+        check(one(&mut symbols, &executable, addr + 1), &["inlined", "hot"]);
         assert!(symbols.entries[&executable.id()].loaded.is_some());
 
         // Another program at the same path has names of its own.

@@ -62,9 +62,11 @@ impl Cgroups {
         self.placement.iter().map(move_to).collect::<Vec<_>>().join(" ")
     }
 
-    /// A cgroup below this one, in the first of the hierarchies that systemd places units in.
+    /// A cgroup below this one in the v2 hierarchy, or in systemd's where there is none.
     pub(crate) fn directory(&self, cgroup: &str) -> PathBuf {
-        let directory = self.placement.first().expect("there is one").join(&self.name).join(cgroup);
+        let is_v2 = |root: &&PathBuf| root.join("cgroup.controllers").exists();
+        let root = self.placement.iter().find(is_v2).or(self.placement.first()).expect("there is one");
+        let directory = root.join(&self.name).join(cgroup);
         fs::create_dir_all(&directory).expect("a cgroup can be created");
         directory
     }
