@@ -35,8 +35,8 @@ pub fn current_cgroup_id() -> u64 {
     unsafe { raw::bpf_get_current_cgroup_id() }
 }
 
-/// Id of the ancestor at a depth of the current task's cgroup in the v2 hierarchy, itself included; 0 where there is none
-/// (kernel 5.7).
+/// Id of the ancestor at a depth of the current task's cgroup in the v2 hierarchy, itself included; 0 where there is
+/// none. Only where `KERNEL_FACTS.has_ancestor_cgroup_id` says so.
 #[inline(always)]
 pub fn ancestor_cgroup_id(level: u32) -> u64 {
     // SAFETY: takes a number and has no effect.
