@@ -13,6 +13,7 @@ use std::{
 use clap::{ArgMatches, Args, parser::ValueSource};
 use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN, USER_FRAMES_LIMIT_MIN, USER_FRAMES_MAX};
 use profiler_pprof::push;
+use reqwest::Url;
 use serde::Deserialize;
 
 use crate::{
@@ -88,6 +89,16 @@ pub(crate) struct Flags {
     /// Where the names of symbolized code are kept for the next start, at most 64 MiB [default: DATA_DIR/cache]
     #[arg(long, env = "PROFILER_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
+
+    /// debuginfod server to ask for debug information by build id; may be given more than once. None is asked by default, nor is
+    /// DEBUGINFOD_URLS of the environment
+    #[arg(
+        long = "debuginfod-url",
+        env = "PROFILER_DEBUGINFOD_URLS",
+        value_name = "URL",
+        value_delimiter = ','
+    )]
+    debuginfod_urls: Vec<String>,
 
     /// How to find the callers of native code: dwarf (unwind tables made from each executable's .eh_frame; frame
     /// pointers where there are none) or frame-pointers [default: dwarf]
@@ -178,6 +189,8 @@ struct File {
     backend_listen: Option<String>,
     data_dir: Option<PathBuf>,
     cache_dir: Option<PathBuf>,
+    #[serde(default)]
+    debuginfod_urls: Vec<String>,
     unwind: Option<String>,
     stack_depth: Option<u32>,
     #[serde(default)]
@@ -253,6 +266,8 @@ pub(crate) struct Config {
     pub(crate) data_dir: PathBuf,
     /// Where names are kept for the next start.
     pub(crate) cache_dir: PathBuf,
+    /// Servers for debug information; empty: none is asked.
+    pub(crate) debuginfod_urls: Vec<Url>,
     /// How the callers of native code are found.
     pub(crate) unwind: Unwind,
     /// User frames of a stack, at most.
@@ -425,6 +440,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         backend_listen,
         data_dir,
         cache_dir,
+        debuginfod_urls,
         unwind,
         stack_depth,
         pid,
@@ -445,6 +461,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     } = flags;
     let data_dir = data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     let upload = if upload.is_empty() { file.upload } else { upload };
+    let debuginfod_urls = if debuginfod_urls.is_empty() { file.debuginfod_urls } else { debuginfod_urls };
     let profiles = if profiles.is_empty() { file.profiles } else { profiles };
     let config = Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
@@ -457,6 +474,10 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             backend_listen.or(file.backend_listen).as_deref().unwrap_or(DEFAULT_BACKEND_LISTEN),
         )?,
         cache_dir: cache_dir.or(file.cache_dir).unwrap_or_else(|| data_dir.join("cache")),
+        debuginfod_urls: debuginfod_urls
+            .iter()
+            .map(|url| parse_debuginfod_url(url))
+            .collect::<Result<_, _>>()?,
         data_dir,
         unwind: parse_unwind(unwind.or(file.unwind))?,
         stack_depth: parse_stack_depth(stack_depth.or(file.stack_depth.map(|depth| depth.to_string())))?,
@@ -664,7 +685,22 @@ fn parse_uploads(texts: &[String]) -> Result<Vec<Destination>, ConfigError> {
     Ok(destinations)
 }
 
-/// What may be shown of an upload's text, which need not be a URL: nothing that could be credentials or a query.
+/// Without credentials and query, so that there is no secret in it.
+fn parse_debuginfod_url(text: &str) -> Result<Url, ConfigError> {
+    let accepted = "accepted: http://HOST[:PORT][/PATH] or https://…, without credentials or a query";
+    let is_plain = |url: &Url| {
+        matches!(url.scheme(), "http" | "https")
+            && url.has_host()
+            && url.username().is_empty()
+            && url.password().is_none()
+            && url.query().is_none()
+            && url.fragment().is_none()
+    };
+    let url = Url::parse(text).ok().filter(is_plain);
+    url.ok_or_else(|| refuse("debuginfod-url", redacted(text), accepted))
+}
+
+/// What may be shown of a URL's text, which need not be a URL: nothing that could be credentials or a query.
 fn redacted(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").map_or(("", text), |(scheme, rest)| (scheme, rest));
     let separator = if scheme.is_empty() { "" } else { "://" };
@@ -863,6 +899,22 @@ pub(crate) mod tests {
     fn the_file_is_refused_by_line() {
         refused(&[], "frequency = 19\nfrequncy = 3\n", &["line 2", "frequncy"]);
         refused(&[], "frequency = \"fast\"\n", &["line 1"]);
+    }
+
+    #[test]
+    fn servers_for_debug_information_are_none_unless_they_are_named() {
+        assert!(config(&[], "").expect("valid").debuginfod_urls.is_empty());
+        let urls = |args: &[&str], file| -> Vec<String> {
+            let urls = config(args, file).expect("valid").debuginfod_urls;
+            urls.iter().map(ToString::to_string).collect()
+        };
+        let file = "debuginfod_urls = [\"https://b/x\"]";
+        assert_eq!(urls(&[], file), ["https://b/x"]);
+        assert_eq!(urls(&["--debuginfod-url", "http://a,http://c"], file), ["http://a/", "http://c/"]);
+        for bad in ["a", "ftp://a", "http://u:secret@a/", "http://a/?secret", "file:///a"] {
+            let error = config(&["--debuginfod-url", bad], "").expect_err(bad).to_string();
+            assert!(error.starts_with("debuginfod-url: ") && !error.contains("secret"), "{error}");
+        }
     }
 
     #[test]

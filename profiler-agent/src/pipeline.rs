@@ -36,7 +36,7 @@ use crate::{
     memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{LocationKey, NameStore, Symbols},
+    symbolize::{self, DebugInfod, Fetcher, LocationKey, NameStore, Symbols},
     sys::{
         cgroup::Hierarchy,
         clock::{self, WallClock},
@@ -132,7 +132,7 @@ impl Shared {
     fn new(
         exporters: Arc<[Exporter]>,
         memory: MemoryPlan,
-        names: Option<Arc<NameStore>>,
+        names: symbolize::Sources,
     ) -> anyhow::Result<Self> {
         let symbols =
             Symbols::start("/proc".as_ref(), memory.symbols_bytes, names).context("start the symbolizer")?;
@@ -262,7 +262,7 @@ impl Pipeline {
         let (stop_uploads, upload_stop) = watch::channel(None);
         let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
         let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
-        let shared = Shared::new(exporters.collect(), config.memory, names(config))?;
+        let shared = Shared::new(exporters.collect(), config.memory, names(config, runtime))?;
         let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
         let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
@@ -565,16 +565,24 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-/// The names kept on disk; without them, all are had anew.
-fn names(config: &Config) -> Option<Arc<NameStore>> {
-    match NameStore::open(config.cache_dir.join("names")) {
-        Ok(store) => Some(Arc::new(store)),
-        Err(error) => {
-            let error = format!("{:#}", anyhow::Error::from(error));
-            warn!(%error, "names are not kept on disk, and read again after a restart");
-            None
-        }
+/// What the symbolizer has beside the files of this machine. Without any of it, all is had anew with each start.
+fn names(config: &Config, runtime: &runtime::Handle) -> symbolize::Sources {
+    let store = NameStore::open(config.cache_dir.join("names")).map(Arc::new);
+    let store = or_warn(store, "names are not kept on disk, and read again after a restart");
+    symbolize::Sources { store, fetcher: fetcher(config, runtime) }
+}
+
+fn fetcher(config: &Config, runtime: &runtime::Handle) -> Option<Fetcher> {
+    if config.debuginfod_urls.is_empty() {
+        return None;
     }
+    let directory = config.cache_dir.join("debuginfod");
+    let fetcher = DebugInfod::open(&config.debuginfod_urls, directory, runtime.clone());
+    or_warn(fetcher, "no server is asked for debug information")
+}
+
+fn or_warn<T, E: std::error::Error + Send + Sync + 'static>(result: Result<T, E>, lack: &str) -> Option<T> {
+    result.map_err(|error| warn!(error = %format!("{:#}", anyhow::Error::from(error)), "{lack}")).ok()
 }
 
 fn executables(most: usize) -> Arc<ExecutableCache> {
@@ -896,7 +904,7 @@ mod tests {
         let shared = {
             let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
             let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
-            Shared::new([nobody].into(), memory, None).expect("threads can be had")
+            Shared::new([nobody].into(), memory, symbolize::Sources::default()).expect("threads can be had")
         };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
         let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);

@@ -152,6 +152,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
     names_on_disk(&mut text, shared.symbols.store_counts());
+    debuginfod(&mut text, shared.symbols.debuginfod());
     uploads(&mut text, shared);
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
@@ -448,6 +449,36 @@ fn names_on_disk(text: &mut Text, counts: Option<&symbolize::StoreCounts>) {
         text.counter(&format!("profiler_agent_name_store_{name}_total"), help, value.load(Relaxed));
     }
     text.gauge("profiler_agent_name_store_bytes", "Bytes of names on disk.", bytes.load(Relaxed));
+}
+
+fn debuginfod(text: &mut Text, servers: Option<&symbolize::DebugInfod>) {
+    let none = symbolize::DebugInfodCounts::default();
+    let symbolize::DebugInfodCounts { fetched, absent, refused, failed, dropped, received_bytes } =
+        servers.map_or(&none, symbolize::DebugInfod::counts);
+    let metric = "profiler_agent_debuginfod_requests_total";
+    text.head(metric, "Build ids that servers were to be asked for, by what became of it.", "counter");
+    let results = [
+        ("fetched", fetched),
+        ("absent", absent),
+        ("refused", refused),
+        ("failed", failed),
+        ("dropped", dropped),
+    ];
+    for (result, count) in results {
+        text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
+    }
+    text.counter(
+        "profiler_agent_debuginfod_received_bytes_total",
+        "Bytes of debug files received, also of those that were refused.",
+        received_bytes.load(Relaxed),
+    );
+    let (bytes, evicted) = servers.map_or((0, 0), symbolize::DebugInfod::stored);
+    text.gauge("profiler_agent_debuginfod_bytes", "Bytes of debug files from servers on disk.", bytes);
+    text.counter(
+        "profiler_agent_debuginfod_evicted_total",
+        "Debug files from servers that made room for others.",
+        evicted,
+    );
 }
 
 /// Name, help, kind and value of a metric that each destination has.

@@ -20,6 +20,7 @@ impl Config {
             backend_listen,
             data_dir,
             cache_dir,
+            debuginfod_urls,
             unwind,
             stack_depth,
             targets,
@@ -39,6 +40,7 @@ impl Config {
         let labels: toml::Table =
             labels.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
         let uploads: Vec<_> = uploads.iter().map(Destination::name).collect();
+        let debuginfod_urls: Vec<_> = debuginfod_urls.iter().map(ToString::to_string).collect();
         let text = |text: String| Some(toml::Value::from(text));
         vec![
             ("frequency", Some(i64::from(*frequency_hz).into())),
@@ -49,6 +51,7 @@ impl Config {
             ("backend_listen", text(backend_listen.to_string())),
             ("data_dir", text(data_dir.display().to_string())),
             ("cache_dir", text(cache_dir.display().to_string())),
+            ("debuginfod_urls", Some(debuginfod_urls.into())),
             ("unwind", text(unwind_name(*unwind).to_owned())),
             ("stack_depth", Some(i64::from(*stack_depth).into())),
             ("target", Some(targets.list().iter().map(target).collect::<Vec<_>>().into())),

@@ -34,6 +34,11 @@ const KERNEL_UNNAMED: &str = "[kernel]";
 /// As perf names memory of generated code. Its addresses mean nothing in another process.
 const GENERATED_MAPPING: &str = "//anon";
 
+/// Python's interpreter has run, and no function that it ran has a name.
+const PYTHON_HINT: &str = "frames of Python code have no names: run python3 -X perf (3.12 or later)";
+/// The function in which CPython runs code, since 3.6 (PEP 523).
+const PYTHON_EVAL: &str = "_PyEval_EvalFrameDefault";
+
 /// Samples lost on this node since the window before was encoded, by cause: said in every profile of a window.
 pub(crate) type Losses = Vec<(&'static str, u64)>;
 
@@ -139,6 +144,16 @@ struct SeriesEncoder<'a> {
     builder: ProfileBuilder,
     /// The builder's id of each location of the window that this series has used.
     locations: HashMap<u32, LocationId>,
+    python: Python,
+}
+
+/// What a series has of Python.
+#[derive(Clone, Copy, Debug, Default)]
+struct Python {
+    /// The interpreter.
+    runs: bool,
+    /// A function that it ran.
+    is_named: bool,
 }
 
 impl<'a> SeriesEncoder<'a> {
@@ -157,7 +172,7 @@ impl<'a> SeriesEncoder<'a> {
         if let Some(comment) = loss_comment(window, losses) {
             builder.comment(&comment);
         }
-        Self { window, symbols, builder, locations: HashMap::new() }
+        Self { window, symbols, builder, locations: HashMap::new(), python: Python::default() }
     }
 
     fn encode(mut self, series: &Series) -> profiler_pprof::proto::Profile {
@@ -174,6 +189,9 @@ impl<'a> SeriesEncoder<'a> {
             let counts = entry.counts;
             let values = [counts.samples, counts.value].map(|value| i64::try_from(value).unwrap_or(i64::MAX));
             self.builder.sample(&stack, &values, labels.as_slice());
+        }
+        if self.python.runs && !self.python.is_named {
+            self.builder.comment(PYTHON_HINT);
         }
         self.builder.finish()
     }
@@ -198,6 +216,7 @@ impl<'a> SeriesEncoder<'a> {
         match (key, symbols.get(&key.id())) {
             (LocationKey::Native { executable, addr }, Some(symbolize::Location::Resolved(frames))) => {
                 let mapping = self.executable(executable);
+                self.python.runs |= frames.iter().any(|frame| &*frame.function == PYTHON_EVAL);
                 let lines: Vec<_> = frames.iter().map(native_line).collect();
                 self.lines(mapping, addr.0, native_kind(executable), &lines)
             }
@@ -210,6 +229,8 @@ impl<'a> SeriesEncoder<'a> {
                 let mapping = self.whole(GENERATED_MAPPING);
                 match found {
                     Some(symbolize::Location::Resolved(frames)) => {
+                        // In Python's process that is a trampoline of CPython, which is named as what it leads to.
+                        self.python.is_named = true;
                         let lines: Vec<_> = frames.iter().map(native_line).collect();
                         self.lines(mapping, 0, FrameKind::Jit, &lines)
                     }
@@ -359,7 +380,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        addr::Addr,
+        addr::{Addr, ElfAddr},
         label::{Labeler, Subject},
         process::GeneratedCode,
         symbolize::{Frame, Reason},
@@ -475,6 +496,33 @@ mod tests {
         ];
         assert_eq!(shown(&profile), expect);
         assert_eq!(profile.sample[0].location_id.len(), 6, "every frame stays");
+    }
+
+    #[test]
+    fn python_without_names_says_once_which_switch_gives_them() {
+        let executable = crate::executable::testing::read("/proc/self/exe".as_ref()).expect("this program");
+        let native = |addr| {
+            let executable = Arc::clone(&executable);
+            Location::Code(LocationKey::Native { executable, addr: ElfAddr(addr) })
+        };
+        let code = Arc::new(GeneratedCode::new(1, 0, "python3.12"));
+        let generated =
+            Location::Code(LocationKey::Generated { version: code.version(), code, addr: Addr(1) });
+        let comments = |locations: &[(&Location, &str)]| {
+            let symbols = locations.iter().map(|(location, name)| {
+                let Location::Code(key) = location else { unreachable!("it is code") };
+                (key.id(), found("", name, 0))
+            });
+            let window = window(locations.iter().map(|&(location, _)| location.clone()).collect());
+            let profile = profile(&window, &symbols.collect(), &Losses::new());
+            let hints =
+                profile.comment.iter().filter(|&&index| profile.string(index).expect("text") == PYTHON_HINT);
+            hints.count()
+        };
+        let (eval, again, main) = (&native(1), &native(2), &native(3));
+        assert_eq!(comments(&[(eval, PYTHON_EVAL), (again, PYTHON_EVAL), (main, "main")]), 1);
+        assert_eq!(comments(&[(eval, PYTHON_EVAL), (&generated, "work")]), 0);
+        assert_eq!(comments(&[(main, "main")]), 0);
     }
 
     #[test]
