@@ -13,7 +13,7 @@ use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
 use profiler_pprof::push;
 use serde::Deserialize;
 
-use crate::export::Destination;
+use crate::{export::Destination, heap};
 
 const DEFAULT_FREQUENCY_HZ: u32 = 19;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(10);
@@ -32,7 +32,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[command(name = "profiler-agent", version, max_term_width = 100)]
 pub(crate) struct Flags {
     /// Configuration file (TOML). Keys are the long flags with underscores: listen, backend_listen, data_dir,
-    /// frequency, window, unwind, upload, node, labels, log, log_format. Flags win over the environment, which wins over the
+    /// frequency, window, unwind, upload, node, labels, heap, log, log_format. Flags win over the environment, which wins over the
     /// file.
     #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -80,6 +80,12 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LABEL", value_name = "NAME=VALUE", value_delimiter = ',')]
     label: Vec<String>,
 
+    /// Profile the heap of processes with a label: NAME=VALUE[@RATE], as exe=postgres@64KiB; NAME is a label of their
+    /// profiles or pid, RATE the mean bytes between samples [default: 512KiB]; may be given more than once. x86-64,
+    /// kernel 6.13
+    #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]
+    heap: Vec<String>,
+
     /// What to log: error, warn, info, debug, trace, or a tracing filter [default: info]
     #[arg(long, env = "PROFILER_LOG", value_name = "FILTER")]
     log: Option<String>,
@@ -104,8 +110,19 @@ struct File {
     node: Option<String>,
     #[serde(default)]
     labels: BTreeMap<String, String>,
+    #[serde(default)]
+    heap: Vec<HeapRule>,
     log: Option<String>,
     log_format: Option<String>,
+}
+
+/// `{ match = "exe=postgres", rate = "64KiB" }`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeapRule {
+    #[serde(rename = "match")]
+    matches: String,
+    rate: Option<String>,
 }
 
 /// How log lines look.
@@ -147,6 +164,8 @@ pub(crate) struct Config {
     pub(crate) node: String,
     /// Labels of every profile.
     pub(crate) labels: Vec<(String, String)>,
+    /// Whose heap is profiled; empty means nobody's.
+    pub(crate) heap: Vec<heap::Rule>,
     /// Filter of log lines.
     pub(crate) log: String,
     /// Form of log lines.
@@ -227,6 +246,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         upload,
         node,
         label,
+        heap,
         log,
         log_format,
     } = flags;
@@ -245,6 +265,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
+        heap: parse_heap(&file.heap, &heap)?,
         log: log.or(file.log).unwrap_or_else(|| "info".to_owned()),
         log_format: parse_log_format(log_format.or(file.log_format))?,
     })
@@ -344,6 +365,17 @@ const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
     push::is_label_name(name) && !name.starts_with("__")
+}
+
+/// Rules of flags come before those of the file, and the first that matches decides.
+fn parse_heap(file: &[HeapRule], flags: &[String]) -> Result<Vec<heap::Rule>, ConfigError> {
+    let file = file.iter().map(|rule| match &rule.rate {
+        Some(rate) => format!("{}@{rate}", rule.matches),
+        None => rule.matches.clone(),
+    });
+    let accepted = "accepted: NAME=VALUE or NAME=VALUE@RATE, NAME a label or pid, RATE in bytes, KiB or MiB, below 4 GiB";
+    let rule = |text: String| heap::parse(&text).ok_or_else(|| refuse("heap", &text, accepted));
+    flags.iter().cloned().chain(file).map(rule).collect()
 }
 
 fn parse_unwind(value: Option<String>) -> Result<Unwind, ConfigError> {

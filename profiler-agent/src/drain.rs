@@ -14,12 +14,13 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use profiler_common::{
+    heap::AllocPart,
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
 
 use crate::{
-    ledger::{Cause, Ledger, Place},
+    ledger::{Cause, Ledgers, Place},
     sys::clock,
 };
 
@@ -38,6 +39,7 @@ pub(crate) const BATCHES_MAX: usize = 256;
 pub(crate) struct Batch {
     bytes: Vec<u8>,
     samples: u64,
+    allocs: u64,
     execs: u64,
 }
 
@@ -51,13 +53,19 @@ impl Batch {
         self.bytes.extend_from_slice(&length.to_ne_bytes());
         self.bytes.extend_from_slice(record);
         self.samples += u64::from(is_sample(record));
+        self.allocs += u64::from(is_alloc(record));
         self.execs += u64::from(kind(record) == Some(RecordKind::Exec));
         true
     }
 
-    /// Samples among the records.
+    /// On-CPU samples among the records.
     pub(crate) fn samples(&self) -> u64 {
         self.samples
+    }
+
+    /// Sampled allocations among the records.
+    pub(crate) fn allocs(&self) -> u64 {
+        self.allocs
     }
 
     /// The records, in order.
@@ -74,7 +82,12 @@ impl Batch {
 
 const LENGTH_BYTES: usize = 4;
 
-/// A record that stands for a sample, by its kind; also when the rest of it is broken.
+/// A record that stands for a sampled allocation, by its kind; also when the rest of it is broken.
+pub(crate) fn is_alloc(record: &[u8]) -> bool {
+    kind(record) == Some(RecordKind::AllocSample)
+}
+
+/// A record that stands for an on-CPU sample, by its kind; also when the rest of it is broken.
 pub(crate) fn is_sample(record: &[u8]) -> bool {
     kind(record) == Some(RecordKind::CpuSample)
 }
@@ -108,14 +121,14 @@ impl Progress {
 pub(crate) fn run(
     mut ring: RingBuf<MapData>,
     batches: &SyncSender<Batch>,
-    ledger: &Ledger,
+    ledgers: &Ledgers,
     progress: &Progress,
     stop: &Receiver<()>,
 ) {
     loop {
         let stopping = stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Disconnected);
         let began_ns = clock::boot_ns();
-        drain(&mut ring, batches, ledger);
+        drain(&mut ring, batches, ledgers);
         progress.reach(began_ns);
         if stopping {
             return;
@@ -123,29 +136,34 @@ pub(crate) fn run(
     }
 }
 
-fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledger: &Ledger) {
+fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledgers: &Ledgers) {
     let mut batch = Batch::default();
     while let Some(record) = ring.next() {
         if !batch.push(&record) {
-            send(std::mem::take(&mut batch), batches, ledger);
+            send(std::mem::take(&mut batch), batches, ledgers);
             batch.push(&record);
         }
     }
-    send(batch, batches, ledger);
+    send(batch, batches, ledgers);
 }
 
 /// Hands a batch on; its samples wait in the channel or are dropped.
-pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
+pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledgers: &Ledgers) {
     if batch.bytes.is_empty() {
         return;
     }
-    let Batch { bytes: _, samples, execs } = batch;
-    ledger.add_drained(samples);
-    ledger.enter(Place::DrainQueue, samples);
+    let Batch { bytes: _, samples, allocs, execs } = batch;
+    let taken = [(&ledgers.cpu, samples), (&ledgers.allocs, allocs)];
+    for (ledger, events) in taken {
+        ledger.add_drained(events);
+        ledger.enter(Place::DrainQueue, events);
+    }
     if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = batches.try_send(batch) {
-        ledger.leave(Place::DrainQueue, samples);
-        ledger.drop_events(Cause::DrainQueueFull, samples);
-        ledger.lose_execs(execs);
+        for (ledger, events) in taken {
+            ledger.leave(Place::DrainQueue, events);
+            ledger.drop_events(Cause::DrainQueueFull, events);
+        }
+        ledgers.cpu.lose_execs(execs);
     }
 }
 
@@ -154,6 +172,8 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
 pub(crate) enum Record {
     /// An on-CPU sample.
     Sample(RawSample),
+    /// A sampled allocation. The sample's value is the number of bytes asked for.
+    Alloc(RawSample, AllocPart),
     /// The process `(tgid)` has a new image.
     Exec {
         /// Process id.
@@ -205,7 +225,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
     let time_ns = reader.u64()?;
     match RecordKind::decode(kind)? {
         RecordKind::Exec => Some(Record::Exec { tgid }),
-        RecordKind::CpuSample => {
+        kind @ (RecordKind::CpuSample | RecordKind::AllocSample) => {
             if user_frames > USER_FRAMES_MAX || kernel_frames > KERNEL_FRAMES_MAX {
                 return None;
             }
@@ -215,7 +235,11 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
             let thread_name = reader.array()?;
             let comm = reader.array()?;
             debug_assert_eq!(record.len() - reader.rest.len(), size_of::<SampleHeader>());
-            Some(Record::Sample(RawSample {
+            let part = match kind {
+                RecordKind::AllocSample => Some(alloc_part(&mut reader)?),
+                RecordKind::CpuSample | RecordKind::Exec => None,
+            };
+            let sample = RawSample {
                 tgid,
                 start_ns,
                 time_ns,
@@ -227,9 +251,17 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 user_end: StackEnd::decode(user_end)?,
                 by_tables: flags & FLAG_TABLES != 0,
                 kernel: reader.words(kernel_frames)?.collect(),
-            }))
+            };
+            Some(match part {
+                Some(part) => Record::Alloc(sample, part),
+                None => Record::Sample(sample),
+            })
         }
     }
+}
+
+fn alloc_part(reader: &mut Reader<'_>) -> Option<AllocPart> {
+    Some(AllocPart { pointer: reader.u64()?, target: reader.u32()?, rate: reader.u32()? })
 }
 
 /// Takes integers off the front of a record.
@@ -291,6 +323,20 @@ pub(crate) mod tests {
         bytes
     }
 
+    /// Some sampled allocation.
+    pub(crate) const PART: AllocPart = AllocPart { pointer: 0x5000, target: 3, rate: 1 << 19 };
+
+    /// The bytes of a sampled allocation as the kernel side writes them; it has no kernel frames.
+    pub(crate) fn encode_alloc(sample: &RawSample, part: AllocPart) -> Vec<u8> {
+        let sample = RawSample { kernel: Vec::new(), ..sample.clone() };
+        let mut bytes = encode(&sample);
+        bytes[1] = RecordKind::AllocSample as u8;
+        let words = [part.pointer.to_ne_bytes().to_vec(), part.target.to_ne_bytes().to_vec()].concat();
+        let header = size_of::<SampleHeader>();
+        bytes.splice(header..header, words.into_iter().chain(part.rate.to_ne_bytes()));
+        bytes
+    }
+
     /// A sample of a process that does not exist.
     pub(crate) fn sample(time_ns: u64) -> RawSample {
         RawSample {
@@ -323,13 +369,23 @@ pub(crate) mod tests {
         for (_, record) in batch.records().enumerate().filter(|&(index, _)| index != deleted) {
             assert!(shorter.push(record), "the batch has room");
         }
-        Batch { samples: batch.samples, ..shorter }
+        Batch { samples: batch.samples, allocs: batch.allocs, ..shorter }
     }
 
     #[test]
     fn a_sample_is_read_back_as_it_was_written() {
         let sample = sample(5);
         assert_eq!(decode(&encode(&sample)), Some(Record::Sample(sample)));
+    }
+
+    #[test]
+    fn a_sampled_allocation_is_read_back_as_it_was_written() {
+        let sample = RawSample { kernel: Vec::new(), ..sample(5) };
+        let bytes = encode_alloc(&sample, PART);
+        assert_eq!(decode(&bytes), Some(Record::Alloc(sample, PART)));
+        for length in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..length]), None, "{length} bytes");
+        }
     }
 
     #[test]
@@ -360,14 +416,16 @@ pub(crate) mod tests {
 
     #[test]
     fn a_batch_the_worker_has_no_room_for_is_dropped_and_counted() {
-        let ledger = Ledger::default();
+        let ledgers = Ledgers::default();
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         for _ in 0..3 {
-            send(batch(&[encode(&sample(1))]), &sender, &ledger);
+            send(batch(&[encode(&sample(1)), encode_alloc(&sample(1), PART)]), &sender, &ledgers);
         }
-        assert_eq!(ledger.drained(), 3);
-        assert_eq!(ledger.waiting(Place::DrainQueue), 1);
-        assert_eq!(ledger.dropped(Cause::DrainQueueFull), 2);
+        for ledger in [&ledgers.cpu, &ledgers.allocs] {
+            assert_eq!(ledger.drained(), 3);
+            assert_eq!(ledger.waiting(Place::DrainQueue), 1);
+            assert_eq!(ledger.dropped(Cause::DrainQueueFull), 2);
+        }
         drop(receiver);
     }
 

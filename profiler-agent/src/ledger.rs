@@ -5,7 +5,10 @@
 
 use std::{
     fmt,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 /// Why events were dropped.
@@ -15,6 +18,8 @@ pub(crate) enum Cause {
     RingFull,
     /// Kernel side: no scratch value on this CPU.
     NoScratch,
+    /// Kernel side: more threads were inside allocator functions than are remembered. Only of allocations.
+    PendingFull,
     /// The agent fell behind: the channel between drain and worker was full.
     DrainQueueFull,
     /// A record that could not be decoded.
@@ -28,12 +33,13 @@ pub(crate) enum Cause {
 }
 
 impl Cause {
-    const COUNT: usize = 7;
+    const COUNT: usize = 8;
 
     /// Every cause.
     pub(crate) const ALL: [Self; Self::COUNT] = [
         Self::RingFull,
         Self::NoScratch,
+        Self::PendingFull,
         Self::DrainQueueFull,
         Self::Malformed,
         Self::WindowFull,
@@ -46,6 +52,7 @@ impl Cause {
         match self {
             Self::RingFull => "ring_full",
             Self::NoScratch => "no_scratch",
+            Self::PendingFull => "pending_full",
             Self::DrainQueueFull => "drain_queue_full",
             Self::Malformed => "malformed",
             Self::WindowFull => "window_full",
@@ -148,6 +155,37 @@ impl Ledger {
     pub(crate) fn waiting(&self, place: Place) -> u64 {
         self.waiting[place as usize].load(Relaxed)
     }
+}
+
+/// Kinds of events, each with an account of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Events {
+    /// On-CPU samples.
+    Cpu,
+    /// Sampled allocations.
+    Allocs,
+}
+
+impl Events {
+    /// Number of kinds.
+    pub(crate) const COUNT: usize = 2;
+
+    /// The value of the metric label `type`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Allocs => "allocs",
+        }
+    }
+}
+
+/// The account of each kind of event.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ledgers {
+    /// On-CPU samples; of exec records, too.
+    pub(crate) cpu: Arc<Ledger>,
+    /// Sampled allocations.
+    pub(crate) allocs: Arc<Ledger>,
 }
 
 /// Counted by the kernel side.

@@ -7,6 +7,7 @@ mod drain;
 mod embedded;
 mod executable;
 mod export;
+mod heap;
 mod http;
 mod label;
 mod ledger;

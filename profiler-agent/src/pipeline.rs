@@ -17,18 +17,23 @@ use std::{
 };
 
 use anyhow::Context as _;
-use profiler_common::{stats::Counter, wire::StackEnd};
+use profiler_common::{
+    heap::{AllocPart, HeapCounter},
+    stats::Counter,
+    wire::StackEnd,
+};
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, warn};
 
 use crate::{
-    bpf::{KernelCounts, LoadOptions, Programs},
+    bpf::{HeapCounts, KernelCounts, LoadOptions, Programs},
     config::{Config, Unwind},
     drain::{self, BATCHES_MAX, Progress, RawSample, Record},
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
-    label::{Labeler, fold_kworker, task_name},
-    ledger::{Balance, Cause, KernelTotals, Ledger, Place},
+    heap::{self, Execs as HeapExecs, HeapGauges, HeapWindows, Live, LiveCounts, Targets},
+    label::{Labeler, SeriesLabels, fold_kworker, task_name},
+    ledger::{Balance, Cause, Events, KernelTotals, Ledger, Ledgers, Place},
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
     symbolize::{self, LocationKey, Symbols},
@@ -78,6 +83,8 @@ impl Exporter {
 pub(crate) struct Shared {
     /// The account of samples.
     pub(crate) ledger: Arc<Ledger>,
+    /// The account of sampled allocations.
+    pub(crate) alloc_ledger: Arc<Ledger>,
     /// Sizes and rates of now.
     pub(crate) gauges: Arc<Gauges>,
     /// The symbolizer.
@@ -93,15 +100,32 @@ impl Shared {
         let symbols =
             Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, gauges, unwind) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, exporters })
+        let (ledger, alloc_ledger, gauges, unwind) = Default::default();
+        Ok(Self { ledger, alloc_ledger, gauges, symbols, unwind, exporters })
     }
 
     /// The account of every destination.
     fn balances(&self, kernel: KernelTotals) -> Vec<Balance> {
-        let balance =
-            |exporter: &Exporter| Balance::new(kernel, &self.ledger, &exporter.name, exporter.queue.totals());
+        let balance = |Exporter { name, queue, .. }: &Exporter| {
+            Balance::new(kernel, &self.ledger, name, queue.totals(Events::Cpu))
+        };
         self.exporters.iter().map(balance).collect()
+    }
+
+    /// The account of allocations of every destination.
+    fn alloc_balances(&self, kernel: KernelTotals) -> Vec<Balance> {
+        let balance = |Exporter { name, queue, .. }: &Exporter| {
+            let name = format!("{name} allocations");
+            Balance::new(kernel, &self.alloc_ledger, &name, queue.totals(Events::Allocs))
+        };
+        self.exporters.iter().map(balance).collect()
+    }
+
+    fn ledger_of(&self, kind: Events) -> &Ledger {
+        match kind {
+            Events::Cpu => &self.ledger,
+            Events::Allocs => &self.alloc_ledger,
+        }
     }
 }
 
@@ -112,6 +136,40 @@ pub(crate) struct View {
     pub(crate) shared: Shared,
     /// Counted by the programs.
     pub(crate) kernel: KernelCounts,
+    /// Heap profiling, where it is on.
+    pub(crate) heap: Option<HeapView>,
+}
+
+/// What metrics look at of heap profiling.
+#[derive(Clone)]
+pub(crate) struct HeapView {
+    /// Counted by the program.
+    pub(crate) kernel: HeapCounts,
+    /// What attaches.
+    pub(crate) gauges: Arc<HeapGauges>,
+    /// What is in use.
+    pub(crate) live: Arc<LiveCounts>,
+}
+
+impl HeapView {
+    /// A counter of the program's; 0 where it cannot be read.
+    pub(crate) fn count(&self, counter: HeapCounter) -> u64 {
+        self.kernel.get(counter).unwrap_or(0)
+    }
+
+    /// What the kernel side has counted; its drops are in the ledger then.
+    fn kernel_totals(&self, ledger: &Ledger) -> KernelTotals {
+        let drops = [
+            (Cause::RingFull, HeapCounter::DroppedRingFull),
+            (Cause::NoScratch, HeapCounter::DroppedNoScratch),
+            (Cause::PendingFull, HeapCounter::DroppedPendingFull),
+        ];
+        for (cause, counter) in drops {
+            ledger.set_dropped(cause, self.count(counter));
+        }
+        let submitted = self.count(HeapCounter::Submitted);
+        KernelTotals { taken: self.count(HeapCounter::Taken), submitted }
+    }
 }
 
 impl View {
@@ -124,7 +182,23 @@ impl View {
     /// The account of every destination.
     pub(crate) fn balances(&self) -> Vec<Balance> {
         let kernel = self.kernel_totals();
-        self.shared.balances(kernel)
+        let mut balances = self.shared.balances(kernel);
+        if let Some(kernel) = self.alloc_totals() {
+            balances.extend(self.shared.alloc_balances(kernel));
+        }
+        balances
+    }
+
+    /// As [`Self::kernel_totals`], of allocations; `None` where no heap is profiled.
+    pub(crate) fn alloc_totals(&self) -> Option<KernelTotals> {
+        Some(self.heap.as_ref()?.kernel_totals(&self.shared.alloc_ledger))
+    }
+
+    /// Copies the kernel side's drops to the ledgers.
+    fn take_kernel_drops(&self) {
+        take_kernel_drops(&self.kernel, &self.shared.ledger);
+        // Its drops are in the ledger then.
+        let _ = self.alloc_totals();
     }
 
     /// What the kernel side has counted; its drops are in the ledger then.
@@ -158,6 +232,7 @@ pub(crate) struct Pipeline {
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
+    heap: Option<HeapStage>,
     encoder: JoinHandle<()>,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
 }
@@ -173,6 +248,7 @@ impl Pipeline {
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus),
             has_tables: config.unwind == Unwind::Dwarf,
+            has_heap: !config.heap.is_empty(),
             period_ns: config.period_ns(),
             sys_root: "/sys".into(),
         };
@@ -183,7 +259,7 @@ impl Pipeline {
         let (stop_uploads, upload_stop) = watch::channel(None);
         let shared = Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect())?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
-        let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
+        let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
         let (stop_drain, drain_stop) = channel();
         let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(BATCHES_MAX);
@@ -198,18 +274,23 @@ impl Pipeline {
             Unwind::FramePointers => (None, None),
         };
         let labeler = Labeler::new(&config.node, &config.labels);
+        let executables_of_heap = Arc::clone(&executables);
         let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
         let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
-        let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
-        let kernel = view.kernel.clone();
-        let ledger = shared.ledger;
+        let heap = start_heap(config, &mut programs, &mut view, &executables_of_heap)?;
+        let (heap_windows, heap) = heap.unzip();
+        let worker =
+            Worker { shared: shared.clone(), processes, windows, heap: heap_windows, closed: closed_sender };
+        let encoder = Encoder { shared: shared.clone(), reported: Default::default() };
+        let encoder_view = view.clone();
+        let ledgers = Ledgers { cpu: shared.ledger, allocs: shared.alloc_ledger };
         let drained = Arc::clone(&progress);
         let pipeline = Self {
-            drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
+            drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledgers, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
-            encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
+            encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
             unwinder,
+            heap,
             programs,
             view,
             uploads,
@@ -240,7 +321,9 @@ impl Pipeline {
 
     /// A stage that has ended by itself, which none does but by a panic.
     pub(crate) fn dead_stage(&self) -> Option<&str> {
-        let mut threads = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
+        let all = [&self.drain, &self.worker, &self.encoder];
+        let mut threads =
+            all.into_iter().chain(&self.unwinder).chain(self.heap.as_ref().map(|(_, thread)| thread));
         let thread = threads.find(|thread| thread.is_finished());
         let name = thread.map(|thread| thread.thread().name().unwrap_or("unnamed"));
         let upload = self.uploads.iter().any(Task::is_finished).then_some("upload");
@@ -250,9 +333,15 @@ impl Pipeline {
     /// Stops sampling, lets every stage finish what it has, and gives the final account.
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
+        let heap = self.heap.map(|(told, thread)| {
+            told.stop();
+            thread
+        });
+        // Probes are out before the last drain, so that no allocation is sampled behind it.
+        let detached = join_in_order(heap, STAGE_DEADLINE).err();
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
-        let failure = join_in_order(stages, STAGE_DEADLINE).err();
+        let failure = detached.or(join_in_order(stages, STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -342,6 +431,41 @@ fn start_unwinder(
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
 
+/// What attaches to heaps: how to tell it to stop, and its thread.
+type HeapStage = (HeapExecs, JoinHandle<()>);
+
+/// Heap profiling, where a rule wants it: the worker's part, and the thread that attaches. Where the kernel cannot do it,
+/// all else goes on.
+fn start_heap(
+    config: &Config,
+    programs: &mut Programs,
+    view: &mut View,
+    executables: &Arc<ExecutableCache>,
+) -> anyhow::Result<Option<(HeapWindows, HeapStage)>> {
+    let (program, live, kernel) = match programs.take_heap() {
+        None => return Ok(None),
+        Some(Ok(heap)) => heap,
+        Some(Err(error)) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            error!(error, "no heap is profiled");
+            return Ok(None);
+        }
+    };
+    let heap = HeapView { kernel, gauges: Arc::default(), live: Arc::default() };
+    let images = || ImageReader::new("/proc".into(), Arc::clone(executables));
+    let processes = Processes::new(images(), Labeler::new(&config.node, &config.labels), None);
+    let targets = Targets::default();
+    let live = Live::new(live, targets.clone(), Arc::clone(&heap.live));
+    let gauges = Arc::clone(&heap.gauges);
+    let profiler = heap::Profiler::new(program, config.heap.clone(), processes, images(), targets, gauges);
+    let (execs, told) = heap::execs();
+    let windows = Windows::new(clock::boot_ns(), config.window, 0, WallClock::now());
+    let rate = config.heap.iter().map(|rule| rule.rate).filter(|&rate| rate > 0).min().unwrap_or(0);
+    let windows = HeapWindows::new(windows, live, execs.clone(), rate);
+    view.heap = Some(heap);
+    Ok(Some((windows, (execs, spawn("heap", move || profiler.run(&told))?))))
+}
+
 /// The BPF programs' rare messages become log lines.
 fn forward_messages(programs: &mut Programs, runtime: &runtime::Handle) {
     let Some(mut logger) = programs.take_logger() else { return };
@@ -374,6 +498,7 @@ struct Worker {
     shared: Shared,
     processes: Processes,
     windows: Windows,
+    heap: Option<HeapWindows>,
     closed: SyncSender<Closed>,
 }
 
@@ -391,7 +516,7 @@ impl Worker {
             // Read before the channel is emptied: what the drain had come to by then has been taken below.
             let complete_ns = progress.get();
             batches.try_iter().for_each(|batch| self.take(&batch));
-            for window in self.windows.close_due(complete_ns, WallClock::now()) {
+            for window in self.close_due(complete_ns) {
                 self.hand_on(window);
             }
             if looked_after.elapsed() >= TICK {
@@ -399,9 +524,21 @@ impl Worker {
                 execs_lost = self.look_after_processes(execs_lost);
             }
         }
-        for window in self.windows.close_all(clock::boot_ns()) {
+        let now_ns = clock::boot_ns();
+        let allocs = self.heap.as_mut().map(|heap| heap.close_all(now_ns)).unwrap_or_default();
+        for window in self.windows.close_all(now_ns).into_iter().chain(allocs) {
             self.finish(window);
         }
+    }
+
+    /// Closed windows of samples, of allocations, and of what is in use.
+    fn close_due(&mut self, complete_ns: u64) -> Vec<Closed> {
+        let now = WallClock::now();
+        let mut closed = self.windows.close_due(complete_ns, now);
+        if let Some(heap) = &mut self.heap {
+            closed.extend(heap.close_due(complete_ns, now));
+        }
+        closed
     }
 
     /// Keeps the process table true and small. Gives the exec records lost so far.
@@ -423,6 +560,7 @@ impl Worker {
     /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
     fn take(&mut self, batch: &drain::Batch) {
         self.shared.ledger.leave(Place::DrainQueue, batch.samples());
+        self.shared.alloc_ledger.leave(Place::DrainQueue, batch.allocs());
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
         for (bytes, record) in records {
@@ -431,14 +569,20 @@ impl Worker {
                 Some(Record::Exec { tgid }) => {
                     execs.pass(tgid);
                     self.processes.exec(tgid);
+                    if let Some(heap) = &self.heap {
+                        heap.execs.tell(tgid);
+                    }
                 }
+                Some(Record::Alloc(raw, part)) => self.add_alloc(&raw, part, execs.are_ahead(raw.tgid)),
+                None if drain::is_alloc(bytes) => self.shared.alloc_ledger.drop_events(Cause::Malformed, 1),
                 None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
                 None => self.shared.ledger.lose_execs(1),
             }
         }
     }
 
-    fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
+    /// Whose sample it is, its labels, and its stack.
+    fn place(&mut self, raw: &RawSample, exec_is_ahead: bool) -> (SeriesLabels, SampleLabels, Vec<Location>) {
         let comm = fold_kworker(&task_name(&raw.comm));
         let thread_name = fold_kworker(&task_name(&raw.thread_name));
         let comm = if comm.is_empty() { thread_name.clone() } else { comm };
@@ -451,17 +595,27 @@ impl Worker {
         if lacks_tables(raw) {
             self.processes.lacks_tables(raw.tgid);
         }
-        let labels = SampleLabels { comm, thread_name, pid: raw.tgid };
-        let symbols = &self.shared.symbols;
-        let prefetch = |location: &Location| {
-            if let Location::Code(key) = location {
-                symbols.prefetch(key.clone());
-            }
-        };
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
+        (series, SampleLabels { comm, thread_name, pid: raw.tgid }, stack)
+    }
+
+    fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
+        let (series, labels, stack) = self.place(raw, exec_is_ahead);
+        let prefetch = prefetch(&self.shared.symbols);
         match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
             Ok(()) => self.shared.ledger.enter(Place::Window, 1),
             Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
+        }
+    }
+
+    fn add_alloc(&mut self, raw: &RawSample, part: AllocPart, exec_is_ahead: bool) {
+        let placed = self.place(raw, exec_is_ahead);
+        let ledger = &self.shared.alloc_ledger;
+        let Some(heap) = &mut self.heap else { return ledger.drop_events(Cause::Malformed, 1) };
+        let prefetch = prefetch(&self.shared.symbols);
+        match heap.add(placed, (raw.time_ns, raw.value), part, prefetch) {
+            Ok(()) => ledger.enter(Place::Window, 1),
+            Err(_full) => ledger.drop_events(Cause::WindowFull, 1),
         }
     }
 
@@ -477,16 +631,25 @@ impl Worker {
 
     /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
     fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
-        let ledger = &self.shared.ledger;
+        let ledger = self.shared.ledger_of(window.measure.events());
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
-        if samples == 0 {
+        if window.series.is_empty() {
             return;
         }
         ledger.enter(Place::EncodeQueue, samples);
         if !send(&self.closed, window) {
             ledger.leave(Place::EncodeQueue, samples);
             ledger.drop_events(Cause::EncodeQueueFull, samples);
+        }
+    }
+}
+
+/// Asks for the symbols of a location that is new to its window.
+fn prefetch(symbols: &Symbols) -> impl FnMut(&Location) {
+    |location| {
+        if let Location::Code(key) = location {
+            symbols.prefetch(key.clone());
         }
     }
 }
@@ -530,21 +693,22 @@ fn lacks_tables(raw: &RawSample) -> bool {
 /// Names the frames of closed windows, encodes them and gives them to every destination.
 struct Encoder {
     shared: Shared,
-    /// Losses already told in a profile.
-    reported: Losses,
+    /// Losses already told in a profile, by kind of event.
+    reported: [Losses; Events::COUNT],
 }
 
 impl Encoder {
-    fn run(mut self, closed: &Receiver<Closed>, kernel: &KernelCounts) {
+    fn run(mut self, closed: &Receiver<Closed>, view: &View) {
         for window in closed {
-            take_kernel_drops(kernel, &self.shared.ledger);
-            let losses = self.new_losses();
+            view.take_kernel_drops();
+            let losses = self.new_losses(window.measure.events());
             self.export(&window, &losses);
         }
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
-        let Shared { ledger, gauges, symbols, exporters, .. } = &self.shared;
+        let Shared { gauges, symbols, exporters, .. } = &self.shared;
+        let ledger = self.shared.ledger_of(window.measure.events());
         let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
         let encoded = export::encode(window, &resolved, losses);
         ledger.leave(Place::EncodeQueue, window.samples);
@@ -562,18 +726,19 @@ impl Encoder {
         }
     }
 
-    /// Samples lost since the last window, by cause.
-    fn new_losses(&mut self) -> Losses {
-        let total: Losses =
-            Cause::ALL.iter().map(|&cause| (cause.name(), self.shared.ledger.dropped(cause))).collect();
+    /// Samples of a kind lost since its last window, by cause.
+    fn new_losses(&mut self, kind: Events) -> Losses {
+        let ledger = self.shared.ledger_of(kind);
+        let total: Losses = Cause::ALL.iter().map(|&cause| (cause.name(), ledger.dropped(cause))).collect();
+        let reported = &mut self.reported[kind as usize];
         let before =
-            |name| self.reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
+            |name| reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
         let new = total
             .iter()
             .map(|&(name, events)| (name, events.saturating_sub(before(name))))
             .filter(|&(_, events)| events > 0);
         let new = new.collect();
-        self.reported = total;
+        *reported = total;
         new
     }
 }
@@ -601,10 +766,11 @@ mod tests {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
         let processes = Processes::new(images, Labeler::new("n", &[]), None);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, closed: closed_sender };
-        let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
+        let worker = Worker { shared: shared.clone(), processes, windows, heap: None, closed: closed_sender };
+        let encoder = Encoder { shared: shared.clone(), reported: Default::default() };
 
-        drain::send(batch(records), &drain_sender, &shared.ledger);
+        let ledgers = Ledgers { cpu: shared.ledger.clone(), allocs: shared.alloc_ledger.clone() };
+        drain::send(batch(records), &drain_sender, &ledgers);
         let passed_on = between(drained.recv().expect("the batch that was sent"));
         batch_sender.send(passed_on).expect("the channel has room");
         drop(batch_sender);

@@ -10,14 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::{limits::UNWIND_LEAVES_MAX, wire::StackEnd};
+use profiler_common::{heap::HeapCounter, limits::UNWIND_LEAVES_MAX, wire::StackEnd};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
     config::{ConfigError, LogFormat},
     export::Quality,
-    ledger::{Cause, DestinationTotals, KernelTotals, Ledger, Place},
-    pipeline::{Exporter, Shared, View},
+    ledger::{Cause, DestinationTotals, Events, KernelTotals, Ledger, Place},
+    pipeline::{Exporter, HeapView, Shared, View},
     process::{ProcessCounts, Processes},
     symbolize,
     sys::usage,
@@ -93,7 +93,7 @@ impl Gauges {
 pub(crate) fn metrics(view: &View) -> String {
     let mut text = Text::default();
     let shared = &view.shared;
-    samples(&mut text, view.kernel_totals(), &shared.ledger, &destinations(shared));
+    samples(&mut text, &accounts(view));
     let late = shared.gauges.late.load(Relaxed);
     text.counter(
         "profiler_agent_samples_late_total",
@@ -104,6 +104,9 @@ pub(crate) fn metrics(view: &View) -> String {
     unwind_tables(&mut text, &shared.unwind);
     symbols(&mut text, &shared.symbols.counts());
     uploads(&mut text, shared);
+    if let Some(view) = &view.heap {
+        heap(&mut text, view);
+    }
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
@@ -137,51 +140,117 @@ fn process_counts(text: &mut Text, counts: ProcessCounts) {
 /// A destination's name, and what became of the samples that it was given.
 type Destination<'a> = (&'a str, DestinationTotals);
 
-fn destinations(shared: &Shared) -> Vec<Destination<'_>> {
-    shared.exporters.iter().map(|exporter| (exporter.name.as_str(), exporter.queue.totals())).collect()
+fn destinations(shared: &Shared, kind: Events) -> Vec<Destination<'_>> {
+    let totals = |exporter: &Exporter| exporter.queue.totals(kind);
+    shared.exporters.iter().map(|exporter| (exporter.name.as_str(), totals(exporter))).collect()
 }
 
-/// The account as metrics. What happens before samples belong to a destination stands once and without the label
+/// What became of all events of a kind.
+struct Account<'a> {
+    kind: Events,
+    kernel: KernelTotals,
+    ledger: &'a Ledger,
+    destinations: Vec<Destination<'a>>,
+}
+
+/// The accounts of all kinds of events that are taken.
+fn accounts(view: &View) -> Vec<Account<'_>> {
+    let shared = &view.shared;
+    let account =
+        |kind, kernel, ledger| Account { kind, kernel, ledger, destinations: destinations(shared, kind) };
+    let cpu = account(Events::Cpu, view.kernel_totals(), &shared.ledger);
+    let allocs = view.alloc_totals().map(|kernel| account(Events::Allocs, kernel, &shared.alloc_ledger));
+    std::iter::once(cpu).chain(allocs).collect()
+}
+
+/// The accounts as metrics. What happens before samples belong to a destination stands once and without the label
 /// `destination`, so that sums over all lines are sums of events. Every line is always there: `rate` needs the zero.
-fn samples(text: &mut Text, kernel: KernelTotals, ledger: &Ledger, destinations: &[Destination<'_>]) {
-    let KernelTotals { taken: samples_taken, submitted } = kernel;
+fn samples(text: &mut Text, accounts: &[Account<'_>]) {
     let taken = "profiler_agent_samples_taken_total";
     text.head(taken, "Samples taken by the kernel side.", "counter");
-    text.line(format_args!("{taken}{{type=\"cpu\"}} {samples_taken}"));
+    for account in accounts {
+        text.line(format_args!("{taken}{{type=\"{}\"}} {}", account.kind.name(), account.kernel.taken));
+    }
     let delivered = "profiler_agent_samples_delivered_total";
     text.head(delivered, "Samples a destination has acknowledged.", "counter");
-    for (name, totals) in destinations {
-        text.line(format_args!(
-            "{delivered}{{type=\"cpu\",destination={}}} {}",
-            quoted(name),
-            totals.delivered
-        ));
+    for Account { kind, destinations, .. } in accounts {
+        for (name, totals) in destinations {
+            let (kind, name) = (kind.name(), quoted(name));
+            text.line(format_args!("{delivered}{{type=\"{kind}\",destination={name}}} {}", totals.delivered));
+        }
     }
     let dropped = "profiler_agent_samples_dropped_total";
     text.head(dropped, "Samples dropped, by reason; without a destination, for all of them.", "counter");
-    let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
-    terms(text, dropped, "reason", None, &causes);
-    for (name, totals) in destinations {
-        terms(text, dropped, "reason", Some(name), &totals.dropped());
+    for Account { kind, ledger, destinations, .. } in accounts {
+        let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
+        terms(text, *kind, dropped, "reason", None, &causes);
+        for (name, totals) in destinations {
+            terms(text, *kind, dropped, "reason", Some(name), &totals.dropped());
+        }
     }
     let waiting = "profiler_agent_samples_waiting";
     text.head(waiting, "Samples on their way, by place; without a destination, for all of them.", "gauge");
-    terms(text, waiting, "place", None, &[("ring", submitted.saturating_sub(ledger.drained()))]);
-    terms(text, waiting, "place", None, &Place::ALL.map(|place| (place.name(), ledger.waiting(place))));
-    for (name, totals) in destinations {
-        terms(text, waiting, "place", Some(name), &[("upload_queue", totals.waiting)]);
+    for Account { kind, kernel, ledger, destinations } in accounts {
+        let in_ring = kernel.submitted.saturating_sub(ledger.drained());
+        let places = Place::ALL.map(|place| (place.name(), ledger.waiting(place)));
+        terms(text, *kind, waiting, "place", None, &[("ring", in_ring)]);
+        terms(text, *kind, waiting, "place", None, &places);
+        for (name, totals) in destinations {
+            terms(text, *kind, waiting, "place", Some(name), &[("upload_queue", totals.waiting)]);
+        }
     }
     text.counter(
         "profiler_agent_samples_drained_total",
         "Samples read from the ring buffer.",
-        ledger.drained(),
+        accounts.iter().map(|account| account.ledger.drained()).sum(),
     );
 }
 
-fn terms(text: &mut Text, metric: &str, label: &str, destination: Option<&str>, terms: &[(&str, u64)]) {
+fn terms(
+    text: &mut Text,
+    kind: Events,
+    metric: &str,
+    label: &str,
+    destination: Option<&str>,
+    terms: &[(&str, u64)],
+) {
+    let kind = kind.name();
     let destination = destination.map(|name| format!("destination={},", quoted(name))).unwrap_or_default();
     for (name, events) in terms {
-        text.line(format_args!("{metric}{{type=\"cpu\",{destination}{label}=\"{name}\"}} {events}"));
+        text.line(format_args!("{metric}{{type=\"{kind}\",{destination}{label}=\"{name}\"}} {events}"));
+    }
+}
+
+/// Heap profiling; nothing where it is off.
+fn heap(text: &mut Text, heap: &HeapView) {
+    let HeapView { kernel: _, gauges, live } = heap;
+    let counter = |counter| heap.count(counter);
+    text.gauge(
+        "profiler_agent_heap_targets",
+        "Processes whose heap is profiled.",
+        gauges.targets.load(Relaxed),
+    );
+    let refused = gauges.refused.load(Relaxed);
+    text.counter(
+        "profiler_agent_heap_refused_total",
+        "Times that a process's heap was to be profiled and could not.",
+        refused,
+    );
+    let hits = gauges.hits.load(Relaxed);
+    text.counter("profiler_agent_heap_hits_total", "Entries of allocator functions that were probed.", hits);
+    let in_use = live.samples.load(Relaxed);
+    text.gauge("profiler_agent_heap_live_samples", "Sampled allocations in the last snapshot.", in_use);
+    let counters = [
+        ("freed", "Sampled allocations that were freed.", counter(HeapCounter::Freed)),
+        ("live_full", "Samples missing from snapshots: too many in use.", counter(HeapCounter::LiveFull)),
+        ("live_full_bytes", "Bytes of these allocations.", counter(HeapCounter::LiveFullBytes)),
+        ("live_dropped", "Samples missing from snapshots: too many to remember.", live.dropped.load(Relaxed)),
+        ("snapshots_failed", "Snapshots that could not be read.", live.failed.load(Relaxed)),
+        ("unreturned", "Calls that were left otherwise than by returning.", counter(HeapCounter::Unreturned)),
+        ("stray", "Probes hit that belong to no call known.", counter(HeapCounter::Stray)),
+    ];
+    for (name, help, value) in counters {
+        text.counter(&format!("profiler_agent_heap_{name}_total"), help, value);
     }
 }
 
@@ -381,8 +450,8 @@ impl Status {
             (complete + if end.is_complete() { count } else { 0 }, all + count)
         });
         let (named, unnamed) = (gauges.named.load(Relaxed), gauges.unnamed.load(Relaxed));
-        let shared = &self.view.shared;
-        let dropped = dropped(&shared.ledger, &destinations(shared));
+        let dropped: u64 =
+            accounts(&self.view).iter().map(|account| dropped(account.ledger, &account.destinations)).sum();
         format!(
             "{rate:.0} samples/s, {} containers, {} to the root, {} named, {dropped} dropped, {own_cpu:.1}% CPU, {} MiB",
             gauges.containers.load(Relaxed),
@@ -411,9 +480,13 @@ mod tests {
         let ledger = Ledger::default();
         ledger.drop_events(Cause::RingFull, 3);
         let refused = DestinationTotals { dropped_refused: 2, ..DestinationTotals::default() };
-        let destinations = [("http://a/", refused), ("http://b/", DestinationTotals::default())];
+        let destinations = vec![("http://a/", refused), ("http://b/", DestinationTotals::default())];
         let mut text = Text::default();
-        samples(&mut text, KernelTotals { taken: 9, submitted: 6 }, &ledger, &destinations);
+        let kernel = KernelTotals { taken: 9, submitted: 6 };
+        samples(
+            &mut text,
+            &[Account { kind: Events::Cpu, kernel, ledger: &ledger, destinations: destinations.clone() }],
+        );
 
         let lines: Vec<_> =
             text.0.lines().filter(|line| line.starts_with("profiler_agent_samples_dropped_total{")).collect();

@@ -14,6 +14,9 @@ pub enum RecordKind {
     CpuSample = 1,
     /// A [`ProcessRecord`]: the process has a new image, everything known of its mappings is void.
     Exec = 2,
+    /// A [`SampleHeader`] whose value is bytes, an [`AllocPart`](crate::heap::AllocPart), then the user frames: an
+    /// allocation that was sampled. The innermost frame is the caller of the allocating function.
+    AllocSample = 3,
 }
 
 impl RecordKind {
@@ -23,6 +26,7 @@ impl RecordKind {
         match byte {
             1 => Some(Self::CpuSample),
             2 => Some(Self::Exec),
+            3 => Some(Self::AllocSample),
             _ => None,
         }
     }

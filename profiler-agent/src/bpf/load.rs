@@ -16,7 +16,12 @@ use aya_log::EbpfLogger;
 use profiler_common::limits;
 use tracing::{info, warn};
 
-use super::{probe::kernel_facts, stats::KernelCounts, unwind::UnwindMaps};
+use super::{
+    heap::{HEAP_MAPS, HeapCounts, HeapLoadError, HeapProgram, LiveMap},
+    probe::kernel_facts,
+    stats::KernelCounts,
+    unwind::UnwindMaps,
+};
 use crate::sys::{btf::BtfError, cpu, perf_event::CpuClock};
 
 #[cfg(target_arch = "x86_64")]
@@ -45,6 +50,8 @@ pub(crate) enum BpfError {
         #[source]
         source: MapError,
     },
+    #[error(transparent)]
+    Heap(#[from] HeapLoadError),
     #[error("list the online CPUs")]
     Cpus(#[source] io::Error),
     #[error("open the clock event of CPU {cpu}")]
@@ -71,6 +78,8 @@ pub(crate) struct LoadOptions {
     pub(crate) ring_bytes: u32,
     /// Whether to make room for unwind tables.
     pub(crate) has_tables: bool,
+    /// Whether to load what samples heaps.
+    pub(crate) has_heap: bool,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
     /// Root of sysfs.
@@ -80,6 +89,8 @@ pub(crate) struct LoadOptions {
 /// The loaded programs. Dropping it detaches and unloads everything.
 pub(crate) struct Programs {
     ebpf: Ebpf,
+    /// What samples heaps, or why it could not be loaded; `None` where it is not wanted.
+    heap: Option<Result<Heap, BpfError>>,
     /// The clock event of every CPU that is sampled.
     clocks: BTreeMap<u32, CpuClock>,
     /// CPUs that are online but whose event could not be opened when they came.
@@ -87,6 +98,9 @@ pub(crate) struct Programs {
     period_ns: u64,
     sys_root: PathBuf,
 }
+
+/// The program for heap samples, what it counts as in use, and its counters.
+pub(crate) type Heap = (HeapProgram, LiveMap, HeapCounts);
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
 
@@ -101,9 +115,16 @@ impl Programs {
                 loader.map_max_entries(map, entries);
             }
         }
-        let ebpf = loader.load(OBJECT)?;
+        if options.has_heap {
+            for (map, entries) in HEAP_MAPS {
+                loader.map_max_entries(map, entries);
+            }
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        let heap = options.has_heap.then(|| HeapProgram::load(OBJECT, &mut ebpf));
         let mut programs = Self {
             ebpf,
+            heap,
             clocks: BTreeMap::new(),
             refused: BTreeSet::new(),
             period_ns: options.period_ns,
@@ -209,6 +230,11 @@ impl Programs {
     /// The maps of unwind tables; can be taken once.
     pub(crate) fn take_unwind_maps(&mut self) -> Result<UnwindMaps, BpfError> {
         UnwindMaps::new(|name| self.take_map(name))
+    }
+
+    /// What samples heaps, if it was wanted; can be taken once.
+    pub(crate) fn take_heap(&mut self) -> Option<Result<Heap, BpfError>> {
+        self.heap.take()
     }
 
     /// The programs' own rare messages; can be taken once.

@@ -1,10 +1,12 @@
 //! The programs in the kernel: what this kernel can do, loading, attaching, counters.
 
+mod heap;
 mod load;
 mod probe;
 mod stats;
 mod unwind;
 
+pub(crate) use heap::{HeapCounts, HeapProgram, LiveMap};
 pub(crate) use load::{LoadOptions, Programs};
 pub(crate) use stats::KernelCounts;
 pub(crate) use unwind::UnwindMaps;

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use crate::ledger::DestinationTotals;
+use crate::ledger::{DestinationTotals, Events};
 
 /// Bytes kept for one destination while it is away. A node's batch is about 30 KiB, so this is hours of windows.
 const QUEUE_BYTES_MAX: usize = 32 << 20;
@@ -18,6 +18,8 @@ const QUEUE_BYTES_MAX: usize = 32 << 20;
 pub(crate) struct Batch {
     /// Body of the request, compressed; shared by all destinations and tries.
     pub(crate) body: Bytes,
+    /// Kind of its samples.
+    pub(crate) kind: Events,
     /// Samples in it.
     pub(crate) events: u64,
 }
@@ -35,7 +37,8 @@ struct State {
     batches: VecDeque<Batch>,
     bytes: usize,
     closed: bool,
-    totals: DestinationTotals,
+    /// By kind of event.
+    totals: [DestinationTotals; Events::COUNT],
 }
 
 /// What to do next.
@@ -74,13 +77,14 @@ impl Queue {
         {
             let mut state = self.lock();
             state.bytes += batch.body.len();
-            state.totals.waiting += batch.events;
+            state.totals[batch.kind as usize].waiting += batch.events;
             state.batches.push_back(batch);
             while state.bytes > self.bytes_max && state.batches.len() > 1 {
                 let Some(dropped) = state.batches.remove(1) else { break };
                 state.bytes -= dropped.body.len();
-                state.totals.waiting -= dropped.events;
-                state.totals.dropped_queue_full += dropped.events;
+                let totals = &mut state.totals[dropped.kind as usize];
+                totals.waiting -= dropped.events;
+                totals.dropped_queue_full += dropped.events;
             }
         }
         self.changed.notify_one();
@@ -113,18 +117,19 @@ impl Queue {
         let mut state = self.lock();
         let Some(batch) = state.batches.pop_front() else { return };
         state.bytes -= batch.body.len();
-        state.totals.waiting -= batch.events;
+        let totals = &mut state.totals[batch.kind as usize];
+        totals.waiting -= batch.events;
         let total = match outcome {
-            Outcome::Delivered => &mut state.totals.delivered,
-            Outcome::Refused => &mut state.totals.dropped_refused,
-            Outcome::Shutdown => &mut state.totals.dropped_shutdown,
+            Outcome::Delivered => &mut totals.delivered,
+            Outcome::Refused => &mut totals.dropped_refused,
+            Outcome::Shutdown => &mut totals.dropped_shutdown,
         };
         *total += batch.events;
     }
 
-    /// The events given to this destination so far, by what became of them.
-    pub(crate) fn totals(&self) -> DestinationTotals {
-        self.lock().totals
+    /// The events of a kind given to this destination so far, by what became of them.
+    pub(crate) fn totals(&self, kind: Events) -> DestinationTotals {
+        self.lock().totals[kind as usize]
     }
 
     /// Bytes waiting.
@@ -143,7 +148,7 @@ mod tests {
     use super::*;
 
     fn batch(bytes: usize, events: u64) -> Batch {
-        Batch { body: vec![0; bytes].into(), events }
+        Batch { body: vec![0; bytes].into(), kind: Events::Cpu, events }
     }
 
     #[test]
@@ -152,7 +157,7 @@ mod tests {
         for events in [1, 2, 4, 8] {
             queue.push(batch(40, events));
         }
-        let totals = queue.totals();
+        let totals = queue.totals(Events::Cpu);
         assert_eq!((totals.waiting, totals.dropped_queue_full), (1 + 8, 2 + 4));
         assert_eq!(queue.bytes(), 80);
     }
@@ -161,7 +166,7 @@ mod tests {
     fn a_batch_larger_than_the_queue_is_still_sent() {
         let queue = Queue::with_bytes_max(100);
         queue.push(batch(400, 1));
-        assert_eq!(queue.totals().waiting, 1);
+        assert_eq!(queue.totals(Events::Cpu).waiting, 1);
     }
 
     #[test]
@@ -183,6 +188,7 @@ mod tests {
             dropped_shutdown: 4,
             ..DestinationTotals::default()
         };
-        assert_eq!(queue.totals(), expect);
+        assert_eq!(queue.totals(Events::Cpu), expect);
+        assert_eq!(queue.totals(Events::Allocs), DestinationTotals::default());
     }
 }

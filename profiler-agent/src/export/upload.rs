@@ -391,7 +391,9 @@ mod tests {
                 backoff_min: Duration::from_millis(1),
                 failing: false,
             };
-            let outcome = sender.deliver(&Batch { body: vec![0; 8].into(), events: 1 }).await;
+            let outcome = sender
+                .deliver(&Batch { body: vec![0; 8].into(), kind: crate::ledger::Events::Cpu, events: 1 })
+                .await;
             requests.abort();
             (outcome, sender.counts.retries.load(Relaxed) as usize + 1)
         })

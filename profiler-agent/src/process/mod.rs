@@ -148,6 +148,13 @@ impl Processes {
         self.by_pid.get(&sampled.pid).expect("it was there or has just been inserted")
     }
 
+    /// The labels that a process would have now; reads nothing else of it and remembers nothing.
+    pub(crate) fn series_of(&self, pid: u32) -> SeriesLabels {
+        let directory = self.directory(pid);
+        let comm = fs::read_to_string(directory.join("comm")).unwrap_or_default();
+        self.read_labels(&directory, comm.trim_end())
+    }
+
     /// What is known of a process.
     pub(crate) fn known(&self, pid: u32) -> Option<&Process> {
         self.by_pid.get(&pid)
