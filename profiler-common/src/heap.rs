@@ -170,6 +170,8 @@ pub struct Pending {
     pub old: u64,
     /// When that one was made: the value it had in the table of live allocations.
     pub old_time_ns: u64,
+    /// When the call began: CLOCK_BOOTTIME, in nanoseconds.
+    pub time_ns: u64,
     /// Index of the [`Point`].
     pub point: u32,
     /// Mean bytes between samples when the coin was tossed; 0 when the call is no sample.
@@ -196,7 +198,7 @@ const _: () = assert!(size_of::<AllocPart>() == 8 * ALLOC_PART_WORDS);
 const _: () = assert!(size_of::<Point>() == 16);
 const _: () = assert!(size_of::<Target>() == 8);
 const _: () = assert!(size_of::<LiveKey>() == 16);
-const _: () = assert!(size_of::<Pending>() == 48);
+const _: () = assert!(size_of::<Pending>() == 56);
 
 /// Processes profiled at a time.
 pub const TARGETS_MAX: u32 = 256;

@@ -80,9 +80,11 @@ const SKIP_RETURN: u32 = 1;
 /// The program is to run at the function's return too.
 const WANT_RETURN: u32 = 0;
 
-/// A nested call lies below its caller's frame, within this many bytes of stack. Anything else is a thread that left the
-/// outer call otherwise than by returning.
+/// A nested call lies below its caller's frame within this many bytes of stack, or in its place if it is the last thing
+/// that the caller does. Anything else is a thread that left the outer call otherwise than by returning.
 const NESTED_BYTES_MAX: u64 = 64 << 10;
+/// So is a call that began longer ago: a thread that was left by an exception may come back to the same depth.
+const NESTED_NS_MAX: u64 = 1_000_000_000;
 
 /// The function's entry or its return.
 #[inline(always)]
@@ -129,6 +131,7 @@ fn enter(ctx: *mut c_void, index: u32, point: &Point, tid: u32) -> u32 {
         result: 0,
         old: 0,
         old_time_ns: 0,
+        time_ns: boot_time_ns(),
         point: index,
         rate: if is_sample { target.rate } else { 0 },
     };
@@ -161,8 +164,9 @@ fn enter(ctx: *mut c_void, index: u32, point: &Point, tid: u32) -> u32 {
 fn is_nested(tid: u32, sp: u64) -> bool {
     let Some(outer) = HEAP_PENDING.get_ptr(tid) else { return false };
     // SAFETY: the look-up gave a value of a preallocated map, which stays readable; only this thread writes it.
-    let outer_sp = unsafe { (*outer).sp };
-    if sp < outer_sp && outer_sp - sp < NESTED_BYTES_MAX {
+    let Pending { sp: outer_sp, time_ns, .. } = unsafe { outer.read() };
+    let is_inside = outer_sp.wrapping_sub(sp) < NESTED_BYTES_MAX;
+    if is_inside && boot_time_ns() - time_ns < NESTED_NS_MAX {
         return true;
     }
     count(HeapCounter::Unreturned, 1);

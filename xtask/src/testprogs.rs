@@ -49,6 +49,9 @@ const DEEP_FLAGS: [&str; 9] = [
 /// `deep.c` by compiler, and the program it makes. Those that are not installed are skipped.
 const DEEP_COMPILERS: [(&str, &str); 2] = [("gcc", "deep_gcc"), ("clang", "deep_clang")];
 
+/// `heap_truth.c` by compiler, and the program it makes; the second one is linked with musl. Not installed: skipped.
+const HEAP_COMPILERS: [(&str, &str); 2] = [("cc", "heap_truth"), ("musl-gcc", "heap_truth_musl")];
+
 const RUST_FLAGS: [&str; 5] =
     ["--edition=2024", "-O", "-Cforce-frame-pointers=yes", "-Cdebuginfo=1", "-Dwarnings"];
 
@@ -68,6 +71,9 @@ pub(crate) fn build() -> Result<Tally> {
     }
     for (compiler, name) in DEEP_COMPILERS {
         tally += build_deep(compiler, &into.join(name), &from)?;
+    }
+    for (compiler, name) in HEAP_COMPILERS {
+        tally += build_heap(compiler, &into.join(name), &from)?;
     }
     let source = from.join("rust_burn.rs");
     if is_outdated(&into.join("rust_burn"), std::slice::from_ref(&source)) {
@@ -103,6 +109,19 @@ fn build_deep(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
             return Ok(Tally::SKIPPED);
         }
         command::run(Command::new(compiler).args(DEEP_FLAGS).arg("-o").arg(program).arg(source))?;
+    }
+    Ok(Tally::PASSED)
+}
+
+fn build_heap(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
+    let source = from.join("heap_truth.c");
+    if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
+        if Command::new(compiler).arg("--version").output().is_err() {
+            eprintln!("SKIP {}: {compiler} is not installed", program.display());
+            return Ok(Tally::SKIPPED);
+        }
+        let flags = C_FLAGS.into_iter().chain(["-Wno-unused-function"]);
+        command::run(Command::new(compiler).args(flags).arg("-o").arg(program).arg(source))?;
     }
     Ok(Tally::PASSED)
 }

@@ -4,7 +4,7 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Read as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -106,6 +106,26 @@ impl Agent {
     pub fn merge(&self, selector: &str) -> Merged {
         let body =
             self.query("/api/v1/merge", &[("query", selector), ("format", "json"), ("max_nodes", "100000")]);
+        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+    }
+
+    /// The merged profile of another type, by one of its sample types, of windows that ended after a moment.
+    pub fn merge_type(&self, selector: &str, types: (&str, &str), moment: SystemTime) -> Merged {
+        let (profile_type, sample_type) = types;
+        let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+        let (from, to) = (since_epoch, since_epoch + Duration::from_secs(3600));
+        let body = self.query(
+            "/api/v1/merge",
+            &[
+                ("query", selector),
+                ("type", profile_type),
+                ("sample_type", sample_type),
+                ("from", &from.as_millis().to_string()),
+                ("to", &to.as_millis().to_string()),
+                ("format", "json"),
+                ("max_nodes", "100000"),
+            ],
+        );
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
@@ -252,6 +272,11 @@ impl Merged {
         std::iter::successors(Some(hottest), parent).map(|node| node.name.as_str()).collect()
     }
 
+    /// What was counted below a function, which does not call itself.
+    pub fn total_of(&self, function: &str) -> i64 {
+        self.nodes.iter().filter(|node| node.name == function).map(|node| node.total).sum()
+    }
+
     /// Whether any frame has this name.
     pub fn mentions(&self, function: &str) -> bool {
         self.nodes.iter().any(|node| node.name.contains(function))
@@ -271,10 +296,15 @@ pub struct Program {
 impl Program {
     /// Starts one of the test programs and waits until it says that it runs.
     pub fn start(name: &str, arguments: &[&str]) -> Self {
+        Self::start_with(name, arguments, &[])
+    }
+
+    /// The same with environment variables.
+    pub fn start_with(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let path = testprogs().join(name);
         assert!(path.exists(), "{} is not there: run cargo xtask testprogs", path.display());
         let mut command = Command::new(path);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.envs(variables.iter().copied()).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let output = child.stdout.as_mut().expect("piped");
         let mut line = String::new();
@@ -294,6 +324,16 @@ impl Program {
         let mut command = Command::new(name);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self { child: command.spawn().expect("the program starts"), input: None }
+    }
+
+    /// Writes a line to its input and waits for one of its output.
+    pub fn ask(&mut self, line: &str) -> String {
+        let input = self.input.as_mut().expect("its input is open");
+        writeln!(input, "{line}").expect("it reads");
+        let output = self.child.stdout.as_mut().expect("piped");
+        let mut answer = String::new();
+        BufReader::with_capacity(1, output).read_line(&mut answer).expect("a line");
+        answer
     }
 
     /// Closes its input and gives what it printed behind `ready`.
