@@ -1,19 +1,28 @@
 //! Flags, environment and file, in this order, make one validated [`Config`]. Nothing below parses.
 
+mod show;
+
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use clap::Parser;
+use clap::{ArgMatches, Args, parser::ValueSource};
 use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
 use profiler_pprof::push;
 use serde::Deserialize;
 
-use crate::{export::Destination, heap};
+use crate::{
+    budget::CpuShare,
+    export::Destination,
+    heap, logs,
+    memory::{self, MemoryPlan, TooSmall},
+    pipeline,
+};
+pub(crate) use show::Key;
 
 const DEFAULT_FREQUENCY_HZ: u32 = 19;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(10);
@@ -22,24 +31,42 @@ const WINDOW_MAX: Duration = Duration::from_secs(600);
 const DEFAULT_LISTEN: &str = "127.0.0.1:7701";
 const DEFAULT_BACKEND_LISTEN: &str = "127.0.0.1:7700";
 const DEFAULT_DATA_DIR: &str = "/var/lib/profiler";
+const DEFAULT_RUN_DIR: &str = "/run/profiler";
+/// Characters of an instance's name: it becomes part of a file's name.
+const INSTANCE_CHARS_MAX: usize = 32;
+/// Kinds of profiles there are.
+const PROFILE_KINDS: [&str; 1] = ["cpu"];
+/// A token that can be guessed is none.
+const TOKEN_CHARS_MIN: usize = 16;
+const TOKEN_BYTES_MAX: u64 = 4 << 10;
 /// Bytes of a configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// Samples the stacks of every process on this machine and shows them as flame graphs.
-///
-/// Without --upload, profiles are kept and shown by the backend built into this program.
-#[derive(Clone, Debug, Default, Parser)]
-#[command(name = "profiler-agent", version, max_term_width = 100)]
+/// What may be given as a flag. The environment stands for flags that are not given.
+#[derive(Args, Clone, Debug, Default)]
 pub(crate) struct Flags {
-    /// Configuration file (TOML). Keys are the long flags with underscores: listen, backend_listen, data_dir,
-    /// frequency, window, unwind, upload, node, labels, heap, log, log_format. Flags win over the environment, which wins over the
-    /// file.
-    #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE")]
+    /// Configuration file (TOML). Keys are the long flags with underscores (`labels` is a table); see --print-config.
+    /// Flags win over the environment, which wins over the file
+    #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE", global = true)]
     config: Option<PathBuf>,
+
+    /// Print every key with its value and where that comes from, without secrets, and exit
+    #[arg(long)]
+    print_config: bool,
 
     /// Samples per second and CPU, 1 to 1000 [default: 19]
     #[arg(short = 'F', long, env = "PROFILER_FREQUENCY", value_name = "HZ")]
     frequency: Option<String>,
+
+    /// What profiling may take of the CPU time of all CPUs, as 1% or 0.5%, or off. Above it the sampling frequency is halved
+    /// until it fits [default: 1%]
+    #[arg(long, env = "PROFILER_CPU_BUDGET", value_name = "SHARE")]
+    cpu_budget: Option<String>,
+
+    /// What the agent may take of the machine's memory, its maps in the kernel included, as 128MiB or 1GiB [default: 90% of
+    /// the limit of the agent's own cgroup, else 256MiB]
+    #[arg(long, env = "PROFILER_MEMORY_LIMIT", value_name = "BYTES")]
+    memory_limit: Option<String>,
 
     /// Length of a window: what one uploaded profile covers, 1s to 10m [default: 10s]
     #[arg(long, env = "PROFILER_WINDOW", value_name = "DURATION")]
@@ -56,6 +83,10 @@ pub(crate) struct Flags {
     /// Where the embedded backend keeps profiles [default: /var/lib/profiler]
     #[arg(long, env = "PROFILER_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
+
+    /// Where the names of symbolized code are kept for the next start, at most 64 MiB [default: DATA_DIR/cache]
+    #[arg(long, env = "PROFILER_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
 
     /// How to find the callers of native code: dwarf (unwind tables made from each executable's .eh_frame; frame
     /// pointers where there are none) or frame-pointers [default: dwarf]
@@ -80,9 +111,9 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LABEL", value_name = "NAME=VALUE", value_delimiter = ',')]
     label: Vec<String>,
 
-    /// Profile the heap of processes with a label: NAME=VALUE[@RATE], as exe=postgres@64KiB; NAME is a label of their
-    /// profiles or pid, RATE the mean bytes between samples [default: 512KiB]; may be given more than once. x86-64,
-    /// kernel 6.13
+    /// Profile the heap of processes with a label: NAME=VALUE[@RATE], as exe=postgres@64KiB. NAME is a label of their
+    /// profiles or pid, RATE the mean bytes between samples, 0 for none [default: 512KiB]; may be given more than once, the
+    /// first that matches counts. x86-64, Linux 6.13
     #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]
     heap: Vec<String>,
 
@@ -93,6 +124,34 @@ pub(crate) struct Flags {
     /// How to log: text or json [default: text]
     #[arg(long, env = "PROFILER_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<String>,
+
+    /// Which kinds of profiles to take: cpu [default: cpu]
+    #[arg(long, env = "PROFILER_PROFILES", value_name = "KIND", value_delimiter = ',')]
+    profiles: Vec<String>,
+
+    /// false detaches everything from the kernel and stays ready [default: true]
+    #[arg(long, env = "PROFILER_ENABLED", value_name = "BOOL")]
+    enabled: Option<String>,
+
+    /// One more address, for kubelet and Prometheus: serves /metrics, /healthz and /readyz only, without a token
+    #[arg(long, env = "PROFILER_METRICS_LISTEN", value_name = "ADDRESS:PORT")]
+    metrics_listen: Option<String>,
+
+    /// File with the bearer token that requests to --listen must bring; needed where that is not a loopback address
+    #[arg(long, env = "PROFILER_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+
+    /// Where the lock of this node's agent is; a file `off` there detaches everything [default: /run/profiler]
+    #[arg(long, env = "PROFILER_RUN_DIR", value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+
+    /// Name of one of several agents of this node, each with a lock of its own
+    #[arg(long, env = "PROFILER_INSTANCE", value_name = "NAME")]
+    instance: Option<String>,
+
+    /// true runs on a kernel that is known to break when it is profiled [default: false]
+    #[arg(long, env = "PROFILER_ALLOW_KERNEL", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    allow_kernel: Option<String>,
 }
 
 /// The file's keys.
@@ -100,10 +159,13 @@ pub(crate) struct Flags {
 #[serde(deny_unknown_fields)]
 struct File {
     frequency: Option<u32>,
+    cpu_budget: Option<String>,
+    memory_limit: Option<String>,
     window: Option<String>,
     listen: Option<String>,
     backend_listen: Option<String>,
     data_dir: Option<PathBuf>,
+    cache_dir: Option<PathBuf>,
     unwind: Option<String>,
     #[serde(default)]
     upload: Vec<String>,
@@ -114,6 +176,14 @@ struct File {
     heap: Vec<HeapRule>,
     log: Option<String>,
     log_format: Option<String>,
+    #[serde(default)]
+    profiles: Vec<String>,
+    enabled: Option<bool>,
+    metrics_listen: Option<String>,
+    token_file: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    instance: Option<String>,
+    allow_kernel: Option<bool>,
 }
 
 /// `{ match = "exe=postgres", rate = "64KiB" }`
@@ -148,6 +218,10 @@ pub(crate) enum Unwind {
 pub(crate) struct Config {
     /// Samples per second and CPU.
     pub(crate) frequency_hz: u32,
+    /// What profiling may take of the node's CPU time; `None` for all of it.
+    pub(crate) cpu_budget: Option<CpuShare>,
+    /// The bound of every map, table, cache and queue.
+    pub(crate) memory: MemoryPlan,
     /// Length of a window.
     pub(crate) window: Duration,
     /// Address of the agent's own HTTP.
@@ -156,6 +230,8 @@ pub(crate) struct Config {
     pub(crate) backend_listen: SocketAddr,
     /// Where the embedded backend keeps profiles.
     pub(crate) data_dir: PathBuf,
+    /// Where names are kept for the next start.
+    pub(crate) cache_dir: PathBuf,
     /// How the callers of native code are found.
     pub(crate) unwind: Unwind,
     /// Remote backends; empty means the embedded one.
@@ -170,12 +246,46 @@ pub(crate) struct Config {
     pub(crate) log: String,
     /// Form of log lines.
     pub(crate) log_format: LogFormat,
+    /// Kinds of profiles that are taken.
+    pub(crate) profiles: Vec<String>,
+    /// Whether anything is attached to the kernel.
+    pub(crate) enabled: bool,
+    /// A second address, which serves metrics and health only.
+    pub(crate) metrics_listen: Option<SocketAddr>,
+    /// What requests to `listen` must bring.
+    pub(crate) token: Option<Token>,
+    /// Where the lock and the switch are.
+    pub(crate) run_dir: PathBuf,
+    /// Name of this one of several agents.
+    pub(crate) instance: Option<String>,
+    /// Whether to run on a kernel that is known to be broken.
+    pub(crate) allow_kernel: bool,
+}
+
+/// A bearer token and the file it was read from. Its text is never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Token {
+    text: String,
+    file: PathBuf,
+}
+
+impl Token {
+    /// For a request's `Authorization: Bearer`.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({})", self.file.display())
+    }
 }
 
 impl Config {
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) fn period_ns(&self) -> u64 {
-        1_000_000_000 / u64::from(self.frequency_hz)
+        pipeline::period_ns(self.frequency_hz)
     }
 }
 
@@ -205,16 +315,55 @@ fn refuse(key: &str, value: impl fmt::Display, accepted: impl fmt::Display) -> C
     ConfigError { key: key.to_owned(), value: value.to_string(), accepted: accepted.to_string() }
 }
 
-/// Makes the configuration from flags (with the environment in them) and the file they name.
-pub(crate) fn load(flags: Flags) -> Result<Config, ConfigError> {
-    let file = match &flags.config {
-        Some(path) => read_file(path)?,
-        None => File::default(),
-    };
-    merge(flags, file)
+/// Where the configuration comes from. The file can be read again.
+#[derive(Clone, Debug)]
+pub(crate) struct Sources {
+    flags: Flags,
+    /// Keys given as flags and by the environment.
+    given: BTreeMap<String, Origin>,
 }
 
-fn read_file(path: &Path) -> Result<File, ConfigError> {
+/// Where a value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    Flag,
+    Environment,
+    File,
+    Default,
+}
+
+impl Sources {
+    /// `matches` are those that the flags were read from.
+    pub(crate) fn new(flags: Flags, matches: &ArgMatches) -> Self {
+        let origin = |id: &clap::Id| match matches.value_source(id.as_str())? {
+            ValueSource::CommandLine => Some((id.to_string(), Origin::Flag)),
+            ValueSource::EnvVariable => Some((id.to_string(), Origin::Environment)),
+            _ => None,
+        };
+        Self { flags, given: matches.ids().filter_map(origin).collect() }
+    }
+
+    /// The configuration file, if one is named.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.flags.config.as_deref()
+    }
+
+    /// Whether the configuration is to be printed only.
+    pub(crate) fn is_to_be_printed(&self) -> bool {
+        self.flags.print_config
+    }
+
+    /// Makes the configuration from flags (with the environment in them) and the file they name.
+    pub(crate) fn load(&self) -> Result<Config, ConfigError> {
+        merge(self.flags.clone(), self.read_file()?.0)
+    }
+
+    fn read_file(&self) -> Result<(File, BTreeSet<String>), ConfigError> {
+        self.file().map_or_else(|| Ok(Default::default()), read_file)
+    }
+}
+
+fn read_file(path: &Path) -> Result<(File, BTreeSet<String>), ConfigError> {
     let accepted = "accepted: a readable TOML file of at most 1 MiB";
     let refused = |why: &dyn fmt::Display| refuse("config", path.display(), format!("{why}; {accepted}"));
     let bytes = fs::metadata(path).map_err(|error| refused(&error))?.len();
@@ -225,23 +374,34 @@ fn read_file(path: &Path) -> Result<File, ConfigError> {
     parse_file(&text).map_err(|why| refuse("config", path.display(), why))
 }
 
-fn parse_file(text: &str) -> Result<File, String> {
-    toml::from_str(text).map_err(|error| {
-        let line = error
-            .span()
-            .map_or(0, |span| text.get(..span.start).unwrap_or_default().matches('\n').count() + 1);
-        format!("line {line}: {}", error.message())
-    })
+/// The values, and the keys that are in the file.
+fn parse_file(text: &str) -> Result<(File, BTreeSet<String>), String> {
+    let refused = |error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let line = before.matches('\n').count();
+        let key =
+            text.lines().nth(line).and_then(|text| text.split_once('=')).map_or("", |(key, _)| key.trim());
+        let key = if key.is_empty() { String::new() } else { format!(", {key}") };
+        // A message may have lines, for a terminal.
+        format!("line {}{key}: {}", line + 1, error.message().trim().replace('\n', "; "))
+    };
+    let file = toml::from_str(text).map_err(refused)?;
+    let table: toml::Table = toml::from_str(text).map_err(refused)?;
+    Ok((file, table.into_iter().map(|(key, _)| key).collect()))
 }
 
 fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     let Flags {
         config: _,
+        print_config: _,
         frequency,
+        cpu_budget,
+        memory_limit,
         window,
         listen,
         backend_listen,
         data_dir,
+        cache_dir,
         unwind,
         upload,
         node,
@@ -249,26 +409,91 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         heap,
         log,
         log_format,
+        profiles,
+        enabled,
+        metrics_listen,
+        token_file,
+        run_dir,
+        instance,
+        allow_kernel,
     } = flags;
+    let data_dir = data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     let upload = if upload.is_empty() { file.upload } else { upload };
-    Ok(Config {
+    let profiles = if profiles.is_empty() { file.profiles } else { profiles };
+    let config = Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
+        cpu_budget: parse_cpu_budget(cpu_budget.or(file.cpu_budget))?,
+        memory: parse_memory(memory_limit.or(file.memory_limit), upload.is_empty())?,
         window: parse_window(window.or(file.window))?,
-        listen: parse_address("listen", listen.or(file.listen), DEFAULT_LISTEN)?,
+        listen: parse_address("listen", listen.or(file.listen).as_deref().unwrap_or(DEFAULT_LISTEN))?,
         backend_listen: parse_address(
             "backend-listen",
-            backend_listen.or(file.backend_listen),
-            DEFAULT_BACKEND_LISTEN,
+            backend_listen.or(file.backend_listen).as_deref().unwrap_or(DEFAULT_BACKEND_LISTEN),
         )?,
-        data_dir: data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
+        cache_dir: cache_dir.or(file.cache_dir).unwrap_or_else(|| data_dir.join("cache")),
+        data_dir,
         unwind: parse_unwind(unwind.or(file.unwind))?,
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
         heap: parse_heap(&file.heap, &heap)?,
-        log: log.or(file.log).unwrap_or_else(|| "info".to_owned()),
+        log: parse_log(log.or(file.log))?,
         log_format: parse_log_format(log_format.or(file.log_format))?,
-    })
+        profiles: parse_profiles(profiles)?,
+        enabled: parse_bool("enabled", enabled, file.enabled)?.unwrap_or(true),
+        metrics_listen: metrics_listen
+            .or(file.metrics_listen)
+            .map(|text| parse_address("metrics-listen", &text))
+            .transpose()?,
+        token: token_file.or(file.token_file).map(read_token).transpose()?,
+        run_dir: run_dir.or(file.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
+        instance: instance.or(file.instance).map(parse_instance).transpose()?,
+        allow_kernel: parse_bool("allow-kernel", allow_kernel, file.allow_kernel)?.unwrap_or(false),
+    };
+    if !config.listen.ip().is_loopback() && config.token.is_none() {
+        let accepted =
+            "without --token-file, a loopback address; --metrics-listen serves metrics and health elsewhere";
+        return Err(refuse("listen", config.listen, format!("accepted: {accepted}")));
+    }
+    Ok(config)
+}
+
+fn parse_bool(key: &str, flag: Option<String>, file: Option<bool>) -> Result<Option<bool>, ConfigError> {
+    let Some(text) = flag else { return Ok(file) };
+    text.parse().map(Some).map_err(|_| refuse(key, text, "accepted: true, false"))
+}
+
+fn parse_profiles(mut kinds: Vec<String>) -> Result<Vec<String>, ConfigError> {
+    if let Some(unknown) = kinds.iter().find(|kind| !PROFILE_KINDS.contains(&kind.as_str())) {
+        return Err(refuse("profiles", unknown, format!("accepted: {}", PROFILE_KINDS.join(", "))));
+    }
+    kinds.sort();
+    kinds.dedup();
+    Ok(if kinds.is_empty() { vec!["cpu".to_owned()] } else { kinds })
+}
+
+fn parse_instance(name: String) -> Result<String, ConfigError> {
+    let is_plain =
+        name.chars().all(|letter| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.'));
+    if is_plain && (1..=INSTANCE_CHARS_MAX).contains(&name.len()) {
+        return Ok(name);
+    }
+    let accepted = format!("accepted: 1 to {INSTANCE_CHARS_MAX} letters, digits, -, _ and .");
+    Err(refuse("instance", name, accepted))
+}
+
+fn read_token(file: PathBuf) -> Result<Token, ConfigError> {
+    let accepted = format!("accepted: a file with one token of {TOKEN_CHARS_MIN} or more visible characters");
+    let refused = |why: &dyn fmt::Display| refuse("token-file", file.display(), format!("{why}; {accepted}"));
+    let bytes = fs::metadata(&file).map_err(|error| refused(&error))?.len();
+    if bytes > TOKEN_BYTES_MAX {
+        return Err(refused(&format!("{bytes} bytes")));
+    }
+    let text = fs::read_to_string(&file).map_err(|error| refused(&error))?.trim().to_owned();
+    if text.len() < TOKEN_CHARS_MIN || !text.chars().all(|letter| letter.is_ascii_graphic()) {
+        return Err(refused(&"no such token in it"));
+    }
+    Ok(Token { text, file })
 }
 
 fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
@@ -276,6 +501,48 @@ fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
     let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
     let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
     hz.ok_or_else(|| refuse("frequency", text, accepted))
+}
+
+fn parse_cpu_budget(value: Option<String>) -> Result<Option<CpuShare>, ConfigError> {
+    match value.as_deref() {
+        None => Ok(Some(CpuShare::DEFAULT)),
+        Some("off") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(|()| {
+            refuse(
+                "cpu-budget",
+                text,
+                "accepted: a share of all CPUs above 0% and up to 100%, as 1% or 0.5%, or off",
+            )
+        }),
+    }
+}
+
+fn parse_memory(value: Option<String>, has_backend: bool) -> Result<MemoryPlan, ConfigError> {
+    let bytes = match &value {
+        Some(text) => parse_bytes(text).ok_or_else(|| {
+            refuse("memory-limit", text, "accepted: a number of MiB or GiB, as 128MiB or 1GiB")
+        })?,
+        None => memory::default_limit_bytes("/proc".as_ref()),
+    };
+    MemoryPlan::for_limit(bytes, has_backend).map_err(|TooSmall { least_bytes }| {
+        let least = least_bytes.div_ceil(1 << 20);
+        let shown =
+            value.unwrap_or_else(|| format!("{}MiB (90% of the limit of the agent's cgroup)", bytes >> 20));
+        let with = if has_backend { "with the embedded backend" } else { "without the embedded backend" };
+        refuse("memory-limit", shown, format!("accepted: {least}MiB and more, {with}"))
+    })
+}
+
+/// `128MiB`, `1GiB`.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit {
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
@@ -298,8 +565,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
     }
 }
 
-fn parse_address(key: &str, value: Option<String>, default: &str) -> Result<SocketAddr, ConfigError> {
-    let text = value.as_deref().unwrap_or(default);
+fn parse_address(key: &str, text: &str) -> Result<SocketAddr, ConfigError> {
     text.parse()
         .map_err(|_| refuse(key, text, "accepted: an IP address and a port, as 127.0.0.1:7700 or [::1]:7700"))
 }
@@ -360,7 +626,7 @@ fn parse_labels(
 }
 
 /// Labels of samples inside a profile. A label of the same name on the profile would hide them.
-const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
+pub(crate) const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
@@ -386,6 +652,12 @@ fn parse_unwind(value: Option<String>) -> Result<Unwind, ConfigError> {
     }
 }
 
+fn parse_log(filter: Option<String>) -> Result<String, ConfigError> {
+    let filter = filter.unwrap_or_else(|| "info".to_owned());
+    logs::parse_filter(&filter)?;
+    Ok(filter)
+}
+
 fn parse_log_format(value: Option<String>) -> Result<LogFormat, ConfigError> {
     match value.as_deref() {
         None | Some("text") => Ok(LogFormat::Text),
@@ -395,13 +667,23 @@ fn parse_log_format(value: Option<String>) -> Result<LogFormat, ConfigError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use clap::FromArgMatches as _;
+
     use super::*;
 
     fn config(args: &[&str], file: &str) -> Result<Config, ConfigError> {
-        let flags =
-            Flags::try_parse_from([&["profiler-agent"], args].concat()).expect("flags that clap knows");
-        merge(flags, parse_file(file).map_err(|why| refuse("config", "file", why))?)
+        merge(sources(args).flags, parse_file(file).map_err(|why| refuse("config", "file", why))?.0)
+    }
+
+    /// Where the configuration of these flags comes from, without the environment of the test.
+    pub(crate) fn sources(args: &[&str]) -> Sources {
+        let command = Flags::augment_args(clap::Command::new("profiler-agent"));
+        let matches = command
+            .try_get_matches_from([&["profiler-agent"], args].concat())
+            .expect("flags that clap knows");
+        let flags = Flags::from_arg_matches(&matches).expect("flags that clap knows");
+        Sources::new(flags, &matches)
     }
 
     #[track_caller]
@@ -417,10 +699,12 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         let config = config(&[], "").expect("defaults are valid");
         assert_eq!(config.frequency_hz, 19);
+        assert_eq!(config.cpu_budget.map(|budget| budget.to_string()), Some("1%".into()));
         assert_eq!(config.window, Duration::from_secs(10));
         assert_eq!(config.listen.to_string(), "127.0.0.1:7701");
         assert_eq!(config.backend_listen.to_string(), "127.0.0.1:7700");
         assert_eq!(config.data_dir, Path::new("/var/lib/profiler"));
+        assert_eq!(config.cache_dir, Path::new("/var/lib/profiler/cache"));
         assert_eq!(config.unwind, Unwind::Dwarf);
         assert_eq!(config.uploads, []);
     }
@@ -438,6 +722,15 @@ mod tests {
     fn bad_values_are_refused_with_what_is_accepted() {
         refused(&["-F", "0"], "", &["frequency", "\"0\"", "1 to 1000"]);
         refused(&["-F", "1001"], "", &["frequency", "1001"]);
+        refused(&["--cpu-budget", "1"], "", &["cpu-budget", "\"1\"", "0.5%", "off"]);
+        refused(&[], "cpu_budget = \"0%\"\n", &["cpu-budget", "0%"]);
+        refused(&["--memory-limit", "128"], "", &["memory-limit", "\"128\"", "128MiB"]);
+        refused(&["--memory-limit", "63MiB"], "", &["memory-limit", "63MiB", "64MiB and more"]);
+        refused(
+            &["--upload", "http://h/", "--memory-limit", "47MiB"],
+            "",
+            &["memory-limit", "48MiB and more"],
+        );
         refused(&["--window", "10"], "", &["window", "\"10\"", "10s"]);
         refused(&["--window", "0s"], "", &["window"]);
         refused(&["--listen", "localhost"], "", &["listen", "localhost", "port"]);
@@ -478,8 +771,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_not_there_is_refused_by_name() {
-        let flags = Flags { config: Some("/nowhere/x.toml".into()), ..Flags::default() };
-        let error = load(flags).expect_err("refused").to_string();
+        let error = sources(&["--config", "/nowhere/x.toml"]).load().expect_err("refused").to_string();
         assert!(error.contains("/nowhere/x.toml"), "{error}");
     }
 }

@@ -2,14 +2,17 @@
 //! network. A batch that the worker has no room for is dropped here and counted.
 
 use std::{
+    io::PipeReader,
+    os::fd::AsFd,
     sync::{
         atomic::{
             AtomicU64,
             Ordering::{Acquire, Release},
         },
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError},
+        mpsc::{SyncSender, TrySendError},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{MapData, RingBuf};
@@ -18,28 +21,28 @@ use profiler_common::{
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
-    ledger::{Cause, Ledgers, Place},
+    ledger::{Cause, Ledger, PerType, Place, ProfileType},
+    process::Exec,
     sys::clock,
 };
 
-/// Time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
+/// Longest time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// Shortest time between drains, so that programs started by the thousand do not keep the agent busy.
+const INTERVAL_MIN: Duration = Duration::from_millis(5);
 
 /// Bytes of one batch: small enough that a batch dropped is a small loss, large enough that a channel of a few holds
 /// seconds of samples.
-const BATCH_BYTES_MAX: usize = 64 << 10;
-
-/// Batches between drain and worker: 16 MiB, tens of seconds of samples of a large machine.
-pub(crate) const BATCHES_MAX: usize = 256;
+pub(crate) const BATCH_BYTES_MAX: usize = 64 << 10;
 
 /// Records copied out of the ring buffer, in its order, each behind its length.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     bytes: Vec<u8>,
-    samples: u64,
-    allocs: u64,
+    samples: PerType<u64>,
     execs: u64,
 }
 
@@ -52,20 +55,16 @@ impl Batch {
         let Ok(length) = u32::try_from(record.len()) else { return false };
         self.bytes.extend_from_slice(&length.to_ne_bytes());
         self.bytes.extend_from_slice(record);
-        self.samples += u64::from(is_sample(record));
-        self.allocs += u64::from(is_alloc(record));
+        if let Some(profile_type) = sample_type(record) {
+            *self.samples.of_mut(profile_type) += 1;
+        }
         self.execs += u64::from(kind(record) == Some(RecordKind::Exec));
         true
     }
 
-    /// On-CPU samples among the records.
-    pub(crate) fn samples(&self) -> u64 {
+    /// Samples among the records, by type.
+    pub(crate) fn samples(&self) -> PerType<u64> {
         self.samples
-    }
-
-    /// Sampled allocations among the records.
-    pub(crate) fn allocs(&self) -> u64 {
-        self.allocs
     }
 
     /// The records, in order.
@@ -82,14 +81,13 @@ impl Batch {
 
 const LENGTH_BYTES: usize = 4;
 
-/// A record that stands for a sampled allocation, by its kind; also when the rest of it is broken.
-pub(crate) fn is_alloc(record: &[u8]) -> bool {
-    kind(record) == Some(RecordKind::AllocSample)
-}
-
-/// A record that stands for an on-CPU sample, by its kind; also when the rest of it is broken.
-pub(crate) fn is_sample(record: &[u8]) -> bool {
-    kind(record) == Some(RecordKind::CpuSample)
+/// The type of a record that stands for a sample, by its kind; also when the rest of it is broken.
+pub(crate) fn sample_type(record: &[u8]) -> Option<ProfileType> {
+    match kind(record)? {
+        RecordKind::CpuSample => Some(ProfileType::Cpu),
+        RecordKind::AllocSample => Some(ProfileType::Allocs),
+        RecordKind::Exec | RecordKind::CgroupMade => None,
+    }
 }
 
 fn kind(record: &[u8]) -> Option<RecordKind> {
@@ -117,18 +115,24 @@ impl Progress {
     }
 }
 
-/// Drains until `stop` is closed, then once more until the ring buffer is empty.
+/// Drains until the other end of `stop` is closed, then once more until the ring buffer is empty. Samples wait for the
+/// timer; records that must be looked at soon wake us ([`INTERVAL_MIN`] after the last drain at the earliest).
 pub(crate) fn run(
     mut ring: RingBuf<MapData>,
     batches: &SyncSender<Batch>,
-    ledgers: &Ledgers,
+    ledger: &Ledger,
     progress: &Progress,
-    stop: &Receiver<()>,
+    stop: &PipeReader,
 ) {
+    let mut drained = Instant::now();
     loop {
-        let stopping = stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Disconnected);
+        let stopping = wait(&ring, stop);
+        if !stopping {
+            thread::sleep(INTERVAL_MIN.saturating_sub(drained.elapsed()));
+        }
+        drained = Instant::now();
         let began_ns = clock::boot_ns();
-        drain(&mut ring, batches, ledgers);
+        drain(&mut ring, batches, ledger);
         progress.reach(began_ns);
         if stopping {
             return;
@@ -136,34 +140,50 @@ pub(crate) fn run(
     }
 }
 
-fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledgers: &Ledgers) {
+/// Waits until the timer is up, a program wakes us, or the other end of `stop` is closed, which it tells.
+///
+/// Records written without waking are not waited for, but end the wait if they are there when it begins. Source:
+/// kernel/bpf/ringbuf.c: ringbuf_map_poll_kern.
+fn wait(ring: &impl AsFd, stop: &PipeReader) -> bool {
+    let timeout = Timespec { tv_sec: 0, tv_nsec: INTERVAL.subsec_nanos().into() };
+    let mut descriptors = [PollFd::new(ring, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+    if poll(&mut descriptors, Some(&timeout)).is_err() {
+        // A signal, or no memory: neither must make this a busy loop.
+        thread::sleep(INTERVAL_MIN);
+        return false;
+    }
+    let [_, stop] = descriptors;
+    stop.revents().contains(PollFlags::HUP)
+}
+
+fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledger: &Ledger) {
     let mut batch = Batch::default();
     while let Some(record) = ring.next() {
         if !batch.push(&record) {
-            send(std::mem::take(&mut batch), batches, ledgers);
+            send(std::mem::take(&mut batch), batches, ledger);
             batch.push(&record);
         }
     }
-    send(batch, batches, ledgers);
+    send(batch, batches, ledger);
 }
 
 /// Hands a batch on; its samples wait in the channel or are dropped.
-pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledgers: &Ledgers) {
+pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
     if batch.bytes.is_empty() {
         return;
     }
-    let Batch { bytes: _, samples, allocs, execs } = batch;
-    let taken = [(&ledgers.cpu, samples), (&ledgers.allocs, allocs)];
-    for (ledger, events) in taken {
-        ledger.add_drained(events);
-        ledger.enter(Place::DrainQueue, events);
+    let Batch { bytes: _, samples, execs } = batch;
+    let accounts = ProfileType::ALL.map(|profile_type| (ledger.of(profile_type), *samples.of(profile_type)));
+    for (account, samples) in accounts {
+        account.add_drained(samples);
+        account.enter(Place::DrainQueue, samples);
     }
     if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = batches.try_send(batch) {
-        for (ledger, events) in taken {
-            ledger.leave(Place::DrainQueue, events);
-            ledger.drop_events(Cause::DrainQueueFull, events);
+        for (account, samples) in accounts {
+            account.leave(Place::DrainQueue, samples);
+            account.drop_events(Cause::DrainQueueFull, samples);
         }
-        ledgers.cpu.lose_execs(execs);
+        ledger.lose_execs(execs);
     }
 }
 
@@ -174,10 +194,12 @@ pub(crate) enum Record {
     Sample(RawSample),
     /// A sampled allocation. The sample's value is the number of bytes asked for.
     Alloc(RawSample, AllocPart),
-    /// The process `(tgid)` has a new image.
-    Exec {
-        /// Process id.
-        tgid: u32,
+    /// A process has a new image.
+    Exec(Exec),
+    /// A cgroup was made.
+    CgroupMade {
+        /// Its id.
+        id: u64,
     },
 }
 
@@ -190,7 +212,7 @@ pub(crate) struct RawSample {
     pub(crate) start_ns: u64,
     /// Boot-clock time, in nanoseconds.
     pub(crate) time_ns: u64,
-    /// Id of the task's cgroup in the v2 hierarchy.
+    /// Id of the task's cgroup.
     pub(crate) cgroup_id: u64,
     /// What the sample stands for: nanoseconds of CPU time.
     pub(crate) value: u64,
@@ -224,7 +246,11 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
     let _tid = reader.u32()?;
     let time_ns = reader.u64()?;
     match RecordKind::decode(kind)? {
-        RecordKind::Exec => Some(Record::Exec { tgid }),
+        RecordKind::Exec => {
+            let (start_ns, cgroup_id) = (reader.u64()?, reader.u64()?);
+            Some(Record::Exec(Exec { pid: tgid, start_ns, cgroup_id }))
+        }
+        RecordKind::CgroupMade => Some(Record::CgroupMade { id: reader.u64()? }),
         kind @ (RecordKind::CpuSample | RecordKind::AllocSample) => {
             if user_frames > USER_FRAMES_MAX || kernel_frames > KERNEL_FRAMES_MAX {
                 return None;
@@ -235,10 +261,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
             let thread_name = reader.array()?;
             let comm = reader.array()?;
             debug_assert_eq!(record.len() - reader.rest.len(), size_of::<SampleHeader>());
-            let part = match kind {
-                RecordKind::AllocSample => Some(alloc_part(&mut reader)?),
-                RecordKind::CpuSample | RecordKind::Exec => None,
-            };
+            let part = (kind == RecordKind::AllocSample).then(|| alloc_part(&mut reader));
             let sample = RawSample {
                 tgid,
                 start_ns,
@@ -253,7 +276,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 kernel: reader.words(kernel_frames)?.collect(),
             };
             Some(match part {
-                Some(part) => Record::Alloc(sample, part),
+                Some(part) => Record::Alloc(sample, part?),
                 None => Record::Sample(sample),
             })
         }
@@ -369,13 +392,22 @@ pub(crate) mod tests {
         for (_, record) in batch.records().enumerate().filter(|&(index, _)| index != deleted) {
             assert!(shorter.push(record), "the batch has room");
         }
-        Batch { samples: batch.samples, allocs: batch.allocs, ..shorter }
+        Batch { samples: batch.samples, ..shorter }
     }
 
     #[test]
     fn a_sample_is_read_back_as_it_was_written() {
         let sample = sample(5);
         assert_eq!(decode(&encode(&sample)), Some(Record::Sample(sample)));
+    }
+
+    #[test]
+    fn closing_the_other_end_ends_the_wait() {
+        let (ring, _held_open) = std::io::pipe().expect("a pipe");
+        let (stop, stopper) = std::io::pipe().expect("a pipe");
+        assert!(!wait(&ring, &stop));
+        drop(stopper);
+        assert!(wait(&ring, &stop));
     }
 
     #[test]
@@ -410,22 +442,21 @@ pub(crate) mod tests {
     fn a_batch_gives_back_its_records_and_counts_the_samples() {
         let records = [encode(&sample(1)), encode(&sample(2))];
         let batch = batch(&records);
-        assert_eq!(batch.samples(), 2);
+        assert_eq!(*batch.samples().of(ProfileType::Cpu), 2);
         assert!(batch.records().eq(records.iter().map(Vec::as_slice)));
     }
 
     #[test]
     fn a_batch_the_worker_has_no_room_for_is_dropped_and_counted() {
-        let ledgers = Ledgers::default();
+        let ledger = Ledger::default();
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         for _ in 0..3 {
-            send(batch(&[encode(&sample(1)), encode_alloc(&sample(1), PART)]), &sender, &ledgers);
+            send(batch(&[encode(&sample(1))]), &sender, &ledger);
         }
-        for ledger in [&ledgers.cpu, &ledgers.allocs] {
-            assert_eq!(ledger.drained(), 3);
-            assert_eq!(ledger.waiting(Place::DrainQueue), 1);
-            assert_eq!(ledger.dropped(Cause::DrainQueueFull), 2);
-        }
+        let account = ledger.of(ProfileType::Cpu);
+        assert_eq!(account.drained(), 3);
+        assert_eq!(account.waiting(Place::DrainQueue), 1);
+        assert_eq!(account.dropped(Cause::DrainQueueFull), 2);
         drop(receiver);
     }
 

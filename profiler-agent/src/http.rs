@@ -1,62 +1,98 @@
-//! The agent's own HTTP: metrics, health, readiness and the account of samples.
+//! The agent's own HTTP: metrics, health, readiness, the account of samples, and what a support bundle holds.
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use axum::{
     Router,
-    extract::{Request, State},
+    extract::{Query, Request, State},
     http::{
         StatusCode,
-        header::{CONTENT_TYPE, HOST},
+        header::{AUTHORIZATION, CONTENT_TYPE, HOST, WWW_AUTHENTICATE},
     },
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
 };
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 
-use crate::{pipeline::View, telemetry};
+use crate::{
+    config::{Config, Token},
+    logs::Logs,
+    pipeline::View,
+    status::{Identity, Phase, Report},
+    sys::bpf_objects,
+    telemetry,
+};
 
 /// What the agent's HTTP knows of the agent.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Front {
     state: Arc<FrontState>,
 }
 
-#[derive(Default)]
 struct FrontState {
+    identity: Identity,
+    logs: Option<Logs>,
     view: OnceLock<View>,
-    end: OnceLock<String>,
+    backend: OnceLock<SocketAddr>,
+    phase: Mutex<Phase>,
+    /// As `--print-config` shows it.
+    config: Mutex<String>,
 }
 
 impl Front {
-    /// Sampling has begun.
-    pub(crate) fn begin(&self, view: View) {
-        // An agent begins once.
-        let _ = self.state.view.set(view);
+    /// An agent that starts.
+    pub(crate) fn new(identity: Identity, logs: Option<Logs>) -> Self {
+        let (view, backend, config) = Default::default();
+        let phase = Mutex::new(Phase::Starting);
+        Self { state: Arc::new(FrontState { identity, logs, view, backend, phase, config }) }
     }
 
-    /// The agent no longer samples, and why. The first reason stays.
-    pub(crate) fn end(&self, why: String) {
-        let _ = self.state.end.set(why);
+    /// The stages run, and there is or is not a backend in this process.
+    pub(crate) fn begin(&self, view: View, backend: Option<SocketAddr>) {
+        // An agent begins once.
+        let _ = self.state.view.set(view);
+        if let Some(backend) = backend {
+            let _ = self.state.backend.set(backend);
+        }
+    }
+
+    /// What the agent does now. It does nothing any more after an end, the first of which stays.
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        let mut now = self.state.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(*now, Phase::Ended(_)) {
+            *now = phase;
+        }
+    }
+
+    /// The configuration as it is now, without secrets.
+    pub(crate) fn set_config(&self, shown: String) {
+        *self.state.config.lock().unwrap_or_else(PoisonError::into_inner) = shown;
+    }
+
+    fn phase(&self) -> Phase {
+        self.state.phase.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn readiness(&self) -> (StatusCode, String) {
-        match (self.state.end.get(), self.state.view.get()) {
-            (Some(why), _) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
-            (None, None) => (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned()),
-            (None, Some(_)) => (StatusCode::OK, "sampling\n".to_owned()),
-        }
+        let phase = self.phase();
+        let code = if phase.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        (code, format!("{phase}\n"))
     }
 
-    fn look<T: IntoResponse>(&self, at: impl FnOnce(&View) -> T) -> Response {
-        match self.state.view.get() {
-            Some(view) => at(view).into_response(),
-            None => (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response(),
-        }
+    async fn report(&self) -> Report {
+        let FrontState { identity, view, backend, .. } = &*self.state;
+        let view = match view.get() {
+            Some(view) => Some((view, view.exact_snapshot().await)),
+            None => None,
+        };
+        let view = view.as_ref().map(|(view, snapshot)| (*view, snapshot));
+        Report::new(identity, self.phase(), backend.get().copied(), view)
     }
 }
 
@@ -65,89 +101,252 @@ pub(crate) async fn bind(listen: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::bind(listen).await
 }
 
-/// Serves until the program ends. `node` is a name that requests may call this agent by, besides addresses and
-/// `localhost`.
-pub(crate) async fn serve(listener: TcpListener, front: Front, node: String) -> std::io::Result<()> {
-    let names: Arc<[String]> = [node].into();
-    let router = Router::new()
+/// Who may ask.
+#[derive(Clone)]
+struct Gate {
+    /// A name that requests may call this agent by, besides addresses and `localhost`.
+    names: Arc<[String]>,
+    token: Option<[u8; 32]>,
+}
+
+impl Gate {
+    fn new(config: &Config) -> Self {
+        let digest = |token: &Token| Sha256::digest(token.text()).into();
+        Self { names: [config.node.clone()].into(), token: config.token.as_ref().map(digest) }
+    }
+
+    fn is_allowed_host(&self, request: &Request) -> bool {
+        profiler_backend::is_allowed_host(host(request), &self.names)
+    }
+
+    /// Digests are compared, for the time that takes says nothing about the token.
+    fn has_token(&self, request: &Request) -> bool {
+        let Some(expected) = self.token else { return true };
+        let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = header.and_then(|value| value.strip_prefix("Bearer "));
+        token.is_some_and(|token| <[u8; 32]>::from(Sha256::digest(token.trim())) == expected)
+    }
+}
+
+fn host(request: &Request) -> &str {
+    request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default()
+}
+
+/// Serves everything until the program ends.
+pub(crate) async fn serve(listener: TcpListener, front: Front, config: &Config) -> std::io::Result<()> {
+    let gate = Gate::new(config);
+    let router = public()
         .route("/", get(index))
-        .route("/healthz", get(|| async { "ok\n" }))
-        .route("/readyz", get(|State(front): State<Front>| async move { front.readiness() }))
-        .route("/metrics", get(metrics))
         .route("/status", get(status))
-        .layer(middleware::from_fn_with_state(names, guard))
+        .route("/binaries", get(binaries))
+        .route("/config", get(config_text))
+        .route("/logs", get(logs))
+        .route("/bpf", get(async || bpf_objects::listing()))
+        .layer(middleware::from_fn_with_state(gate, guard))
         .with_state(front);
     axum::serve(listener, router).await
 }
 
+/// Serves metrics and health only, until the program ends. On an address of the network, names are not checked: who may
+/// ask by any name may ask by address as well.
+pub(crate) async fn serve_metrics(
+    listener: TcpListener,
+    front: Front,
+    config: &Config,
+) -> std::io::Result<()> {
+    let is_loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
+    let gate = Gate { token: None, ..Gate::new(config) };
+    let router =
+        if is_loopback { public().layer(middleware::from_fn_with_state(gate, guard)) } else { public() };
+    axum::serve(listener, router.with_state(front)).await
+}
+
+fn public() -> Router<Front> {
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(async |State(front): State<Front>| front.readiness()))
+        .route("/metrics", get(metrics))
+}
+
 /// Refuses requests for a host that is not this one, by the backend's rule: a web page could make up the name and read
-/// what the agent says (DNS rebinding).
-async fn guard(State(names): State<Arc<[String]>>, request: Request, next: Next) -> Response {
-    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    if profiler_backend::is_allowed_host(host, &names) {
-        return next.run(request).await;
+/// what the agent says (DNS rebinding). Where there is a token, refuses those without, but for health.
+async fn guard(State(gate): State<Gate>, request: Request, next: Next) -> Response {
+    if !gate.is_allowed_host(&request) {
+        let host = host(&request);
+        let why = format!("host {host:?} is not served here: call it by address or by the node's name\n");
+        return (StatusCode::FORBIDDEN, why).into_response();
     }
-    let why = format!("host {host:?} is not served here: call it by address or by the node's name\n");
-    (StatusCode::FORBIDDEN, why).into_response()
+    let is_health = matches!(request.uri().path(), "/healthz" | "/readyz");
+    if !is_health && !gate.has_token(&request) {
+        let challenge = [(WWW_AUTHENTICATE, "Bearer")];
+        return (StatusCode::UNAUTHORIZED, challenge, "bring the bearer token of --token-file\n")
+            .into_response();
+    }
+    next.run(request).await
 }
 
 async fn index() -> &'static str {
-    "profiler-agent\n\n/status   taken = delivered + waiting + dropped\n/metrics  Prometheus\n/healthz  alive\n/readyz   sampling\n"
+    "profiler-agent\n\n/status   taken = delivered + waiting + dropped; ?format=json\n/metrics  Prometheus\n\
+     /healthz  alive\n/readyz   sampling, or paused\n/config   without secrets\n/logs     the latest lines\n\
+     /binaries which binaries cut stacks short, why, and what would help\n\
+     /bpf      programs and maps\n"
 }
 
 async fn metrics(State(front): State<Front>) -> Response {
-    front
-        .look(|view| ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], telemetry::metrics(view)))
+    match front.state.view.get() {
+        Some(view) => {
+            let text = telemetry::metrics(view, &view.exact_snapshot().await);
+            ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+        }
+        None => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", front.phase())).into_response(),
+    }
 }
 
-async fn status(State(front): State<Front>) -> Response {
-    front.look(|view| view.balances().iter().map(|balance| format!("{balance}\n")).collect::<String>())
+#[derive(Deserialize)]
+struct StatusQuery {
+    format: Option<String>,
+}
+
+async fn status(State(front): State<Front>, Query(query): Query<StatusQuery>) -> Response {
+    let report = front.report().await;
+    match query.format.as_deref() {
+        Some("json") => {
+            let json = serde_json::to_string(&report).expect("a report has text keys only");
+            ([(CONTENT_TYPE, "application/json")], json).into_response()
+        }
+        _ => report.to_string().into_response(),
+    }
+}
+
+async fn binaries(State(front): State<Front>) -> Response {
+    match front.state.view.get() {
+        Some(view) => {
+            let reports = view.shared.binaries.reports();
+            let json = serde_json::to_string(&reports).expect("reports have text keys only");
+            ([(CONTENT_TYPE, "application/json")], json).into_response()
+        }
+        None => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", front.phase())).into_response(),
+    }
+}
+
+async fn config_text(State(front): State<Front>) -> String {
+    front.state.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+async fn logs(State(front): State<Front>) -> String {
+    front.state.logs.as_ref().map(Logs::recent).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use reqwest::Client;
     use tokio::runtime;
 
     use super::*;
+    use crate::config::tests::sources;
 
-    /// Asks a served `front` for a path, calling it by `host` or else by its address.
-    fn ask(front: &Front, path: &str, host: Option<&str>) -> (u16, String) {
+    fn front() -> Front {
+        Front::new(Identity::default(), None)
+    }
+
+    /// Who asks, and what.
+    #[derive(Clone, Copy, Default)]
+    struct Asked<'a> {
+        path: &'a str,
+        /// What the agent is called; its address otherwise.
+        host: Option<&'a str>,
+        token: Option<&'a str>,
+    }
+
+    /// Asks an agent with these flags, whose second listener it is when `is_second`.
+    fn ask_with(front: &Front, flags: &[&str], is_second: bool, asked: Asked<'_>) -> (u16, String) {
         // An error means that another test has installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        let config = sources(&[&["--node", "node-1"], flags].concat()).load().expect("valid");
         let runtime = runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let listener = bind(([127, 0, 0, 1], 0).into()).await.expect("a free port");
             let address = listener.local_addr().expect("a bound socket has an address");
-            tokio::spawn(serve(listener, front.clone(), "node-1".to_owned()));
+            let front = front.clone();
+            tokio::spawn(async move {
+                match is_second {
+                    true => serve_metrics(listener, front, &config).await,
+                    false => serve(listener, front, &config).await,
+                }
+            });
             let client = Client::builder().no_proxy().build().expect("a client");
-            let mut request = client.get(format!("http://{address}{path}"));
-            if let Some(host) = host {
+            let mut request = client.get(format!("http://{address}{}", asked.path));
+            if let Some(host) = asked.host {
                 request = request.header(HOST, host);
+            }
+            if let Some(token) = asked.token {
+                request = request.bearer_auth(token);
             }
             let response = request.send().await.expect("an answer");
             (response.status().as_u16(), response.text().await.expect("text"))
         })
     }
 
+    fn ask(front: &Front, path: &str, host: Option<&str>) -> (u16, String) {
+        ask_with(front, &[], false, Asked { path, host, token: None })
+    }
+
     #[test]
-    fn the_agent_is_not_ready_before_it_samples_nor_after_a_stage_died() {
-        let front = Front::default();
+    fn the_agent_is_ready_while_it_samples_or_is_paused() {
+        let front = front();
         assert_eq!(ask(&front, "/readyz", None), (503, "starting\n".to_owned()));
         assert_eq!(ask(&front, "/metrics", None).0, 503);
         assert_eq!(ask(&front, "/healthz", None).0, 200);
-        front.end("stage window died".to_owned());
-        assert_eq!(ask(&front, "/readyz", None), (503, "stage window died\n".to_owned()));
+        front.set_phase(Phase::Waiting("another agent (pid 7)".to_owned()));
+        assert_eq!(ask(&front, "/readyz", None), (503, "waiting: another agent (pid 7)\n".to_owned()));
+        front.set_phase(Phase::Sampling);
+        assert_eq!(ask(&front, "/readyz", None), (200, "sampling\n".to_owned()));
+        front.set_phase(Phase::Paused("enabled = false".to_owned()));
+        assert_eq!(ask(&front, "/readyz", None), (200, "paused: enabled = false\n".to_owned()));
+        front.set_phase(Phase::Ended("stage window died".to_owned()));
+        front.set_phase(Phase::Sampling);
+        assert_eq!(ask(&front, "/readyz", None), (503, "ended: stage window died\n".to_owned()));
     }
 
     #[test]
     fn names_that_a_web_page_could_make_up_are_refused() {
-        let front = Front::default();
-        for path in ["/", "/healthz", "/status", "/metrics", "/nowhere"] {
+        let front = front();
+        for path in
+            ["/", "/healthz", "/status", "/metrics", "/config", "/binaries", "/logs", "/bpf", "/nowhere"]
+        {
             assert_eq!(ask(&front, path, Some("evil.example")).0, 403, "{path}");
         }
         for host in ["localhost:7701", "node-1:7701", "10.0.0.7"] {
             assert_eq!(ask(&front, "/healthz", Some(host)).0, 200, "{host}");
         }
+    }
+
+    #[test]
+    fn the_second_listener_serves_metrics_and_health_and_nothing_else() {
+        let front = front();
+        let get = |path| ask_with(&front, &[], true, Asked { path, ..Asked::default() }).0;
+        assert_eq!((get("/healthz"), get("/readyz"), get("/metrics")), (200, 503, 503));
+        for path in ["/", "/status", "/config", "/binaries", "/logs", "/bpf"] {
+            assert_eq!(get(path), 404, "{path}");
+        }
+    }
+
+    #[test]
+    fn where_there_is_a_token_only_health_is_told_without() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let file = directory.path().join("token");
+        fs::write(&file, "0123456789abcdef\n").expect("write the token");
+        let flags = ["--token-file", file.to_str().expect("a plain path")];
+        let front = front();
+        let ask = |path, token| ask_with(&front, &flags, false, Asked { path, host: None, token }).0;
+        for path in ["/", "/status", "/metrics", "/config", "/binaries", "/logs", "/bpf"] {
+            assert_eq!(ask(path, None), 401, "{path}");
+            assert_eq!(ask(path, Some("0123456789abcdeF")), 401, "{path}");
+        }
+        assert_eq!((ask("/status", Some("0123456789abcdef")), ask("/healthz", None)), (200, 200));
+        let second = ask_with(&front, &flags, true, Asked { path: "/healthz", ..Asked::default() });
+        assert_eq!(second.0, 200);
     }
 }

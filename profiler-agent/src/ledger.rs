@@ -5,10 +5,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 /// Why events were dropped.
@@ -89,18 +86,92 @@ impl Place {
     }
 }
 
+/// What is profiled. Each has an account of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProfileType {
+    /// On-CPU stacks.
+    Cpu,
+    /// Sampled allocations.
+    Allocs,
+}
+
+impl ProfileType {
+    /// Number of types.
+    pub(crate) const COUNT: usize = 2;
+
+    /// Every type.
+    pub(crate) const ALL: [Self; Self::COUNT] = [Self::Cpu, Self::Allocs];
+
+    /// The value of the metric label `type`, and of a series' profile type.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Allocs => "allocs",
+        }
+    }
+}
+
+/// Something of every profile type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PerType<T>([T; ProfileType::COUNT]);
+
+impl<T> PerType<T> {
+    /// That of one type.
+    pub(crate) fn of(&self, profile_type: ProfileType) -> &T {
+        &self.0[profile_type as usize]
+    }
+
+    /// That of one type.
+    pub(crate) fn of_mut(&mut self, profile_type: ProfileType) -> &mut T {
+        &mut self.0[profile_type as usize]
+    }
+
+    /// That of each type, made by a function.
+    pub(crate) fn from_fn(make: impl FnMut(ProfileType) -> T) -> Self {
+        Self(ProfileType::ALL.map(make))
+    }
+}
+
 /// Counts of one agent, shared by its threads. Relaxed throughout: a reading while samples move is a little old, the one
 /// at exit is exact since the threads have been joined.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    drained: AtomicU64,
-    dropped: [AtomicU64; Cause::COUNT],
-    waiting: [AtomicU64; Place::COUNT],
+    types: PerType<Account>,
     execs_lost_in_ring: AtomicU64,
     execs_lost_in_queue: AtomicU64,
 }
 
+/// Counts of one profile type.
+#[derive(Debug, Default)]
+pub(crate) struct Account {
+    drained: AtomicU64,
+    dropped: [AtomicU64; Cause::COUNT],
+    waiting: [AtomicU64; Place::COUNT],
+}
+
 impl Ledger {
+    /// The account of one profile type.
+    pub(crate) fn of(&self, profile_type: ProfileType) -> &Account {
+        self.types.of(profile_type)
+    }
+
+    /// Exec records that the drain had no room for.
+    pub(crate) fn lose_execs(&self, records: u64) {
+        self.execs_lost_in_queue.fetch_add(records, Relaxed);
+    }
+
+    /// Takes over the kernel side's count of exec records that the ring buffer had no room for.
+    pub(crate) fn set_execs_lost_in_ring(&self, records: u64) {
+        self.execs_lost_in_ring.fetch_max(records, Relaxed);
+    }
+
+    /// Exec records lost: what was known of processes may be of an earlier image.
+    pub(crate) fn execs_lost(&self) -> u64 {
+        self.execs_lost_in_ring.load(Relaxed) + self.execs_lost_in_queue.load(Relaxed)
+    }
+}
+
+impl Account {
     /// Samples the drain has taken from the ring buffer.
     pub(crate) fn add_drained(&self, events: u64) {
         self.drained.fetch_add(events, Relaxed);
@@ -119,21 +190,6 @@ impl Ledger {
     /// Takes over a count that the kernel side keeps. Several threads read it; the newest reading is the largest.
     pub(crate) fn set_dropped(&self, cause: Cause, events: u64) {
         self.dropped[cause as usize].fetch_max(events, Relaxed);
-    }
-
-    /// Exec records that the drain had no room for.
-    pub(crate) fn lose_execs(&self, records: u64) {
-        self.execs_lost_in_queue.fetch_add(records, Relaxed);
-    }
-
-    /// Takes over the kernel side's count of exec records that the ring buffer had no room for.
-    pub(crate) fn set_execs_lost_in_ring(&self, records: u64) {
-        self.execs_lost_in_ring.fetch_max(records, Relaxed);
-    }
-
-    /// Exec records lost: what was known of processes may be of an earlier image.
-    pub(crate) fn execs_lost(&self) -> u64 {
-        self.execs_lost_in_ring.load(Relaxed) + self.execs_lost_in_queue.load(Relaxed)
     }
 
     /// Events have come to a place.
@@ -157,38 +213,7 @@ impl Ledger {
     }
 }
 
-/// Kinds of events, each with an account of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Events {
-    /// On-CPU samples.
-    Cpu,
-    /// Sampled allocations.
-    Allocs,
-}
-
-impl Events {
-    /// Number of kinds.
-    pub(crate) const COUNT: usize = 2;
-
-    /// The value of the metric label `type`.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Cpu => "cpu",
-            Self::Allocs => "allocs",
-        }
-    }
-}
-
-/// The account of each kind of event.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Ledgers {
-    /// On-CPU samples; of exec records, too.
-    pub(crate) cpu: Arc<Ledger>,
-    /// Sampled allocations.
-    pub(crate) allocs: Arc<Ledger>,
-}
-
-/// Counted by the kernel side.
+/// Counted by the kernel side, of one profile type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct KernelTotals {
     /// Samples taken.
@@ -197,7 +222,7 @@ pub(crate) struct KernelTotals {
     pub(crate) submitted: u64,
 }
 
-/// What one destination did with the events it was given.
+/// What one destination did with the events of one profile type it was given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct DestinationTotals {
     /// Acknowledged.
@@ -223,11 +248,95 @@ impl DestinationTotals {
     }
 }
 
-/// Both sides of the equation for one destination.
+/// Every term of every account, read one after the other: exact unless a sample changed places meanwhile.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Snapshot {
+    types: PerType<Terms>,
+    destinations: Vec<(String, PerType<DestinationTotals>)>,
+}
+
+/// The terms of one profile type that come before the destinations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// Counted by the sampling program.
+    pub(crate) taken: u64,
+    /// Read from the ring buffer.
+    pub(crate) drained: u64,
+    /// Waiting, by place.
+    pub(crate) waiting: [(&'static str, u64); 1 + Place::COUNT],
+    /// Dropped, by cause.
+    pub(crate) dropped: [(&'static str, u64); Cause::COUNT],
+}
+
+impl Snapshot {
+    /// Reads the terms. `kernel` gives what the kernel side has counted.
+    pub(crate) fn take(
+        ledger: &Ledger,
+        kernel: impl Fn(ProfileType) -> KernelTotals,
+        destinations: Vec<(String, PerType<DestinationTotals>)>,
+    ) -> Self {
+        let types = PerType::from_fn(|profile_type| {
+            let (KernelTotals { taken, submitted }, account) =
+                (kernel(profile_type), ledger.of(profile_type));
+            let drained = account.drained();
+            // Two counts: while samples move, the drain may be ahead of the earlier reading.
+            let in_ring = submitted.saturating_sub(drained);
+            let [drain_queue, window, encode_queue] =
+                Place::ALL.map(|place| (place.name(), account.waiting(place)));
+            Terms {
+                taken,
+                drained,
+                waiting: [("ring", in_ring), drain_queue, window, encode_queue],
+                dropped: Cause::ALL.map(|cause| (cause.name(), account.dropped(cause))),
+            }
+        });
+        Self { types, destinations }
+    }
+
+    /// The terms of one profile type that come before the destinations.
+    pub(crate) fn of(&self, profile_type: ProfileType) -> &Terms {
+        self.types.of(profile_type)
+    }
+
+    /// Each destination's name, and what became of the samples that it was given.
+    pub(crate) fn destinations(&self) -> impl Iterator<Item = (&str, &PerType<DestinationTotals>)> {
+        self.destinations.iter().map(|(name, totals)| (name.as_str(), totals))
+    }
+
+    /// Samples dropped before they belonged to a destination, once, and by each destination.
+    pub(crate) fn dropped(&self) -> u64 {
+        let of_type = |profile_type| {
+            let own = self.destinations().flat_map(move |(_, totals)| totals.of(profile_type).dropped());
+            self.of(profile_type).dropped.into_iter().chain(own).map(|(_, events)| events)
+        };
+        ProfileType::ALL.into_iter().flat_map(of_type).sum()
+    }
+
+    /// The account of every destination and profile type.
+    pub(crate) fn balances(&self) -> Vec<Balance> {
+        let of_destination = |(name, totals): &(String, PerType<DestinationTotals>)| {
+            ProfileType::ALL.map(|profile_type| {
+                Balance::new(profile_type, self.of(profile_type), name, *totals.of(profile_type))
+            })
+        };
+        // Most agents take no allocations, and then there is nothing to tell of them.
+        let is_told = |balance: &Balance| balance.profile_type == ProfileType::Cpu || !balance.is_empty();
+        self.destinations.iter().flat_map(of_destination).filter(is_told).collect()
+    }
+
+    /// Nothing changed places while it was taken, as far as can be seen.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.balances().iter().all(|balance| balance.unaccounted() == 0)
+    }
+}
+
+/// Both sides of the equation for one destination and profile type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Balance {
     /// Destination, as the user named it.
     pub(crate) destination: String,
+    /// What was sampled.
+    pub(crate) profile_type: ProfileType,
     /// Counted by the sampling program.
     pub(crate) taken: u64,
     /// Acknowledged by the destination.
@@ -239,32 +348,22 @@ pub(crate) struct Balance {
 }
 
 impl Balance {
-    /// Puts the account of one destination together.
-    pub(crate) fn new(
-        kernel: KernelTotals,
-        ledger: &Ledger,
-        destination: &str,
-        totals: DestinationTotals,
-    ) -> Self {
-        let KernelTotals { taken, submitted } = kernel;
-        // Readings of two moments: while samples move, the drain may be ahead of the earlier one.
-        let in_ring = submitted.saturating_sub(ledger.drained());
-        let DestinationTotals { delivered, waiting, .. } = totals;
-        let places = Place::ALL.map(|place| (place.name(), ledger.waiting(place)));
-        let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
+    fn new(profile_type: ProfileType, terms: &Terms, destination: &str, totals: DestinationTotals) -> Self {
+        let Terms { taken, drained: _, waiting: places, dropped: causes } = *terms;
         let nonzero = |&(_, events): &(_, u64)| events > 0;
+        let places = places.into_iter().chain([("upload_queue", totals.waiting)]);
         Self {
             destination: destination.to_owned(),
+            profile_type,
             taken,
-            delivered,
-            waiting: [("ring", in_ring)]
-                .into_iter()
-                .chain(places)
-                .chain([("upload_queue", waiting)])
-                .filter(nonzero)
-                .collect(),
+            delivered: totals.delivered,
+            waiting: places.filter(nonzero).collect(),
             dropped: causes.into_iter().chain(totals.dropped()).filter(nonzero).collect(),
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.taken == 0 && self.delivered == 0 && self.waiting.is_empty() && self.dropped.is_empty()
     }
 
     /// Taken less everything that is accounted for. Zero when nothing moves; negative when something was counted twice.
@@ -277,7 +376,7 @@ impl Balance {
 
 impl fmt::Display for Balance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { destination, taken, delivered, waiting, dropped } = self;
+        let Self { destination, profile_type, taken, delivered, waiting, dropped } = self;
         let list = |terms: &[(&str, u64)]| {
             let total: u64 = terms.iter().map(|(_, events)| events).sum();
             let parts: Vec<_> = terms.iter().map(|(name, events)| format!("{name} {events}")).collect();
@@ -285,7 +384,8 @@ impl fmt::Display for Balance {
         };
         write!(
             f,
-            "{destination}: taken {taken} = delivered {delivered} + waiting {} + dropped {}",
+            "{destination}: {}: taken {taken} = delivered {delivered} + waiting {} + dropped {}",
+            profile_type.name(),
             list(waiting),
             list(dropped)
         )?;
@@ -303,16 +403,35 @@ mod tests {
     #[test]
     fn an_event_that_is_counted_nowhere_shows() {
         let ledger = Ledger::default();
-        ledger.drop_events(Cause::RingFull, 3);
-        ledger.enter(Place::Window, 2);
-        let totals = DestinationTotals { delivered: 4, ..DestinationTotals::default() };
-        let account = |taken| Balance::new(KernelTotals { taken, submitted: 0 }, &ledger, "here", totals);
-        assert_eq!(account(9).unaccounted(), 0);
-        let off_by_one = account(10);
-        assert_eq!(off_by_one.unaccounted(), 1);
+        ledger.of(ProfileType::Cpu).drop_events(Cause::RingFull, 3);
+        ledger.of(ProfileType::Cpu).enter(Place::Window, 2);
+        let mut totals = PerType::<DestinationTotals>::default();
+        totals.of_mut(ProfileType::Cpu).delivered = 4;
+        let snapshot = |taken| {
+            let kernel = |profile_type| match profile_type {
+                ProfileType::Cpu => KernelTotals { taken, submitted: 0 },
+                ProfileType::Allocs => KernelTotals::default(),
+            };
+            Snapshot::take(&ledger, kernel, vec![("here".to_owned(), totals)])
+        };
+        assert!(snapshot(9).is_exact());
+        let off_by_one = snapshot(10);
+        assert!(!off_by_one.is_exact());
+        let [balance] = &off_by_one.balances()[..] else { panic!("one destination, one type") };
+        assert_eq!(balance.unaccounted(), 1);
         assert_eq!(
-            off_by_one.to_string(),
-            "here: taken 10 = delivered 4 + waiting 2 (window 2) + dropped 3 (ring_full 3); UNACCOUNTED 1"
+            balance.to_string(),
+            "here: cpu: taken 10 = delivered 4 + waiting 2 (window 2) + dropped 3 (ring_full 3); UNACCOUNTED 1"
         );
+    }
+
+    #[test]
+    fn what_is_lost_before_the_destinations_counts_once_however_many_there_are() {
+        let ledger = Ledger::default();
+        ledger.of(ProfileType::Cpu).drop_events(Cause::RingFull, 3);
+        let mut refused = PerType::<DestinationTotals>::default();
+        refused.of_mut(ProfileType::Cpu).dropped_refused = 2;
+        let destinations = vec![("a".to_owned(), refused), ("b".to_owned(), PerType::default())];
+        assert_eq!(Snapshot::take(&ledger, |_| KernelTotals::default(), destinations).dropped(), 5);
     }
 }

@@ -1,30 +1,42 @@
 //! An eBPF continuous profiling agent with an embedded backend.
 
 mod addr;
+mod binaries;
 mod bpf;
+mod budget;
+mod cli;
+mod command;
 mod config;
+#[cfg(test)]
+mod docs;
+mod doctor;
 mod drain;
 mod embedded;
 mod executable;
 mod export;
 mod heap;
 mod http;
+mod instance;
 mod label;
 mod ledger;
+mod logs;
+mod memory;
 mod normalize;
 mod pipeline;
 mod privileges;
 mod process;
+mod reload;
+mod status;
+mod supervise;
 mod symbolize;
 mod sys;
 mod telemetry;
 mod unwind;
 mod window;
 
-use std::{net::SocketAddr, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, bail};
-use clap::Parser as _;
 use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
@@ -32,12 +44,16 @@ use tokio::{
 use tracing::{error, info};
 
 use crate::{
-    config::{Config, ConfigError, Flags},
+    config::{Config, ConfigError},
     embedded::Backend,
     export::Destination,
     http::Front,
     ledger::Balance,
+    logs::Logs,
     pipeline::{Pipeline, Stopped},
+    reload::Reloader,
+    status::{Identity, Phase},
+    supervise::Supervisor,
     telemetry::Status,
 };
 
@@ -45,12 +61,14 @@ use crate::{
 const EXIT_USAGE: u8 = 2;
 /// Ended by Ctrl-C, as shells count it: 128 + SIGINT.
 const EXIT_INTERRUPTED: i32 = 130;
+/// How often it looks at the off switch and the configuration file. Twice in a row the file must be the same.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// How often the agent looks whether all of its parts live, and which CPUs are online.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     match run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("profiler-agent: {error:#}");
             if error.is::<ConfigError>() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
@@ -58,59 +76,95 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> anyhow::Result<()> {
-    let config = config::load(Flags::parse())?;
-    privileges::acquire()?;
-    telemetry::start_logging(&config.log, config.log_format)?;
+fn run() -> anyhow::Result<ExitCode> {
+    sys::memory::bound_allocator();
+    let (sources, command) = cli::parse();
+    let config = sources.load()?;
+    if sources.is_to_be_printed() {
+        print!("{}", sources.show(&config)?);
+        return Ok(ExitCode::SUCCESS);
+    }
     // ring is the only provider compiled in; an error means that it is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    if let Some(command) = command {
+        return command::run(command, &sources, &config);
+    }
+    let missing = privileges::acquire()?;
+    let logs = Logs::start(&config.log, config.log_format)?;
+    privileges::tell(&missing);
+    doctor::kernel::check("/proc".as_ref(), config.allow_kernel)?;
     // Kernels before 5.11 need it; later ones count maps against the memory cgroup.
     let _ = sys::limits::lift_locked_memory();
     let runtime = Runtime::new().context("start the async runtime")?;
-    let result = profile(&config, &runtime);
+    let result = profile(Reloader::new(sources, config), logs, &runtime);
     // A read of a file system that hangs must not keep the agent: what had to be joined has been.
     runtime.shutdown_background();
-    result
+    result.map(|()| ExitCode::SUCCESS)
 }
 
-fn profile(config: &Config, runtime: &Runtime) -> anyhow::Result<()> {
-    let listener = runtime
-        .block_on(http::bind(config.listen))
-        .with_context(|| format!("listen on {} (another agent? choose with --listen)", config.listen))?;
-    let listen = listener.local_addr().context("read own address")?;
-    let front = Front::default();
-    let server = runtime.spawn(http::serve(listener, front.clone(), config.node.clone()));
+fn identity(config: &Config) -> Identity {
+    Identity {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        node: config.node.clone(),
+        instance: config.instance.clone(),
+        profiles: config.profiles.clone(),
+    }
+}
+
+fn profile(reloader: Reloader, logs: Logs, runtime: &Runtime) -> anyhow::Result<()> {
+    let config = reloader.running().clone();
+    let front = Front::new(identity(&config), Some(logs.clone()));
+    front.set_config(reloader.show());
+    let mut signals = runtime.block_on(async { Signals::listen() })?;
+    let mut doors = supervise::Doors::new(&config, front.clone());
+    let Some(_lock) = runtime.block_on(supervise::lock(&config, &mut doors, &front, &mut signals))? else {
+        return Ok(());
+    };
+    runtime.block_on(doors.open())?;
     let backend = match config.uploads.is_empty() {
-        true => Some(runtime.block_on(Backend::start(config))?),
+        true => Some(runtime.block_on(Backend::start(&config))?),
         false => None,
     };
     let destinations = match &backend {
         Some(backend) => vec![Destination::local(backend.address())],
         None => config.uploads.clone(),
     };
-    let mut pipeline = Pipeline::start(config, destinations, runtime.handle())?;
-    front.begin(pipeline.view().clone());
-    let signals = runtime.block_on(async { Signals::listen() })?;
-    announce(config, listen, &pipeline, backend.as_ref());
-
+    let pipeline = Pipeline::start(&config, destinations, runtime.handle())?;
+    front.begin(pipeline.view().clone(), backend.as_ref().map(Backend::address));
     let mut status = Status::new(pipeline.view().clone());
-    let check = || {
-        pipeline.follow_cpus();
-        let own_http = server.is_finished().then_some("the agent's own HTTP");
-        let embedded = backend.as_ref().is_some_and(Backend::is_dead).then_some("the embedded backend");
-        let stage = pipeline.dead_stage().map(|stage| format!("stage {stage}"));
-        stage.or_else(|| own_http.or(embedded).map(str::to_owned))
+    let mut supervisor = Supervisor::new(pipeline, reloader, front.clone(), logs);
+    supervisor.look_at_switch()?;
+    announce(&config, supervisor.pipeline(), backend.as_ref());
+
+    let interval = status.interval();
+    let tick = |tick| match tick {
+        Tick::Print => {
+            status.print();
+            None
+        }
+        Tick::Look => supervisor.look(),
+        Tick::Reload => {
+            supervisor.reload();
+            None
+        }
+        Tick::Check => {
+            let embedded = backend.as_ref().is_some_and(Backend::is_dead);
+            let others =
+                [(doors.are_dead(), "the agent's own HTTP died"), (embedded, "the embedded backend died")];
+            let other = others.into_iter().find(|(is_dead, _)| *is_dead);
+            supervisor.check().or_else(|| other.map(|(_, what)| what.to_owned()))
+        }
     };
-    let (end, interrupt) =
-        runtime.block_on(wait_for_end(signals, status.interval(), || status.print(), check));
+    let (end, interrupt) = runtime.block_on(wait_for_end(signals, interval, tick));
     status.end_line();
     // The last one who knows the symbolizer would wait for its threads, which may read from a file system that hangs.
     // They end with the process.
     std::mem::forget(status);
-    front.end(end.to_string());
+    front.set_phase(Phase::Ended(end.to_string()));
     info!("{end}: flushing the open window; Ctrl-C once more exits at once");
     runtime.spawn(exit_when_interrupted_again(interrupt));
-    let Stopped { balances, failure } = pipeline.stop(runtime.handle());
+    let Stopped { balances, failure } = supervisor.stop(runtime.handle());
     // Told first: whatever fails from here on changes nothing in it.
     tell(&balances);
     if let Some(backend) = backend {
@@ -118,7 +172,7 @@ fn profile(config: &Config, runtime: &Runtime) -> anyhow::Result<()> {
     }
     match (end, failure) {
         (_, Some(failure)) => Err(failure.into()),
-        (End::Died(part), None) => bail!("{part} died"),
+        (End::Died(part), None) => bail!("{part}"),
         (End::Asked, None) => Ok(()),
     }
 }
@@ -133,13 +187,19 @@ fn tell(balances: &[Balance]) {
     }
 }
 
-/// What is sampled, at what rate, what is kept where, and where to look.
-fn announce(config: &Config, listen: SocketAddr, pipeline: &Pipeline, backend: Option<&Backend>) {
-    let Config { frequency_hz, window, data_dir, .. } = config;
+/// What is taken, at what rate, what is kept where, and where to look.
+fn announce(config: &Config, pipeline: &Pipeline, backend: Option<&Backend>) {
+    let Config { frequency_hz, window, data_dir, profiles, .. } = config;
     info!(
-        "sampling on-CPU stacks of every process on {} CPUs at {frequency_hz} Hz, windows of {window:?}",
-        pipeline.cpus()
+        "profiles of every process: {}; {frequency_hz} Hz per CPU, windows of {window:?}",
+        profiles.join(", ")
     );
+    match config.cpu_budget {
+        Some(budget) => {
+            info!("sampling less often while that takes more than {budget} of the CPUs (--cpu-budget)")
+        }
+        None => info!("no CPU budget: sampling at this rate whatever it takes"),
+    }
     match backend {
         Some(backend) => {
             info!("keeping profiles in {}", data_dir.display());
@@ -151,7 +211,6 @@ fn announce(config: &Config, listen: SocketAddr, pipeline: &Pipeline, backend: O
             }
         }
     }
-    info!("own metrics: http://{listen}/metrics; Ctrl-C stops");
 }
 
 /// Why the agent ends.
@@ -159,7 +218,7 @@ fn announce(config: &Config, listen: SocketAddr, pipeline: &Pipeline, backend: O
 enum End {
     /// By a signal.
     Asked,
-    /// A part of it has ended by itself: which.
+    /// It cannot go on, and why: a part of it has ended by itself, or the kernel does not let it attach again.
     Died(String),
 }
 
@@ -167,15 +226,16 @@ impl std::fmt::Display for End {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Asked => f.write_str("stopping"),
-            Self::Died(part) => write!(f, "stopping: {part} died"),
+            Self::Died(why) => write!(f, "stopping: {why}"),
         }
     }
 }
 
-/// The signals that ask the agent to end.
+/// The signals that the agent listens to.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    hang_up: Signal,
 }
 
 impl Signals {
@@ -184,32 +244,54 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
             terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
+            hang_up: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
         })
+    }
+
+    /// Returns when the agent is asked to end.
+    async fn end(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
     }
 }
 
-/// Prints the status line until the agent is told to stop, or until `check` names a part of it that died. Gives back
-/// the signal of Ctrl-C, for the next one.
+/// What is due.
+#[derive(Clone, Copy, Debug)]
+enum Tick {
+    /// The status line.
+    Print,
+    /// A look at the off switch and the configuration file.
+    Look,
+    /// A look at all parts of the agent.
+    Check,
+    /// The configuration, as SIGHUP asks.
+    Reload,
+}
+
+/// Does what is due until the agent is told to stop, or until `tick` says why it cannot go on. Gives back the signal of
+/// Ctrl-C, for the next one.
 async fn wait_for_end(
-    signals: Signals,
-    interval: Duration,
-    mut print: impl FnMut(),
-    mut check: impl FnMut() -> Option<String>,
+    mut signals: Signals,
+    print_interval: Duration,
+    mut tick: impl FnMut(Tick) -> Option<String>,
 ) -> (End, Signal) {
-    let Signals { mut interrupt, mut terminate } = signals;
     let mut checks = tokio::time::interval(CHECK_INTERVAL);
-    let mut prints = tokio::time::interval(interval);
+    let mut looks = tokio::time::interval(LOOK_INTERVAL);
+    let mut prints = tokio::time::interval(print_interval);
     prints.tick().await;
     loop {
-        tokio::select! {
-            _ = interrupt.recv() => return (End::Asked, interrupt),
-            _ = terminate.recv() => return (End::Asked, interrupt),
-            _ = prints.tick() => print(),
-            _ = checks.tick() => {
-                if let Some(part) = check() {
-                    return (End::Died(part), interrupt);
-                }
-            }
+        let due = tokio::select! {
+            _ = signals.interrupt.recv() => return (End::Asked, signals.interrupt),
+            _ = signals.terminate.recv() => return (End::Asked, signals.interrupt),
+            _ = signals.hang_up.recv() => Tick::Reload,
+            _ = prints.tick() => Tick::Print,
+            _ = looks.tick() => Tick::Look,
+            _ = checks.tick() => Tick::Check,
+        };
+        if let Some(why) = tick(due) {
+            return (End::Died(why), signals.interrupt);
         }
     }
 }
@@ -231,10 +313,14 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let (end, _) = runtime.block_on(async {
             let signals = Signals::listen().expect("signals");
-            let mut checks = [None, Some("stage window".to_owned())].into_iter();
-            wait_for_end(signals, Duration::from_secs(60), || {}, || checks.next().flatten()).await
+            let mut checks = [None, Some("stage window died".to_owned())].into_iter();
+            let tick = |tick| match tick {
+                Tick::Check => checks.next().flatten(),
+                _ => None,
+            };
+            wait_for_end(signals, Duration::from_secs(60), tick).await
         });
-        assert_eq!(end, End::Died("stage window".to_owned()));
+        assert_eq!(end, End::Died("stage window died".to_owned()));
         assert_eq!(end.to_string(), "stopping: stage window died");
     }
 }

@@ -11,19 +11,16 @@ use crate::{
     symbolize::LocationKey,
 };
 
-/// What pprof files call memory of generated code.
-pub(crate) const ANONYMOUS: &str = "//anon";
-
 /// One frame of a window's stack.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Location {
-    /// An address that the symbolizer can look up: in an executable or in the kernel.
+    /// An address that the symbolizer can look up: in an executable, in generated code or in the kernel.
     Code(LocationKey),
     /// An address in memory that no executable backs.
     Unnamed {
-        /// Name of the mapping: `[vdso]`, [`ANONYMOUS`] for generated code; empty where nothing is mapped.
+        /// Name of the mapping, as `[vdso]`; empty where nothing is mapped.
         mapping: Arc<str>,
-        /// Offset in the mapping's file; the address in the process for generated code and where nothing is mapped.
+        /// Offset in the mapping's file; the address in the process where nothing is mapped.
         addr: Addr,
     },
     /// Not code: says at the root end why the stack has no further frame.
@@ -77,7 +74,9 @@ fn locate(process: &Process, addr: Addr) -> Option<Location> {
     let mapping = process.mapping(addr)?;
     let offset = mapping.file_offset(addr);
     Some(match &mapping.backing {
-        Backing::Anonymous => Location::unnamed(ANONYMOUS, addr),
+        Backing::Anonymous => generated(process, addr),
+        // How .NET maps the same code writable and executable: memfd_create(2).
+        Backing::Unnamed(name) if name.starts_with("memfd:") => generated(process, addr),
         Backing::Unnamed(name) => Location::Unnamed { mapping: Arc::clone(name), addr: Addr(offset.0) },
         Backing::Executable(executable) => match executable.elf_addr(offset) {
             Some(elf_addr) => {
@@ -86,4 +85,10 @@ fn locate(process: &Process, addr: Addr) -> Option<Location> {
             None => Location::unnamed(&executable.name(), Addr(offset.0)),
         },
     })
+}
+
+/// What is known of the code by now is part of its identity: the same address may be another function's later.
+fn generated(process: &Process, addr: Addr) -> Location {
+    let code = Arc::clone(&process.generated);
+    Location::Code(LocationKey::Generated { version: code.version(), code, addr })
 }

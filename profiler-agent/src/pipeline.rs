@@ -7,7 +7,8 @@
 //! the worker, the encoder, and last the uploads, so that what was taken is delivered or counted.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    io::PipeWriter,
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
@@ -23,27 +24,34 @@ use profiler_common::{
     wire::StackEnd,
 };
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::{
-    bpf::{HeapCounts, KernelCounts, LoadOptions, Programs},
+    binaries::Binaries,
+    bpf::{BpfError, HeapCounts, KernelCounts, LoadOptions, Programs},
+    budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
     config::{Config, Unwind},
-    drain::{self, BATCHES_MAX, Progress, RawSample, Record},
+    drain::{self, Progress, RawSample, Record},
+    embedded,
     executable::ExecutableCache,
     export::{self, Batch, Destination, Losses, Queue, UploadCounts},
-    heap::{self, Execs as HeapExecs, HeapGauges, HeapWindows, Live, LiveCounts, Targets},
-    label::{Labeler, SeriesLabels, fold_kworker, task_name},
-    ledger::{Balance, Cause, Events, KernelTotals, Ledger, Ledgers, Place},
+    heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Orders, Targets},
+    label::{CgroupNames, Labeler, SeriesLabels, fold_kworker, task_name},
+    ledger::{Account, Balance, Cause, KernelTotals, Ledger, PerType, Place, ProfileType, Snapshot},
+    memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{self, LocationKey, Symbols},
+    symbolize::{LocationKey, NameStore, Symbols},
     sys::{
+        cgroup::Hierarchy,
         clock::{self, WallClock},
         cpu,
+        threads::ThreadGroup,
+        usage,
     },
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
-    window::{Closed, SampleLabels, Windows},
+    window::{Closed, Full, Measure, Room, SampleLabels, Windows},
 };
 
 /// Closed windows between worker and encoder. Each may hold megabytes; symbolizing is behind by seconds at most.
@@ -60,7 +68,6 @@ const TICK: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
-const EXECUTABLES_MAX: u64 = 8192;
 
 /// One destination and its queue.
 pub(crate) struct Exporter {
@@ -73,8 +80,9 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
-    fn new(name: String) -> Self {
-        Self { name, queue: Arc::default(), counts: Arc::default() }
+    fn new(name: String, queue_bytes_max: usize) -> Self {
+        let queue = Arc::new(Queue::with_bytes_max(queue_bytes_max));
+        Self { name, queue, counts: Arc::default() }
     }
 }
 
@@ -83,49 +91,39 @@ impl Exporter {
 pub(crate) struct Shared {
     /// The account of samples.
     pub(crate) ledger: Arc<Ledger>,
-    /// The account of sampled allocations.
-    pub(crate) alloc_ledger: Arc<Ledger>,
     /// Sizes and rates of now.
     pub(crate) gauges: Arc<Gauges>,
     /// The symbolizer.
     pub(crate) symbols: Arc<Symbols>,
     /// Unwind tables.
     pub(crate) unwind: Arc<UnwindCounts>,
+    /// The sampling frequency, and what profiling takes.
+    pub(crate) sampling: Arc<Sampling>,
+    /// The bound of everything.
+    pub(crate) memory: MemoryPlan,
+    /// How well each binary unwinds and is named.
+    pub(crate) binaries: Arc<Binaries>,
     /// The destinations.
     pub(crate) exporters: Arc<[Exporter]>,
 }
 
 impl Shared {
-    fn new(exporters: Arc<[Exporter]>) -> anyhow::Result<Self> {
+    fn new(
+        exporters: Arc<[Exporter]>,
+        memory: MemoryPlan,
+        names: Option<Arc<NameStore>>,
+    ) -> anyhow::Result<Self> {
         let symbols =
-            Symbols::start("/proc".as_ref(), symbolize::CACHE_BYTES_MAX).context("start the symbolizer")?;
+            Symbols::start("/proc".as_ref(), memory.symbols_bytes, names).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
-        let (ledger, alloc_ledger, gauges, unwind) = Default::default();
-        Ok(Self { ledger, alloc_ledger, gauges, symbols, unwind, exporters })
+        let (ledger, gauges, unwind, sampling, binaries) = Default::default();
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, binaries, exporters })
     }
 
-    /// The account of every destination.
-    fn balances(&self, kernel: KernelTotals) -> Vec<Balance> {
-        let balance = |Exporter { name, queue, .. }: &Exporter| {
-            Balance::new(kernel, &self.ledger, name, queue.totals(Events::Cpu))
-        };
-        self.exporters.iter().map(balance).collect()
-    }
-
-    /// The account of allocations of every destination.
-    fn alloc_balances(&self, kernel: KernelTotals) -> Vec<Balance> {
-        let balance = |Exporter { name, queue, .. }: &Exporter| {
-            let name = format!("{name} allocations");
-            Balance::new(kernel, &self.alloc_ledger, &name, queue.totals(Events::Allocs))
-        };
-        self.exporters.iter().map(balance).collect()
-    }
-
-    fn ledger_of(&self, kind: Events) -> &Ledger {
-        match kind {
-            Events::Cpu => &self.ledger,
-            Events::Allocs => &self.alloc_ledger,
-        }
+    /// Reads every term of the account.
+    fn snapshot(&self, kernel: impl Fn(ProfileType) -> KernelTotals) -> Snapshot {
+        let totals = |exporter: &Exporter| (exporter.name.clone(), exporter.queue.totals());
+        Snapshot::take(&self.ledger, kernel, self.exporters.iter().map(totals).collect())
     }
 }
 
@@ -157,55 +155,57 @@ impl HeapView {
         self.kernel.get(counter).unwrap_or(0)
     }
 
-    /// What the kernel side has counted; its drops are in the ledger then.
-    fn kernel_totals(&self, ledger: &Ledger) -> KernelTotals {
+    /// Copies the kernel side's drops to the ledger.
+    fn take_drops(&self, ledger: &Ledger) {
         let drops = [
             (Cause::RingFull, HeapCounter::DroppedRingFull),
             (Cause::NoScratch, HeapCounter::DroppedNoScratch),
             (Cause::PendingFull, HeapCounter::DroppedPendingFull),
         ];
         for (cause, counter) in drops {
-            ledger.set_dropped(cause, self.count(counter));
+            ledger.of(ProfileType::Allocs).set_dropped(cause, self.count(counter));
         }
-        let submitted = self.count(HeapCounter::Submitted);
-        KernelTotals { taken: self.count(HeapCounter::Taken), submitted }
+    }
+
+    fn totals(&self) -> KernelTotals {
+        KernelTotals { taken: self.count(HeapCounter::Taken), submitted: self.count(HeapCounter::Submitted) }
     }
 }
 
 impl View {
-    /// Samples taken. A counter that cannot be read counts as zero, which shows as a negative rest in the account, never
-    /// as one that holds by accident.
-    pub(crate) fn taken(&self) -> u64 {
-        self.kernel.get(Counter::CpuTaken).unwrap_or(0)
+    /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
+    /// the account, never as one that holds by accident.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        self.take_kernel_drops();
+        let counter = |counter| self.kernel.get(counter).unwrap_or(0);
+        self.shared.snapshot(|profile_type| match profile_type {
+            ProfileType::Cpu => {
+                KernelTotals { taken: counter(Counter::CpuTaken), submitted: counter(Counter::CpuSubmitted) }
+            }
+            ProfileType::Allocs => self.heap.as_ref().map(HeapView::totals).unwrap_or_default(),
+        })
     }
 
-    /// The account of every destination.
-    pub(crate) fn balances(&self) -> Vec<Balance> {
-        let kernel = self.kernel_totals();
-        let mut balances = self.shared.balances(kernel);
-        if let Some(kernel) = self.alloc_totals() {
-            balances.extend(self.shared.alloc_balances(kernel));
-        }
-        balances
-    }
-
-    /// As [`Self::kernel_totals`], of allocations; `None` where no heap is profiled.
-    pub(crate) fn alloc_totals(&self) -> Option<KernelTotals> {
-        Some(self.heap.as_ref()?.kernel_totals(&self.shared.alloc_ledger))
-    }
-
-    /// Copies the kernel side's drops to the ledgers.
     fn take_kernel_drops(&self) {
         take_kernel_drops(&self.kernel, &self.shared.ledger);
-        // Its drops are in the ledger then.
-        let _ = self.alloc_totals();
+        if let Some(heap) = &self.heap {
+            heap.take_drops(&self.shared.ledger);
+        }
     }
 
-    /// What the kernel side has counted; its drops are in the ledger then.
-    pub(crate) fn kernel_totals(&self) -> KernelTotals {
-        take_kernel_drops(&self.kernel, &self.shared.ledger);
-        let submitted = self.kernel.get(Counter::CpuSubmitted).unwrap_or(0);
-        KernelTotals { taken: self.taken(), submitted }
+    /// The same, taken again until no sample changed places meanwhile: then it is exact. Where that never happens, the
+    /// last one, whose rest shows.
+    pub(crate) async fn exact_snapshot(&self) -> Snapshot {
+        const TRIES: usize = 50;
+        const PAUSE: Duration = Duration::from_millis(2);
+        for _ in 1..TRIES {
+            let snapshot = self.snapshot();
+            if snapshot.is_exact() {
+                return snapshot;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        self.snapshot()
     }
 }
 
@@ -215,7 +215,7 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
         [(Cause::RingFull, Counter::CpuDroppedRingFull), (Cause::NoScratch, Counter::CpuDroppedNoScratch)];
     for (cause, counter) in drops {
         if let Ok(events) = kernel.get(counter) {
-            ledger.set_dropped(cause, events);
+            ledger.of(ProfileType::Cpu).set_dropped(cause, events);
         }
     }
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
@@ -226,9 +226,14 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    is_attached: bool,
+    labelers: Sender<Labeler>,
+    governor: Governor,
+    meter: Meter,
+    periods: Sender<NewPeriod>,
     view: View,
     uploads: Vec<Task<()>>,
-    stop_drain: Sender<()>,
+    stop_drain: PipeWriter,
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
@@ -238,34 +243,39 @@ pub(crate) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Loads the programs, starts every stage and then sampling.
+    /// Loads the programs and starts every stage; sampling begins with [`Self::resume`].
     pub(crate) fn start(
         config: &Config,
         destinations: Vec<Destination>,
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
+        let cgroups = Hierarchy::find("/proc".as_ref());
         let options = LoadOptions {
-            ring_bytes: ring_bytes(cpus),
-            has_tables: config.unwind == Unwind::Dwarf,
+            ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
+            tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
             has_heap: !config.heap.is_empty(),
             period_ns: config.period_ns(),
+            cgroups: cgroups.as_ref().map(Hierarchy::version),
             sys_root: "/sys".into(),
         };
         let mut programs = Programs::load(&options).context("start the kernel side")?;
+        let (labelers, new_labelers) = channel();
         let ring = programs.take_events()?;
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let shared = Shared::new(destinations.iter().map(|to| Exporter::new(to.name())).collect())?;
+        let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
+        let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
+        let shared = Shared::new(exporters.collect(), config.memory, names(config))?;
         let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
         let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
-        let (stop_drain, drain_stop) = channel();
+        let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
         let progress = Arc::<Progress>::default();
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
-        let executables = executables();
+        let executables = executables(config.memory.executables);
         let (tables, unwinder) = match config.unwind {
             Unwind::Dwarf => {
                 let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
@@ -274,31 +284,78 @@ impl Pipeline {
             Unwind::FramePointers => (None, None),
         };
         let labeler = Labeler::new(&config.node, &config.labels);
-        let executables_of_heap = Arc::clone(&executables);
-        let processes = Processes::new(ImageReader::new("/proc".into(), executables), labeler, tables);
-        let windows = Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now());
-        let heap = start_heap(config, &mut programs, &mut view, &executables_of_heap)?;
-        let (heap_windows, heap) = heap.unzip();
-        let worker =
-            Worker { shared: shared.clone(), processes, windows, heap: heap_windows, closed: closed_sender };
+        let images = ImageReader::new("/proc".into(), Arc::clone(&executables));
+        let names = CgroupNames::new(cgroups);
+        let processes = Processes::new(images, labeler, names, tables, config.memory.processes);
+        let room = Room::new(config.memory.windows_bytes);
+        let windows =
+            Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room.clone());
+        let (heap_windows, heap) = start_heap(config, &mut programs, &mut view, &executables, room)?.unzip();
+        let (periods, new_periods) = channel();
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            heap: heap_windows,
+            periods: new_periods,
+            closed: closed_sender,
+            new_labelers,
+        };
         let encoder = Encoder { shared: shared.clone(), reported: Default::default() };
+        shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
+        shared.sampling.set_budget(config.cpu_budget);
         let encoder_view = view.clone();
-        let ledgers = Ledgers { cpu: shared.ledger, allocs: shared.alloc_ledger };
+        let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
         let pipeline = Self {
-            drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledgers, &drained, &drain_stop))?,
+            is_attached: false,
+            labelers,
+            drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
             unwinder,
             heap,
             programs,
+            governor: Governor::new(config.cpu_budget, config.frequency_hz, TERM),
+            meter: Meter::new(),
+            periods,
             view,
             uploads,
             stop_drain,
             stop_uploads,
         };
-        pipeline.programs.start()?;
         Ok(pipeline)
+    }
+
+    /// Attaches everything and samples.
+    pub(crate) fn resume(&mut self) -> anyhow::Result<()> {
+        if let Err(error) = self.programs.start() {
+            // Not half: what could be attached is not worth having.
+            self.programs.stop();
+            return Err(error).context("attach to the kernel");
+        }
+        if let Some((heap, _)) = &self.heap {
+            heap.resume();
+        }
+        self.is_attached = true;
+        self.view.shared.gauges.set_paused(false);
+        Ok(())
+    }
+
+    /// Detaches everything. What was sampled goes its way; the stages wait.
+    pub(crate) fn pause(&mut self) {
+        self.programs.stop();
+        if let Some((heap, _)) = &self.heap {
+            heap.pause();
+        }
+        self.is_attached = false;
+        self.view.shared.gauges.set_paused(true);
+    }
+
+    /// Labels series anew, from the worker's next look at its tables on.
+    pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
+        // An error means that the worker is dead, which ends the agent.
+        let _ = self.labelers.send(Labeler::new(node, labels));
     }
 
     /// What metrics and the status line read.
@@ -313,17 +370,62 @@ impl Pipeline {
 
     /// Samples CPUs that have come online, and forgets those that are gone.
     pub(crate) fn follow_cpus(&mut self) {
+        if !self.is_attached {
+            return;
+        }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
         }
     }
 
+    /// Samples so many times a second and CPU from now on, as far as the CPU budget lets it. The open window ends.
+    pub(crate) fn set_frequency(&mut self, hz: u32) -> Result<(), BpfError> {
+        self.governor.want(hz);
+        self.apply_frequency()
+    }
+
+    fn apply_frequency(&mut self) -> Result<(), BpfError> {
+        let hz = self.governor.hz();
+        self.view.shared.sampling.set_hz(hz, self.governor.wanted_hz());
+        let period_ns = period_ns(hz);
+        // Told first: who gets a sample of the new period knows of it.
+        let told = self.periods.send(NewPeriod { period_ns, at_ns: clock::boot_ns() });
+        if told.is_err() {
+            // The worker is dead, which ends the agent.
+            return Ok(());
+        }
+        self.programs.set_period(period_ns)
+    }
+
+    /// Looks at what profiling takes of the CPUs, and lowers or restores the frequency. To be called about once a second.
+    pub(crate) fn keep_to_budget(&mut self) {
+        let sampling = &self.view.shared.sampling;
+        let Some((used, elapsed)) = self.meter.read(&self.view.kernel, self.programs.cpus(), sampling) else {
+            return;
+        };
+        // Without CPUs that are sampled nothing is to be learned: sampling is paused.
+        let Some(step) = (self.programs.cpus() > 0).then(|| self.governor.observe(used, elapsed)).flatten()
+        else {
+            return;
+        };
+        let Step { hz, direction, used } = step;
+        sampling.count(direction);
+        let (used, budget) =
+            (format!("{:.3}%", used * 100.0), sampling.budget().map(|budget| budget.to_string()));
+        match direction {
+            Direction::Down => warn!(hz, used, budget, "above the CPU budget: sampling less often"),
+            Direction::Up => info!(hz, used, budget, "well below the CPU budget: sampling more often"),
+        }
+        if let Err(error) = self.apply_frequency() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), hz, "change the sampling frequency");
+        }
+    }
+
     /// A stage that has ended by itself, which none does but by a panic.
     pub(crate) fn dead_stage(&self) -> Option<&str> {
-        let all = [&self.drain, &self.worker, &self.encoder];
-        let mut threads =
-            all.into_iter().chain(&self.unwinder).chain(self.heap.as_ref().map(|(_, thread)| thread));
+        let all = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
+        let mut threads = all.chain(self.heap.as_ref().map(|(_, thread)| thread));
         let thread = threads.find(|thread| thread.is_finished());
         let name = thread.map(|thread| thread.thread().name().unwrap_or("unnamed"));
         let upload = self.uploads.iter().any(Task::is_finished).then_some("upload");
@@ -333,15 +435,17 @@ impl Pipeline {
     /// Stops sampling, lets every stage finish what it has, and gives the final account.
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
-        let heap = self.heap.map(|(told, thread)| {
-            told.stop();
+        let heap = self.heap.map(|(orders, thread)| {
+            orders.stop();
             thread
         });
         // Probes are out before the last drain, so that no allocation is sampled behind it.
-        let detached = join_in_order(heap, STAGE_DEADLINE).err();
+        let detached = join_in_order(heap, STAGE_DEADLINE);
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
-        let failure = detached.or(join_in_order(stages, STAGE_DEADLINE).err());
+        let failure = detached.and(join_in_order(stages, STAGE_DEADLINE)).err();
+        // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
+        let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -350,7 +454,66 @@ impl Pipeline {
             // The tasks hold to the deadline themselves; a panic in one shows as events that still wait.
             let _ = runtime.block_on(upload);
         }
-        Stopped { balances: self.view.balances(), failure }
+        Stopped { balances: self.view.snapshot().balances(), failure }
+    }
+}
+
+/// The sampling period of a frequency, in nanoseconds of CPU time.
+pub(crate) fn period_ns(hz: u32) -> u64 {
+    1_000_000_000 / u64::from(hz.max(1))
+}
+
+/// From `at_ns` of the boot clock on, samples are taken with another period.
+#[derive(Clone, Copy, Debug)]
+struct NewPeriod {
+    period_ns: u64,
+    at_ns: u64,
+}
+
+/// Threads of the embedded backend, by name. What they take is not what profiling costs: sampling less often makes no
+/// query cheaper.
+const BACKEND_THREADS: &[&str] = &[embedded::THREAD_NAME, "wal-writer", "store-maintain"];
+
+/// Measures what profiling takes: the agent's threads but for the embedded backend's, and the programs in the kernel.
+struct Meter {
+    backend: ThreadGroup,
+    bpf: BpfTime,
+    at: Instant,
+    taken: Duration,
+    recent: VecDeque<Use>,
+}
+
+impl Meter {
+    /// Readings that the shown use is a mean of: those of ten seconds.
+    const RECENT_MAX: usize = 10;
+
+    fn new() -> Self {
+        Self {
+            backend: ThreadGroup::new(BACKEND_THREADS),
+            bpf: BpfTime::default(),
+            at: Instant::now(),
+            taken: Duration::ZERO,
+            recent: VecDeque::new(),
+        }
+    }
+
+    /// What was used since the last call. `None` where the counters cannot be read, which the next call makes up for.
+    fn read(&mut self, kernel: &KernelCounts, cpus: usize, sampling: &Sampling) -> Option<(Use, Duration)> {
+        let count = |counter| kernel.get(counter).ok();
+        self.bpf.update(count(Counter::CpuTaken)?, count(Counter::CpuTimed)?, count(Counter::CpuTimedNs)?);
+        let backend = self.backend.cpu_time();
+        let taken = usage::cpu_time().saturating_sub(backend) + self.bpf.total();
+        let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
+        let elapsed = now - self.at;
+        let used = Use { taken: taken.saturating_sub(self.taken), available: elapsed.saturating_mul(cpus) };
+        (self.at, self.taken) = (now, taken);
+        if self.recent.len() == Self::RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(used);
+        sampling.set_used(self.recent.iter().copied().sum::<Use>().ratio());
+        sampling.set_times(self.bpf.total(), backend);
+        Some((used, elapsed))
     }
 }
 
@@ -413,10 +576,22 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-fn executables() -> Arc<ExecutableCache> {
+/// The names kept on disk; without them, all are had anew.
+fn names(config: &Config) -> Option<Arc<NameStore>> {
+    match NameStore::open(config.cache_dir.join("names")) {
+        Ok(store) => Some(Arc::new(store)),
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            warn!(%error, "names are not kept on disk, and read again after a restart");
+            None
+        }
+    }
+}
+
+fn executables(most: usize) -> Arc<ExecutableCache> {
     let open_files = crate::sys::limits::raise_open_files().unwrap_or(1024);
-    let executables = usize::try_from((open_files / OPEN_FILES_SHARE).min(EXECUTABLES_MAX)).unwrap_or(256);
-    Arc::new(ExecutableCache::new(executables))
+    let executables = usize::try_from(open_files / OPEN_FILES_SHARE).unwrap_or(usize::MAX);
+    Arc::new(ExecutableCache::new(executables.min(most)))
 }
 
 fn start_unwinder(
@@ -426,13 +601,13 @@ fn start_unwinder(
 ) -> anyhow::Result<(TableRequests, JoinHandle<()>)> {
     let maps = programs.take_unwind_maps()?;
     let images = ImageReader::new("/proc".into(), Arc::clone(executables));
-    let unwinder = Unwinder::new(maps, images, Arc::clone(&shared.unwind));
+    let unwinder = Unwinder::new(maps, shared.memory.unwind, images, Arc::clone(&shared.unwind));
     let (tables, requests) = unwind::requests(Arc::clone(&shared.unwind));
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
 
-/// What attaches to heaps: how to tell it to stop, and its thread.
-type HeapStage = (HeapExecs, JoinHandle<()>);
+/// What attaches to heaps: how to tell it what to do, and its thread.
+type HeapStage = (Orders, JoinHandle<()>);
 
 /// Heap profiling, where a rule wants it: the worker's part, and the thread that attaches. Where the kernel cannot do it,
 /// all else goes on.
@@ -441,6 +616,7 @@ fn start_heap(
     programs: &mut Programs,
     view: &mut View,
     executables: &Arc<ExecutableCache>,
+    room: Room,
 ) -> anyhow::Result<Option<(HeapWindows, HeapStage)>> {
     let (program, live, kernel) = match programs.take_heap() {
         None => return Ok(None),
@@ -453,17 +629,18 @@ fn start_heap(
     };
     let heap = HeapView { kernel, gauges: Arc::default(), live: Arc::default() };
     let images = || ImageReader::new("/proc".into(), Arc::clone(executables));
-    let processes = Processes::new(images(), Labeler::new(&config.node, &config.labels), None);
+    let labeler = Labeler::new(&config.node, &config.labels);
+    let processes = Processes::new(images(), labeler, CgroupNames::new(None), None, 0);
     let targets = Targets::default();
     let live = Live::new(live, targets.clone(), Arc::clone(&heap.live));
     let gauges = Arc::clone(&heap.gauges);
     let profiler = heap::Profiler::new(program, config.heap.clone(), processes, images(), targets, gauges);
-    let (execs, told) = heap::execs();
-    let windows = Windows::new(clock::boot_ns(), config.window, 0, WallClock::now());
+    let (orders, told) = heap::orders();
+    let windows = Windows::new(clock::boot_ns(), config.window, 0, WallClock::now(), room.clone());
     let rate = config.heap.iter().map(|rule| rule.rate).filter(|&rate| rate > 0).min().unwrap_or(0);
-    let windows = HeapWindows::new(windows, live, execs.clone(), rate);
+    let windows = HeapWindows::new(windows, live, orders.clone(), rate, room);
     view.heap = Some(heap);
-    Ok(Some((windows, (execs, spawn("heap", move || profiler.run(&told))?))))
+    Ok(Some((windows, (orders, spawn("heap", move || profiler.run(&told))?))))
 }
 
 /// The BPF programs' rare messages become log lines.
@@ -499,7 +676,10 @@ struct Worker {
     processes: Processes,
     windows: Windows,
     heap: Option<HeapWindows>,
+    periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
+    /// Labelers that are to be used from now on.
+    new_labelers: Receiver<Labeler>,
 }
 
 impl Worker {
@@ -508,6 +688,8 @@ impl Worker {
         let mut execs_lost = 0;
         loop {
             let wait = clock::until(self.windows.next_end_ns()).clamp(WAIT_MIN, TICK);
+            let fresh = self.processes.next_fresh();
+            let wait = fresh.map_or(wait, |due| wait.min(due.saturating_duration_since(Instant::now())));
             match batches.recv_timeout(wait) {
                 Ok(batch) => self.take(&batch),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -516,6 +698,7 @@ impl Worker {
             // Read before the channel is emptied: what the drain had come to by then has been taken below.
             let complete_ns = progress.get();
             batches.try_iter().for_each(|batch| self.take(&batch));
+            self.processes.read_fresh(Instant::now());
             for window in self.close_due(complete_ns) {
                 self.hand_on(window);
             }
@@ -551,34 +734,63 @@ impl Worker {
             );
             self.processes.forget_all();
         }
+        if self.shared.gauges.is_paused() {
+            // Nobody says which of them exec meanwhile.
+            self.processes.forget_all();
+        }
+        if let Some(labeler) = self.new_labelers.try_iter().last() {
+            self.processes.set_labeler(labeler);
+        }
         self.processes.forget_idle();
         self.shared.gauges.set_processes(&self.processes);
         self.shared.gauges.set_late(self.windows.late());
         execs_lost
     }
 
-    /// Takes a batch. Its samples stop waiting in the channel; what becomes of each is counted one by one.
+    /// Takes a batch. Its samples stop waiting in the channel one by one, each when it is counted elsewhere.
     fn take(&mut self, batch: &drain::Batch) {
-        self.shared.ledger.leave(Place::DrainQueue, batch.samples());
-        self.shared.alloc_ledger.leave(Place::DrainQueue, batch.allocs());
+        for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
+            self.windows.set_period(period_ns, at_ns);
+        }
+        let mut samples_left = batch.samples();
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
         for (bytes, record) in records {
             match record {
-                Some(Record::Sample(raw)) => self.add(&raw, execs.are_ahead(raw.tgid)),
-                Some(Record::Exec { tgid }) => {
-                    execs.pass(tgid);
-                    self.processes.exec(tgid);
-                    if let Some(heap) = &self.heap {
-                        heap.execs.tell(tgid);
-                    }
+                Some(Record::Sample(raw)) => {
+                    *samples_left.of_mut(ProfileType::Cpu) -= 1;
+                    self.add(&raw, execs.are_ahead(raw.tgid));
                 }
-                Some(Record::Alloc(raw, part)) => self.add_alloc(&raw, part, execs.are_ahead(raw.tgid)),
-                None if drain::is_alloc(bytes) => self.shared.alloc_ledger.drop_events(Cause::Malformed, 1),
-                None if drain::is_sample(bytes) => self.shared.ledger.drop_events(Cause::Malformed, 1),
-                None => self.shared.ledger.lose_execs(1),
+                Some(Record::Alloc(raw, part)) => {
+                    *samples_left.of_mut(ProfileType::Allocs) -= 1;
+                    self.add_alloc(&raw, part, execs.are_ahead(raw.tgid));
+                }
+                Some(Record::Exec(exec)) => {
+                    execs.pass(exec.pid);
+                    if let Some(heap) = &self.heap {
+                        heap.orders.exec(exec.pid);
+                    }
+                    self.processes.exec(exec, Instant::now());
+                }
+                Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
+                None => match drain::sample_type(bytes) {
+                    Some(profile_type) => {
+                        *samples_left.of_mut(profile_type) -= 1;
+                        self.account(profile_type).leave(Place::DrainQueue, 1);
+                        self.account(profile_type).drop_events(Cause::Malformed, 1);
+                    }
+                    None => self.shared.ledger.lose_execs(1),
+                },
             }
         }
+        // What the batch was said to hold and did not shows in the account.
+        for profile_type in ProfileType::ALL {
+            self.account(profile_type).leave(Place::DrainQueue, *samples_left.of(profile_type));
+        }
+    }
+
+    fn account(&self, profile_type: ProfileType) -> &Account {
+        self.shared.ledger.of(profile_type)
     }
 
     /// Whose sample it is, its labels, and its stack.
@@ -602,20 +814,27 @@ impl Worker {
     fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
         let (series, labels, stack) = self.place(raw, exec_is_ahead);
         let prefetch = prefetch(&self.shared.symbols);
-        match self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch) {
-            Ok(()) => self.shared.ledger.enter(Place::Window, 1),
-            Err(_full) => self.shared.ledger.drop_events(Cause::WindowFull, 1),
-        }
+        let added = self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch);
+        self.count_added(ProfileType::Cpu, added);
     }
 
     fn add_alloc(&mut self, raw: &RawSample, part: AllocPart, exec_is_ahead: bool) {
         let placed = self.place(raw, exec_is_ahead);
-        let ledger = &self.shared.alloc_ledger;
-        let Some(heap) = &mut self.heap else { return ledger.drop_events(Cause::Malformed, 1) };
         let prefetch = prefetch(&self.shared.symbols);
-        match heap.add(placed, (raw.time_ns, raw.value), part, prefetch) {
-            Ok(()) => ledger.enter(Place::Window, 1),
-            Err(_full) => ledger.drop_events(Cause::WindowFull, 1),
+        let added = match &mut self.heap {
+            Some(heap) => heap.add(placed, (raw.time_ns, raw.value), part, prefetch),
+            None => Err(Full),
+        };
+        self.count_added(ProfileType::Allocs, added);
+    }
+
+    /// A sample has left the channel for its window.
+    fn count_added(&self, profile_type: ProfileType, added: Result<(), Full>) {
+        let account = self.account(profile_type);
+        account.leave(Place::DrainQueue, 1);
+        match added {
+            Ok(()) => account.enter(Place::Window, 1),
+            Err(Full) => account.drop_events(Cause::WindowFull, 1),
         }
     }
 
@@ -631,7 +850,7 @@ impl Worker {
 
     /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
     fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
-        let ledger = self.shared.ledger_of(window.measure.events());
+        let ledger = self.account(window.measure.profile_type());
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
         if window.series.is_empty() {
@@ -663,8 +882,8 @@ impl Execs {
     fn in_records<'a>(records: impl Iterator<Item = &'a Record>) -> Self {
         let mut ahead = HashMap::new();
         for record in records {
-            if let Record::Exec { tgid } = record {
-                *ahead.entry(*tgid).or_default() += 1;
+            if let Record::Exec(exec) = record {
+                *ahead.entry(exec.pid).or_default() += 1;
             }
         }
         Self { ahead }
@@ -693,44 +912,47 @@ fn lacks_tables(raw: &RawSample) -> bool {
 /// Names the frames of closed windows, encodes them and gives them to every destination.
 struct Encoder {
     shared: Shared,
-    /// Losses already told in a profile, by kind of event.
-    reported: [Losses; Events::COUNT],
+    /// Losses already told in a profile, by type.
+    reported: PerType<Losses>,
 }
 
 impl Encoder {
     fn run(mut self, closed: &Receiver<Closed>, view: &View) {
         for window in closed {
             view.take_kernel_drops();
-            let losses = self.new_losses(window.measure.events());
+            let losses = self.new_losses(window.measure.profile_type());
             self.export(&window, &losses);
         }
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
-        let Shared { gauges, symbols, exporters, .. } = &self.shared;
-        let ledger = self.shared.ledger_of(window.measure.events());
+        let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
         let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
         let encoded = export::encode(window, &resolved, losses);
-        ledger.leave(Place::EncodeQueue, window.samples);
+        let account = ledger.of(window.measure.profile_type());
+        account.leave(Place::EncodeQueue, window.samples);
         match encoded {
             Ok(encoded) => {
-                gauges.set_quality(encoded.quality);
+                if window.measure == Measure::Cpu {
+                    gauges.set_quality(encoded.quality);
+                    binaries.add(window, &resolved);
+                }
                 for exporter in exporters.iter() {
                     encoded.batches.iter().for_each(|batch: &Batch| exporter.queue.push(batch.clone()));
                 }
             }
             Err(error) => {
                 error!(%error, samples = window.samples, "window not encoded and dropped");
-                ledger.drop_events(Cause::EncodeFailed, window.samples);
+                account.drop_events(Cause::EncodeFailed, window.samples);
             }
         }
     }
 
-    /// Samples of a kind lost since its last window, by cause.
-    fn new_losses(&mut self, kind: Events) -> Losses {
-        let ledger = self.shared.ledger_of(kind);
-        let total: Losses = Cause::ALL.iter().map(|&cause| (cause.name(), ledger.dropped(cause))).collect();
-        let reported = &mut self.reported[kind as usize];
+    /// Samples of a type lost since its last window, by cause.
+    fn new_losses(&mut self, profile_type: ProfileType) -> Losses {
+        let account = self.shared.ledger.of(profile_type);
+        let reported = self.reported.of_mut(profile_type);
+        let total: Losses = Cause::ALL.iter().map(|&cause| (cause.name(), account.dropped(cause))).collect();
         let before =
             |name| reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
         let new = total
@@ -758,27 +980,43 @@ mod tests {
     /// Sends a batch through worker and encoder to a destination that nobody serves, and gives its account. `between`
     /// sees the batch after the drain and before the worker.
     fn account(records: &[Vec<u8>], between: impl FnOnce(drain::Batch) -> drain::Batch) -> Balance {
-        let shared = Shared::new([Exporter::new("nobody".to_owned())].into()).expect("threads can be had");
+        let shared = {
+            let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
+            let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
+            Shared::new([nobody].into(), memory, None).expect("threads can be had")
+        };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
-        let (drain_sender, drained) = sync_channel(BATCHES_MAX);
-        let (batch_sender, batches) = sync_channel(BATCHES_MAX);
+        let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);
+        let (batch_sender, batches) = sync_channel(shared.memory.drain_batches);
         let now = clock::boot_ns();
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
-        let processes = Processes::new(images, Labeler::new("n", &[]), None);
-        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now());
-        let worker = Worker { shared: shared.clone(), processes, windows, heap: None, closed: closed_sender };
+        let processes = Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None, 8);
+        let room = Room::new(shared.memory.windows_bytes);
+        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
+        let ((_, periods), (_, new_labelers)) = (channel(), channel());
+        let worker = Worker {
+            shared: shared.clone(),
+            processes,
+            windows,
+            heap: None,
+            periods,
+            closed: closed_sender,
+            new_labelers,
+        };
         let encoder = Encoder { shared: shared.clone(), reported: Default::default() };
 
-        let ledgers = Ledgers { cpu: shared.ledger.clone(), allocs: shared.alloc_ledger.clone() };
-        drain::send(batch(records), &drain_sender, &ledgers);
+        drain::send(batch(records), &drain_sender, &shared.ledger);
         let passed_on = between(drained.recv().expect("the batch that was sent"));
         batch_sender.send(passed_on).expect("the channel has room");
         drop(batch_sender);
         worker.run(&batches, &Progress::default());
         closed.iter().for_each(|window| encoder.export(&window, &Losses::new()));
         let taken = records.len() as u64;
-        let mut balances = shared.balances(KernelTotals { taken, submitted: taken });
-        balances.pop().expect("one destination")
+        let snapshot = shared.snapshot(|profile_type| match profile_type {
+            ProfileType::Cpu => KernelTotals { taken, submitted: taken },
+            ProfileType::Allocs => KernelTotals::default(),
+        });
+        snapshot.balances().pop().expect("one destination")
     }
 
     fn records() -> Vec<Vec<u8>> {

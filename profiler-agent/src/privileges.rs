@@ -8,18 +8,19 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use tracing::warn;
 
 use crate::sys::capabilities::{self, Capability};
 
 /// Set for the child of `sudo`, so that a sudo that gives no privileges is not asked for ever.
 const UNDER_SUDO: &str = "PROFILER_UNDER_SUDO";
 
-/// Returns when the privileges are there. Without them and with a terminal to type a password at, becomes `sudo` with
-/// the same arguments; else an error that names what is missing.
-pub(crate) fn acquire() -> anyhow::Result<()> {
+/// Returns when the privileges are there that nothing works without. Else, with a terminal to type a password at, becomes
+/// `sudo` with the same arguments; without one, an error that names what is missing. Gives what is missing besides.
+pub(crate) fn acquire() -> anyhow::Result<Vec<Capability>> {
     let missing = capabilities::missing().context("read own capabilities")?;
-    if missing.is_empty() {
-        return Ok(());
+    if !missing.iter().any(|capability| capability.is_needed()) {
+        return Ok(missing);
     }
     let names = missing.iter().map(Capability::to_string).collect::<Vec<_>>().join(", ");
     if !io::stdin().is_terminal() || env::var_os(UNDER_SUDO).is_some() {
@@ -30,6 +31,13 @@ pub(crate) fn acquire() -> anyhow::Result<()> {
     eprintln!("sampling every process needs {names}: asking sudo");
     let error = sudo()?.exec();
     Err(error).context("run sudo (is it installed?)")
+}
+
+/// Says what the agent must do without. The limit of locked memory matters on old kernels only, where loading says so.
+pub(crate) fn tell(missing: &[Capability]) {
+    for capability in missing.iter().filter(|&&capability| capability != Capability::SysResource) {
+        warn!("no {capability}: without {}", capability.gives());
+    }
 }
 
 /// `sudo --preserve-env=PROFILER_… this-program the-same-arguments`

@@ -5,41 +5,27 @@ use std::{
     io::{self, IsTerminal as _, Write as _},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
-use profiler_common::{heap::HeapCounter, limits::UNWIND_LEAVES_MAX, wire::StackEnd};
-use tracing_subscriber::EnvFilter;
+use profiler_common::{heap::HeapCounter, wire::StackEnd};
 
 use crate::{
-    config::{ConfigError, LogFormat},
+    binaries::Binaries,
+    budget::{CpuShare, Sampling},
     export::Quality,
-    ledger::{Cause, DestinationTotals, Events, KernelTotals, Ledger, Place},
+    label::NameCounts,
+    ledger::{ProfileType, Snapshot},
+    memory::MemoryPlan,
     pipeline::{Exporter, HeapView, Shared, View},
     process::{ProcessCounts, Processes},
+    status::Health,
     symbolize,
     sys::usage,
     unwind::UnwindCounts,
 };
-
-/// Starts logging to standard error.
-pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), ConfigError> {
-    let parsed = EnvFilter::try_new(filter).map_err(|error| {
-        ConfigError::new(
-            "log",
-            filter,
-            format!("{error}; accepted: error, warn, info, debug, trace, or a tracing filter"),
-        )
-    })?;
-    let logs = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(io::stderr);
-    match format {
-        LogFormat::Text => logs.with_ansi(io::stderr().is_terminal()).with_target(false).init(),
-        LogFormat::Json => logs.json().init(),
-    }
-    Ok(())
-}
 
 /// Sizes and rates of now, written by the stages.
 #[derive(Debug, Default)]
@@ -51,9 +37,13 @@ pub(crate) struct Gauges {
     containers: AtomicU64,
     executables: AtomicU64,
     process_counts: Mutex<ProcessCounts>,
+    cgroups: Mutex<NameCounts>,
     late: AtomicU64,
     named: AtomicU64,
     unnamed: AtomicU64,
+    is_paused: AtomicBool,
+    reloads_accepted: AtomicU64,
+    reloads_refused: AtomicU64,
 }
 
 impl Gauges {
@@ -71,6 +61,7 @@ impl Gauges {
         self.containers.store(processes.containers() as u64, Relaxed);
         self.executables.store(processes.executables() as u64, Relaxed);
         *self.process_counts.lock().unwrap_or_else(PoisonError::into_inner) = processes.counts();
+        *self.cgroups.lock().unwrap_or_else(PoisonError::into_inner) = processes.cgroups();
     }
 
     /// Samples that came after their window had closed.
@@ -84,51 +75,147 @@ impl Gauges {
         self.unnamed.store(quality.unnamed, Relaxed);
     }
 
+    /// User stacks that end at their root, and all of them.
+    fn complete(&self) -> (u64, u64) {
+        self.stacks().fold((0, 0), |(complete, all), (end, count)| {
+            (complete + if end.is_complete() { count } else { 0 }, all + count)
+        })
+    }
+
+    /// Named frames of the last window, and all of them.
+    fn named(&self) -> (u64, u64) {
+        let (named, unnamed) = (self.named.load(Relaxed), self.unnamed.load(Relaxed));
+        (named, named + unnamed)
+    }
+
+    /// Whether nothing is attached to the kernel, for somebody has said so.
+    pub(crate) fn set_paused(&self, is_paused: bool) {
+        self.is_paused.store(is_paused, Relaxed);
+    }
+
+    /// Whether nothing is attached to the kernel.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.is_paused.load(Relaxed)
+    }
+
+    /// The configuration was read again; it was accepted or not.
+    pub(crate) fn count_reload(&self, is_accepted: bool) {
+        let count = if is_accepted { &self.reloads_accepted } else { &self.reloads_refused };
+        count.fetch_add(1, Relaxed);
+    }
+
     fn stacks(&self) -> impl Iterator<Item = (StackEnd, u64)> {
         StackEnd::ALL.into_iter().zip(self.stacks.iter().map(|count| count.load(Relaxed)))
     }
 }
 
+/// What `/status` says of how it goes.
+pub(crate) fn health(view: &View) -> Health {
+    let gauges = &view.shared.gauges;
+    let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
+    let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+    Health {
+        processes: gauges.processes.load(Relaxed),
+        containers: gauges.containers.load(Relaxed),
+        complete_ratio: ratio(complete, all),
+        named_ratio: ratio(named, frames),
+        cpu_seconds: usage::cpu_time().as_secs_f64(),
+        resident_bytes: usage::resident_bytes(),
+        sampling: view.shared.sampling.to_string(),
+        memory: view.shared.memory.to_string(),
+    }
+}
+
 /// The Prometheus text format, version 0.0.4.
-pub(crate) fn metrics(view: &View) -> String {
+pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     let mut text = Text::default();
     let shared = &view.shared;
-    samples(&mut text, &accounts(view));
+    samples(&mut text, snapshot);
     let late = shared.gauges.late.load(Relaxed);
     text.counter(
         "profiler_agent_samples_late_total",
         "Samples put into a later window than their own.",
         late,
     );
+    sampling(&mut text, &shared.sampling);
     stacks(&mut text, shared);
-    unwind_tables(&mut text, &shared.unwind);
+    memory(&mut text, &shared.memory);
+    binaries(&mut text, &shared.binaries);
+    unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
+    names_on_disk(&mut text, shared.symbols.store_counts());
     uploads(&mut text, shared);
-    if let Some(view) = &view.heap {
-        heap(&mut text, view);
-    }
+    heap(&mut text, view.heap.as_ref());
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
     text.gauge("profiler_agent_executables", "Executables open now.", gauges.executables.load(Relaxed));
     process_counts(&mut text, *gauges.process_counts.lock().unwrap_or_else(PoisonError::into_inner));
+    cgroups(&mut text, *gauges.cgroups.lock().unwrap_or_else(PoisonError::into_inner));
     let execs_lost = shared.ledger.execs_lost();
     text.counter(
         "profiler_agent_exec_events_lost_total",
         "Exec events lost; each time all processes are read again.",
         execs_lost,
     );
+    operation(&mut text, gauges);
     text.gauge("profiler_agent_resident_bytes", "Resident memory of the agent.", usage::resident_bytes());
     text.head("profiler_agent_cpu_seconds_total", "CPU time of the agent, user and system.", "counter");
     text.line(format_args!("profiler_agent_cpu_seconds_total {}", usage::cpu_time().as_secs_f64()));
     text.0
 }
 
+fn operation(text: &mut Text, gauges: &Gauges) {
+    let is_paused = gauges.is_paused().into();
+    text.gauge(
+        "profiler_agent_paused",
+        "1 while nothing is attached to the kernel, as was asked.",
+        is_paused,
+    );
+    let metric = "profiler_agent_config_reloads_total";
+    text.head(metric, "Times the configuration was read again, by what became of it.", "counter");
+    for (result, count) in [("accepted", &gauges.reloads_accepted), ("refused", &gauges.reloads_refused)] {
+        text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
+    }
+}
+
+fn sampling(text: &mut Text, sampling: &Sampling) {
+    let hz = sampling.hz().into();
+    text.gauge("profiler_agent_frequency_hz", "Samples per second and CPU.", hz);
+    let metric = "profiler_agent_frequency_changes_total";
+    text.head(metric, "Changes of the frequency by the CPU budget, by direction.", "counter");
+    for (direction, changes) in sampling.changes() {
+        text.line(format_args!("{metric}{{direction=\"{direction}\"}} {changes}"));
+    }
+    let metric = "profiler_agent_cpu_budget_ratio";
+    text.head(
+        metric,
+        "Share of the CPU time of all CPUs that profiling may take; 1 without a budget.",
+        "gauge",
+    );
+    text.line(format_args!("{metric} {}", sampling.budget().map_or(1.0, CpuShare::ratio)));
+    let metric = "profiler_agent_cpu_used_ratio";
+    let help = "Share it took in the last 10 s: the agent without the embedded backend, and its programs in the kernel.";
+    text.head(metric, help, "gauge");
+    text.line(format_args!("{metric} {}", sampling.used()));
+    let metric = "profiler_agent_bpf_seconds_total";
+    text.head(metric, "CPU time of the sampling program, estimated from 1 of 64 runs.", "counter");
+    text.line(format_args!("{metric} {}", sampling.bpf_time().as_secs_f64()));
+    let metric = "profiler_agent_backend_cpu_seconds_total";
+    text.head(
+        metric,
+        "CPU time of the embedded backend, also part of profiler_agent_cpu_seconds_total.",
+        "counter",
+    );
+    text.line(format_args!("{metric} {}", sampling.backend_time().as_secs_f64()));
+}
+
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
-    let ProcessCounts { gone, unusable_files, ranges_cut, evicted } = counts;
+    let ProcessCounts { gone, unusable_files, ranges_cut, evicted, read_late } = counts;
     let counters = [
         ("processes_gone", "Processes gone before they could be read.", gone),
         ("processes_evicted", "Processes forgotten to make room for others.", evicted),
+        ("processes_read_late", "New images left to their first sample, there being too many.", read_late),
         ("unusable_files", "Mappings whose file could not be used.", unusable_files),
         ("mappings_cut", "Processes with more executable ranges than are kept.", ranges_cut),
     ];
@@ -137,127 +224,125 @@ fn process_counts(text: &mut Text, counts: ProcessCounts) {
     }
 }
 
-/// A destination's name, and what became of the samples that it was given.
-type Destination<'a> = (&'a str, DestinationTotals);
-
-fn destinations(shared: &Shared, kind: Events) -> Vec<Destination<'_>> {
-    let totals = |exporter: &Exporter| exporter.queue.totals(kind);
-    shared.exporters.iter().map(|exporter| (exporter.name.as_str(), totals(exporter))).collect()
+fn cgroups(text: &mut Text, counts: NameCounts) {
+    let NameCounts { known, evicted, unknown } = counts;
+    text.gauge("profiler_agent_cgroups", "Cgroups whose names are known, removed ones too.", known);
+    text.counter(
+        "profiler_agent_cgroups_evicted_total",
+        "Cgroups forgotten to make room for others.",
+        evicted,
+    );
+    text.counter(
+        "profiler_agent_cgroups_unknown_total",
+        "Cgroups gone before their names were learnt, or that may not be looked up.",
+        unknown,
+    );
 }
 
-/// What became of all events of a kind.
-struct Account<'a> {
-    kind: Events,
-    kernel: KernelTotals,
-    ledger: &'a Ledger,
-    destinations: Vec<Destination<'a>>,
-}
-
-/// The accounts of all kinds of events that are taken.
-fn accounts(view: &View) -> Vec<Account<'_>> {
-    let shared = &view.shared;
-    let account =
-        |kind, kernel, ledger| Account { kind, kernel, ledger, destinations: destinations(shared, kind) };
-    let cpu = account(Events::Cpu, view.kernel_totals(), &shared.ledger);
-    let allocs = view.alloc_totals().map(|kernel| account(Events::Allocs, kernel, &shared.alloc_ledger));
-    std::iter::once(cpu).chain(allocs).collect()
-}
-
-/// The accounts as metrics. What happens before samples belong to a destination stands once and without the label
+/// The account as metrics. What happens before samples belong to a destination stands once and without the label
 /// `destination`, so that sums over all lines are sums of events. Every line is always there: `rate` needs the zero.
-fn samples(text: &mut Text, accounts: &[Account<'_>]) {
+fn samples(text: &mut Text, snapshot: &Snapshot) {
+    let label = |profile_type: ProfileType| format!("type=\"{}\"", profile_type.name());
+    let types = ProfileType::ALL.map(|profile_type| (label(profile_type), snapshot.of(profile_type)));
+    let destinations: Vec<_> = snapshot
+        .destinations()
+        .flat_map(|(name, totals)| {
+            let label = move |of| format!("{},destination={}", label(of), quoted(name));
+            ProfileType::ALL.map(|of| (label(of), *totals.of(of)))
+        })
+        .collect();
     let taken = "profiler_agent_samples_taken_total";
     text.head(taken, "Samples taken by the kernel side.", "counter");
-    for account in accounts {
-        text.line(format_args!("{taken}{{type=\"{}\"}} {}", account.kind.name(), account.kernel.taken));
+    for (labels, terms) in &types {
+        text.line(format_args!("{taken}{{{labels}}} {}", terms.taken));
     }
     let delivered = "profiler_agent_samples_delivered_total";
     text.head(delivered, "Samples a destination has acknowledged.", "counter");
-    for Account { kind, destinations, .. } in accounts {
-        for (name, totals) in destinations {
-            let (kind, name) = (kind.name(), quoted(name));
-            text.line(format_args!("{delivered}{{type=\"{kind}\",destination={name}}} {}", totals.delivered));
-        }
+    for (labels, totals) in &destinations {
+        text.line(format_args!("{delivered}{{{labels}}} {}", totals.delivered));
     }
     let dropped = "profiler_agent_samples_dropped_total";
     text.head(dropped, "Samples dropped, by reason; without a destination, for all of them.", "counter");
-    for Account { kind, ledger, destinations, .. } in accounts {
-        let causes = Cause::ALL.map(|cause| (cause.name(), ledger.dropped(cause)));
-        terms(text, *kind, dropped, "reason", None, &causes);
-        for (name, totals) in destinations {
-            terms(text, *kind, dropped, "reason", Some(name), &totals.dropped());
-        }
+    for (labels, terms) in &types {
+        text.terms(dropped, labels, "reason", &terms.dropped);
+    }
+    for (labels, totals) in &destinations {
+        text.terms(dropped, labels, "reason", &totals.dropped());
     }
     let waiting = "profiler_agent_samples_waiting";
     text.head(waiting, "Samples on their way, by place; without a destination, for all of them.", "gauge");
-    for Account { kind, kernel, ledger, destinations } in accounts {
-        let in_ring = kernel.submitted.saturating_sub(ledger.drained());
-        let places = Place::ALL.map(|place| (place.name(), ledger.waiting(place)));
-        terms(text, *kind, waiting, "place", None, &[("ring", in_ring)]);
-        terms(text, *kind, waiting, "place", None, &places);
-        for (name, totals) in destinations {
-            terms(text, *kind, waiting, "place", Some(name), &[("upload_queue", totals.waiting)]);
-        }
+    for (labels, terms) in &types {
+        text.terms(waiting, labels, "place", &terms.waiting);
     }
-    text.counter(
-        "profiler_agent_samples_drained_total",
-        "Samples read from the ring buffer.",
-        accounts.iter().map(|account| account.ledger.drained()).sum(),
-    );
-}
-
-fn terms(
-    text: &mut Text,
-    kind: Events,
-    metric: &str,
-    label: &str,
-    destination: Option<&str>,
-    terms: &[(&str, u64)],
-) {
-    let kind = kind.name();
-    let destination = destination.map(|name| format!("destination={},", quoted(name))).unwrap_or_default();
-    for (name, events) in terms {
-        text.line(format_args!("{metric}{{type=\"{kind}\",{destination}{label}=\"{name}\"}} {events}"));
+    for (labels, totals) in &destinations {
+        text.terms(waiting, labels, "place", &[("upload_queue", totals.waiting)]);
+    }
+    let drained = "profiler_agent_samples_drained_total";
+    text.head(drained, "Samples read from the ring buffer.", "counter");
+    for (labels, terms) in &types {
+        text.line(format_args!("{drained}{{{labels}}} {}", terms.drained));
     }
 }
 
-/// Heap profiling; nothing where it is off.
-fn heap(text: &mut Text, heap: &HeapView) {
-    let HeapView { kernel: _, gauges, live } = heap;
-    let counter = |counter| heap.count(counter);
+/// Heap profiling; zeros where it is off.
+fn heap(text: &mut Text, heap: Option<&HeapView>) {
+    let counter = |counter| heap.map_or(0, |heap| heap.count(counter));
+    let gauge = |of: fn(&HeapView) -> &AtomicU64| heap.map_or(0, |heap| of(heap).load(Relaxed));
     text.gauge(
         "profiler_agent_heap_targets",
         "Processes whose heap is profiled.",
-        gauges.targets.load(Relaxed),
+        gauge(|heap| &heap.gauges.targets),
     );
-    let refused = gauges.refused.load(Relaxed);
+    text.gauge(
+        "profiler_agent_heap_live_samples",
+        "Sampled allocations in the last snapshot.",
+        gauge(|heap| &heap.live.samples),
+    );
     text.counter(
         "profiler_agent_heap_refused_total",
         "Times that a process's heap was to be profiled and could not.",
-        refused,
+        gauge(|heap| &heap.gauges.refused),
     );
-    let hits = gauges.hits.load(Relaxed);
-    text.counter("profiler_agent_heap_hits_total", "Entries of allocator functions that were probed.", hits);
-    let in_use = live.samples.load(Relaxed);
-    text.gauge("profiler_agent_heap_live_samples", "Sampled allocations in the last snapshot.", in_use);
-    let counters = [
-        ("freed", "Sampled allocations that were freed.", counter(HeapCounter::Freed)),
-        ("live_full", "Samples missing from snapshots: too many in use.", counter(HeapCounter::LiveFull)),
-        ("live_full_bytes", "Bytes of these allocations.", counter(HeapCounter::LiveFullBytes)),
-        ("live_dropped", "Samples missing from snapshots: too many to remember.", live.dropped.load(Relaxed)),
-        ("snapshots_failed", "Snapshots that could not be read.", live.failed.load(Relaxed)),
-        ("unreturned", "Calls that were left otherwise than by returning.", counter(HeapCounter::Unreturned)),
-        ("stray", "Probes hit that belong to no call known.", counter(HeapCounter::Stray)),
-    ];
-    for (name, help, value) in counters {
-        text.counter(&format!("profiler_agent_heap_{name}_total"), help, value);
-    }
-}
-
-/// Samples dropped before they belonged to a destination, once, and by each destination.
-fn dropped(ledger: &Ledger, destinations: &[Destination<'_>]) -> u64 {
-    let own = destinations.iter().flat_map(|(_, totals)| totals.dropped()).map(|(_, events)| events);
-    Cause::ALL.iter().map(|&cause| ledger.dropped(cause)).chain(own).sum()
+    text.counter(
+        "profiler_agent_heap_hits_total",
+        "Entries of allocator functions that were probed.",
+        gauge(|heap| &heap.gauges.hits),
+    );
+    text.counter(
+        "profiler_agent_heap_freed_total",
+        "Sampled allocations that were freed.",
+        counter(HeapCounter::Freed),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_total",
+        "Samples missing from snapshots: too many in use.",
+        counter(HeapCounter::LiveFull),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_bytes_total",
+        "Bytes of the allocations missing from snapshots.",
+        counter(HeapCounter::LiveFullBytes),
+    );
+    text.counter(
+        "profiler_agent_heap_live_dropped_total",
+        "Samples missing from snapshots: too many to remember.",
+        gauge(|heap| &heap.live.dropped),
+    );
+    text.counter(
+        "profiler_agent_heap_snapshots_failed_total",
+        "Snapshots that could not be read.",
+        gauge(|heap| &heap.live.failed),
+    );
+    text.counter(
+        "profiler_agent_heap_unreturned_total",
+        "Calls of allocator functions that were left otherwise than by returning.",
+        counter(HeapCounter::Unreturned),
+    );
+    text.counter(
+        "profiler_agent_heap_stray_total",
+        "Probes hit that belong to no call known.",
+        counter(HeapCounter::Stray),
+    );
 }
 
 fn stacks(text: &mut Text, shared: &Shared) {
@@ -274,7 +359,31 @@ fn stacks(text: &mut Text, shared: &Shared) {
     }
 }
 
-fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
+fn memory(text: &mut Text, plan: &MemoryPlan) {
+    let metric = "profiler_agent_memory_limit_bytes";
+    text.gauge(metric, "The limit that all sizes follow from.", plan.limit_bytes);
+    let metric = "profiler_agent_memory_bytes";
+    text.head(metric, "What each table, cache or queue may take of it.", "gauge");
+    for (what, bytes) in plan.parts() {
+        text.line(format_args!("{metric}{{what=\"{what}\"}} {bytes}"));
+    }
+}
+
+fn binaries(text: &mut Text, binaries: &Binaries) {
+    let largest = binaries.largest();
+    let metric = "profiler_agent_binary_samples";
+    text.head(metric, "Samples with a frame in a binary, since the start, of the largest ones.", "gauge");
+    for (binary, samples, _) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {samples}", quoted(binary)));
+    }
+    let metric = "profiler_agent_binary_samples_truncated";
+    text.head(metric, "Those whose stack ends too early in that binary.", "gauge");
+    for (binary, _, truncated) in &largest {
+        text.line(format_args!("{metric}{{binary={}}} {truncated}", quoted(binary)));
+    }
+}
+
+fn unwind_tables(text: &mut Text, counts: &UnwindCounts, leaves_max: u32) {
     let UnwindCounts { tables, leaves, processes, has_scanned, requests_dropped, .. } = counts;
     text.gauge("profiler_agent_unwind_tables", "Unwind tables in the kernel.", tables.load(Relaxed));
     let processes = processes.load(Relaxed);
@@ -288,7 +397,7 @@ fn unwind_tables(text: &mut Text, counts: &UnwindCounts) {
     let metric = "profiler_agent_unwind_leaves";
     text.head(metric, "Pages of 512 unwind rows in the kernel.", "gauge");
     text.line(format_args!("{metric}{{state=\"used\"}} {}", leaves.load(Relaxed)));
-    text.line(format_args!("{metric}{{state=\"max\"}} {UNWIND_LEAVES_MAX}"));
+    text.line(format_args!("{metric}{{state=\"max\"}} {leaves_max}"));
     let metric = "profiler_agent_unwind_table_errors_total";
     text.head(metric, "Executables or processes that must do without unwind tables, by reason.", "counter");
     for (reason, count) in counts.errors() {
@@ -328,6 +437,16 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
         "Panics of a parser that were caught.",
         counts.parser_panics,
     );
+    text.counter(
+        "profiler_agent_perf_map_bytes_total",
+        "Bytes read of perf maps, in which runtimes name generated code.",
+        counts.perf_map_bytes,
+    );
+    text.counter(
+        "profiler_agent_perf_map_lines_left_out_total",
+        "Lines of perf maps left out: not as documented, too long, or too many.",
+        counts.perf_map_lines_left_out,
+    );
     text.gauge("profiler_agent_symbol_cache_bytes", "Bytes of symbolized locations.", counts.cache_bytes);
     text.gauge("profiler_agent_symbol_cache_entries", "Symbolized locations.", counts.cached);
     text.gauge(
@@ -340,6 +459,25 @@ fn symbols(text: &mut Text, counts: &symbolize::Counts) {
     for (reason, count) in symbolize::Reason::ALL.iter().zip(counts.unresolved) {
         text.line(format_args!("{metric}{{reason=\"{}\"}} {count}", reason.as_str()));
     }
+}
+
+fn names_on_disk(text: &mut Text, counts: Option<&symbolize::StoreCounts>) {
+    let none = symbolize::StoreCounts::default();
+    let symbolize::StoreCounts { hits, misses, loaded, discarded, saved, errors, evicted, bytes } =
+        counts.unwrap_or(&none);
+    let counters = [
+        ("hits", "Locations whose names were kept on disk.", hits),
+        ("misses", "Locations whose names were not.", misses),
+        ("files_loaded", "Files of names that were read.", loaded),
+        ("files_discarded", "Files of names that were damaged, foreign or of another format.", discarded),
+        ("files_saved", "Files of names that were written.", saved),
+        ("file_errors", "Files of names that could not be read or written.", errors),
+        ("files_evicted", "Files of names that made room for others.", evicted),
+    ];
+    for (name, help, value) in counters {
+        text.counter(&format!("profiler_agent_name_store_{name}_total"), help, value.load(Relaxed));
+    }
+    text.gauge("profiler_agent_name_store_bytes", "Bytes of names on disk.", bytes.load(Relaxed));
 }
 
 /// Name, help, kind and value of a metric that each destination has.
@@ -380,6 +518,13 @@ struct Text(String);
 impl Text {
     fn line(&mut self, line: std::fmt::Arguments<'_>) {
         writeln!(self.0, "{line}").expect("a String takes every write");
+    }
+
+    /// One line for each term, named by a label behind others.
+    fn terms(&mut self, metric: &str, labels: &str, name: &str, terms: &[(&str, u64)]) {
+        for (value, events) in terms {
+            self.line(format_args!("{metric}{{{labels},{name}=\"{value}\"}} {events}"));
+        }
     }
 
     fn head(&mut self, metric: &str, help: &str, kind: &str) {
@@ -440,23 +585,20 @@ impl Status {
     fn line(&mut self) -> String {
         let (now, cpu) = (Instant::now(), usage::cpu_time());
         let seconds = now.duration_since(self.at).as_secs_f64().max(1e-3);
-        let taken = self.view.kernel_totals().taken;
+        let snapshot = self.view.snapshot();
+        let taken: u64 = ProfileType::ALL.iter().map(|&profile_type| snapshot.of(profile_type).taken).sum();
         let rate = taken.saturating_sub(self.taken) as f64 / seconds;
         let own_cpu = cpu.saturating_sub(self.cpu).as_secs_f64() / seconds * 100.0;
         (self.at, self.cpu, self.taken) = (now, cpu, taken);
 
         let gauges = &self.view.shared.gauges;
-        let (complete, all) = gauges.stacks().fold((0, 0), |(complete, all), (end, count)| {
-            (complete + if end.is_complete() { count } else { 0 }, all + count)
-        });
-        let (named, unnamed) = (gauges.named.load(Relaxed), gauges.unnamed.load(Relaxed));
-        let dropped: u64 =
-            accounts(&self.view).iter().map(|account| dropped(account.ledger, &account.destinations)).sum();
+        let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
+        let dropped = snapshot.dropped();
         format!(
             "{rate:.0} samples/s, {} containers, {} to the root, {} named, {dropped} dropped, {own_cpu:.1}% CPU, {} MiB",
             gauges.containers.load(Relaxed),
             percent(complete, all),
-            percent(named, named + unnamed),
+            percent(named, frames),
             usage::resident_bytes() >> 20,
         )
     }
@@ -469,6 +611,7 @@ fn percent(part: u64, whole: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::{Cause, KernelTotals, Ledger, PerType};
 
     #[test]
     fn label_values_are_escaped() {
@@ -476,27 +619,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lost_before_the_destinations_counts_once_however_many_there_are() {
+    fn every_term_of_the_account_has_a_line_of_its_own_before_it_ever_happens() {
         let ledger = Ledger::default();
-        ledger.drop_events(Cause::RingFull, 3);
-        let refused = DestinationTotals { dropped_refused: 2, ..DestinationTotals::default() };
-        let destinations = vec![("http://a/", refused), ("http://b/", DestinationTotals::default())];
+        ledger.of(ProfileType::Cpu).drop_events(Cause::RingFull, 3);
+        let destinations = ["http://a/", "http://b/"].map(|name| (name.to_owned(), PerType::default()));
+        let kernel = |_| KernelTotals { taken: 9, submitted: 6 };
         let mut text = Text::default();
-        let kernel = KernelTotals { taken: 9, submitted: 6 };
-        samples(
-            &mut text,
-            &[Account { kind: Events::Cpu, kernel, ledger: &ledger, destinations: destinations.clone() }],
-        );
+        samples(&mut text, &Snapshot::take(&ledger, kernel, destinations.to_vec()));
 
-        let lines: Vec<_> =
-            text.0.lines().filter(|line| line.starts_with("profiler_agent_samples_dropped_total{")).collect();
-        let value = |line: &str| line.rsplit_once(' ').and_then(|(_, value)| value.parse::<u64>().ok());
-        let sum: u64 = lines.iter().map(|line| value(line).expect("a number")).sum();
-        assert_eq!(sum, 5, "{lines:#?}");
-        assert_eq!(dropped(&ledger, &destinations), 5);
-        assert!(lines.contains(&"profiler_agent_samples_dropped_total{type=\"cpu\",reason=\"ring_full\"} 3"));
-        // Every cause has its line before it ever happens.
-        assert_eq!(lines.len(), Cause::ALL.len() + 2 * refused.dropped().len(), "{lines:#?}");
+        let lines: Vec<_> = text.0.lines().filter(|line| !line.starts_with('#')).collect();
+        for line in [
+            "taken_total{type=\"cpu\"} 9",
+            "delivered_total{type=\"cpu\",destination=\"http://a/\"} 0",
+            "dropped_total{type=\"cpu\",reason=\"ring_full\"} 3",
+            "dropped_total{type=\"cpu\",destination=\"http://b/\",reason=\"refused\"} 0",
+            "waiting{type=\"cpu\",place=\"ring\"} 6",
+            "waiting{type=\"cpu\",destination=\"http://b/\",place=\"upload_queue\"} 0",
+        ] {
+            assert!(
+                lines.contains(&format!("profiler_agent_samples_{line}").as_str()),
+                "{line} in {lines:#?}"
+            );
+        }
+        let of_dropped = |line: &&&str| line.starts_with("profiler_agent_samples_dropped_total{");
+        let sum: u64 = lines
+            .iter()
+            .filter(of_dropped)
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok())
+            .sum();
+        assert_eq!(sum, 3, "each event once, however many destinations there are: {lines:#?}");
         let unique: std::collections::HashSet<_> =
             lines.iter().filter_map(|line| line.rsplit_once(' ')).map(|(name, _)| name).collect();
         assert_eq!(unique.len(), lines.len(), "{lines:#?}");

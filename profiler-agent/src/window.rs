@@ -3,15 +3,23 @@
 use std::{
     collections::{HashMap, VecDeque},
     hash::Hash,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
-use crate::{label::SeriesLabels, ledger::Events, normalize::Location, sys::clock::WallClock};
+use crate::{label::SeriesLabels, ledger::ProfileType, normalize::Location, sys::clock::WallClock};
 
-/// Different (series, stack, sample labels) of one window: about 100 bytes each, stacks apart.
-const ENTRIES_MAX: usize = 1 << 17;
-/// Frames of all different stacks of one window, 4 bytes each.
-const FRAMES_MAX: usize = 1 << 22;
+/// What takes memory in a window, about: a different (series, stack, sample labels); a different stack beside its frames;
+/// a frame of it; a different location, set of sample labels and series. Measured as resident memory of a million of each.
+const ENTRY_BYTES: usize = 100;
+const STACK_BYTES: usize = 64;
+const FRAME_BYTES: usize = size_of::<LocationIndex>();
+const LOCATION_BYTES: usize = 96;
+const LABELS_BYTES: usize = 160;
+const SERIES_BYTES: usize = 1024;
 /// Windows open at once. Two in normal running: the current one, and the last one until the drain has passed its end.
 /// More after a stall, when samples of many windows come at once.
 const OPEN_MAX: usize = 64;
@@ -56,10 +64,10 @@ pub(crate) enum Measure {
 
 impl Measure {
     /// The account in which its samples are.
-    pub(crate) fn events(self) -> Events {
+    pub(crate) fn profile_type(self) -> ProfileType {
         match self {
-            Self::Cpu => Events::Cpu,
-            Self::Allocs { .. } | Self::InUse { .. } => Events::Allocs,
+            Self::Cpu => ProfileType::Cpu,
+            Self::Allocs { .. } | Self::InUse { .. } => ProfileType::Allocs,
         }
     }
 }
@@ -84,6 +92,10 @@ impl<T: Hash + Eq> Interner<T> {
         *self.numbers.entry(value).or_insert(next)
     }
 
+    fn len(&self) -> usize {
+        self.numbers.len()
+    }
+
     /// The number of a value that has one.
     fn get(&self, value: &T) -> Option<u32> {
         self.numbers.get(value).copied()
@@ -104,17 +116,61 @@ struct Key {
     labels: u32,
 }
 
+/// Memory for all windows that are open or wait to be encoded, in bytes.
+#[derive(Clone, Debug)]
+pub(crate) struct Room {
+    used: Arc<AtomicUsize>,
+    max: usize,
+}
+
+impl Room {
+    /// Room for so many bytes.
+    pub(crate) fn new(max: usize) -> Self {
+        Self { used: Arc::default(), max }
+    }
+
+    fn is_full(&self) -> bool {
+        self.used.load(Relaxed) >= self.max
+    }
+}
+
+/// What one window has taken of the room; given back when it is dropped.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Taken {
+    room: Room,
+    bytes: usize,
+}
+
+impl Taken {
+    pub(crate) fn nothing(room: &Room) -> Self {
+        Self { room: room.clone(), bytes: 0 }
+    }
+
+    fn add(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        self.room.used.fetch_add(bytes, Relaxed);
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.room.used.fetch_sub(self.bytes, Relaxed);
+    }
+}
+
 /// A window that takes samples. Holds everything they need, so that a process may exit at any time.
 #[derive(Debug)]
 pub(crate) struct Window {
     start_ns: u64,
     end_ns: u64,
+    period_ns: u64,
     series: Interner<SeriesLabels>,
     locations: Interner<Location>,
     stacks: Interner<Box<[LocationIndex]>>,
     labels: Interner<SampleLabels>,
     counts: HashMap<Key, Counts>,
-    frames: usize,
+    taken: Taken,
 }
 
 /// There was no room for the sample.
@@ -123,26 +179,27 @@ pub(crate) struct Full;
 
 impl Window {
     /// A window for a snapshot at a boot time; [`Self::close_snapshot`] ends it.
-    pub(crate) fn snapshot(at_ns: u64) -> Self {
-        Self::new(at_ns, at_ns)
+    pub(crate) fn snapshot(at_ns: u64, room: &Room) -> Self {
+        Self::new(at_ns, at_ns, 0, room)
     }
 
     /// Ends a snapshot. Its samples have been accounted for when they were taken, so it is of none.
     pub(crate) fn close_snapshot(self, clock: WallClock, measure: Measure) -> Closed {
         let end_ns = self.end_ns;
-        Closed { samples: 0, measure, ..self.close(end_ns, clock, 0) }
+        Closed { samples: 0, measure, ..self.close(end_ns, clock) }
     }
 
-    fn new(start_ns: u64, end_ns: u64) -> Self {
+    fn new(start_ns: u64, end_ns: u64, period_ns: u64, room: &Room) -> Self {
         Self {
             start_ns,
             end_ns,
+            period_ns,
             series: Interner::new(),
             locations: Interner::new(),
             stacks: Interner::new(),
             labels: Interner::new(),
             counts: HashMap::new(),
-            frames: 0,
+            taken: Taken::nothing(room),
         }
     }
 
@@ -169,7 +226,7 @@ impl Window {
     ) -> Result<(), Full> {
         let key = match self.known(&series, &labels, &stack) {
             Some(key) => key,
-            None if self.is_full() => return Err(Full),
+            None if self.taken.room.is_full() => return Err(Full),
             None => self.intern(series, labels, stack, &mut on_new),
         };
         let counts = self.counts.entry(key).or_default();
@@ -177,10 +234,6 @@ impl Window {
         counts.value = counts.value.saturating_add(added.value);
         counts.objects = counts.objects.saturating_add(added.objects);
         Ok(())
-    }
-
-    fn is_full(&self) -> bool {
-        self.counts.len() >= ENTRIES_MAX || self.frames >= FRAMES_MAX
     }
 
     /// The key of a sample that has been seen before.
@@ -201,6 +254,7 @@ impl Window {
         stack: Vec<Location>,
         on_new: &mut impl FnMut(&Location),
     ) -> Key {
+        let locations_before = self.locations.len();
         let indices = stack.into_iter().map(|location| {
             if self.locations.get(&location).is_none() {
                 on_new(&location);
@@ -208,14 +262,23 @@ impl Window {
             self.locations.intern(location)
         });
         let indices: Box<[_]> = indices.collect();
-        if self.stacks.get(&indices).is_none() {
-            self.frames += indices.len();
-        }
-        Key {
+        let (frames, stacks_before) = (indices.len(), self.stacks.len());
+        let (series_before, labels_before) = (self.series.len(), self.labels.len());
+        let key = Key {
             series: self.series.intern(series),
             stack: self.stacks.intern(indices),
             labels: self.labels.intern(labels),
-        }
+        };
+        let new_locations = self.locations.len() - locations_before;
+        let new_stacks = self.stacks.len() - stacks_before;
+        self.taken.add(
+            ENTRY_BYTES
+                + new_locations * LOCATION_BYTES
+                + new_stacks * (STACK_BYTES + frames * FRAME_BYTES)
+                + (self.series.len() - series_before) * SERIES_BYTES
+                + (self.labels.len() - labels_before) * LABELS_BYTES,
+        );
+        key
     }
 
     /// Samples in the window, counted from what it holds.
@@ -224,9 +287,9 @@ impl Window {
     }
 
     /// Ends the window at `end_ns` and sorts what it holds by series.
-    fn close(self, end_ns: u64, clock: WallClock, period_ns: u64) -> Closed {
+    fn close(self, end_ns: u64, clock: WallClock) -> Closed {
         let samples = self.samples();
-        let Self { start_ns, end_ns: _, series, locations, stacks, labels, counts, frames: _ } = self;
+        let Self { start_ns, end_ns: _, period_ns, series, locations, stacks, labels, counts, taken } = self;
         let mut by_series: Vec<_> =
             series.into_values().into_iter().map(|labels| Series { labels, samples: Vec::new() }).collect();
         for (Key { series, stack, labels }, counts) in counts {
@@ -242,6 +305,7 @@ impl Window {
             locations: locations.into_values(),
             stacks: stacks.into_values(),
             labels: labels.into_values(),
+            taken,
         }
     }
 }
@@ -267,6 +331,9 @@ pub(crate) struct Closed {
     pub(crate) stacks: Vec<Box<[LocationIndex]>>,
     /// Sample labels, by number.
     pub(crate) labels: Vec<SampleLabels>,
+    /// Its share of the memory of all windows.
+    #[expect(dead_code, reason = "given back when the window is dropped")]
+    pub(crate) taken: Taken,
 }
 
 /// The samples of one series.
@@ -298,14 +365,22 @@ pub(crate) struct Windows {
     length_ns: u64,
     period_ns: u64,
     late: u64,
+    room: Room,
 }
 
 impl Windows {
     /// No window yet. `started_ns` is the boot time at which sampling starts, `length` the grid on the wall clock.
-    pub(crate) fn new(started_ns: u64, length: Duration, period_ns: u64, clock: WallClock) -> Self {
+    pub(crate) fn new(
+        started_ns: u64,
+        length: Duration,
+        period_ns: u64,
+        clock: WallClock,
+        room: Room,
+    ) -> Self {
         let length_ns = u64::try_from(length.as_nanos()).expect("a window is shorter than 500 years");
         assert!(length_ns > 0, "a window has a length");
-        let mut windows = Self { open: VecDeque::new(), clock, started_ns, length_ns, period_ns, late: 0 };
+        let mut windows =
+            Self { open: VecDeque::new(), clock, started_ns, length_ns, period_ns, late: 0, room };
         windows.push(started_ns);
         windows
     }
@@ -313,9 +388,7 @@ impl Windows {
     /// The window of a boot time. A sample older than every open window goes to the oldest, one for which no further
     /// window may be opened to the newest; both are counted as late.
     pub(crate) fn at(&mut self, time_ns: u64) -> &mut Window {
-        while self.newest_end() <= time_ns && self.open.len() < OPEN_MAX {
-            self.push(self.start_for(time_ns));
-        }
+        self.open_up_to(time_ns);
         let behind = self.open.partition_point(|window| window.start_ns <= time_ns);
         let index = behind.saturating_sub(1);
         let window = &mut self.open[index];
@@ -323,6 +396,12 @@ impl Windows {
             self.late += 1;
         }
         window
+    }
+
+    fn open_up_to(&mut self, time_ns: u64) {
+        while self.newest_end() <= time_ns && self.open.len() < OPEN_MAX {
+            self.push(self.start_for(time_ns));
+        }
     }
 
     /// Where the next window starts: windows follow each other without a gap, but for a time that nobody was sampled in
@@ -355,7 +434,7 @@ impl Windows {
         let ended = self.open.partition_point(|window| window.end_ns <= complete_ns);
         let closed = self.open.drain(..ended).map(|window| {
             let end_ns = window.end_ns;
-            window.close(end_ns, self.clock, self.period_ns)
+            window.close(end_ns, self.clock)
         });
         let closed = closed.collect();
         self.clock = clock;
@@ -365,12 +444,27 @@ impl Windows {
         closed
     }
 
+    /// Samples taken from `at_ns` on have another period: the window that is open then ends there, for a profile states
+    /// one period. Where no further window may be opened, it goes on with the old one.
+    pub(crate) fn set_period(&mut self, period_ns: u64, at_ns: u64) {
+        self.open_up_to(at_ns);
+        self.period_ns = period_ns;
+        let has_room = self.open.len() < OPEN_MAX;
+        let Some(newest) = self.open.back_mut().filter(|_| has_room) else { return };
+        if at_ns <= newest.start_ns {
+            newest.period_ns = period_ns;
+        } else if at_ns < newest.end_ns {
+            newest.end_ns = at_ns;
+            self.push(at_ns);
+        }
+    }
+
     /// Closes everything, the current window at `now_ns`.
     pub(crate) fn close_all(&mut self, now_ns: u64) -> Vec<Closed> {
-        let (clock, period_ns) = (self.clock, self.period_ns);
+        let clock = self.clock;
         let close = |window: Window| {
             let end_ns = window.end_ns.min(now_ns).max(window.start_ns);
-            window.close(end_ns, clock, period_ns)
+            window.close(end_ns, clock)
         };
         self.open.drain(..).map(close).collect()
     }
@@ -390,7 +484,7 @@ impl Windows {
     }
 
     fn push(&mut self, start_ns: u64) {
-        self.open.push_back(Window::new(start_ns, self.end_after(start_ns)));
+        self.open.push_back(Window::new(start_ns, self.end_after(start_ns), self.period_ns, &self.room));
     }
 
     /// Where a window that starts at a boot time ends: early after the start, then on the grid of the wall clock.
@@ -411,9 +505,10 @@ mod tests {
     use crate::{addr::Addr, label::Labeler, label::Subject};
 
     const S: u64 = 1_000_000_000;
+    const ROOM_BYTES: usize = 1 << 20;
 
     fn windows() -> Windows {
-        Windows::new(100 * S, Duration::from_secs(10), 1, clock(0))
+        Windows::new(100 * S, Duration::from_secs(10), 1, clock(0), Room::new(ROOM_BYTES))
     }
 
     /// Wall time = boot time + 1,000,003 s + `by_ns`.
@@ -447,6 +542,22 @@ mod tests {
         let expect = expect.map(|(start, length, samples)| (start * S, length * S, samples));
         assert_eq!(spans(&closed), expect);
         assert!(closed.iter().skip(3).all(|window| window.start_unix_ns % (10 * S) == 0));
+    }
+
+    #[test]
+    fn a_new_period_ends_the_window_and_begins_the_next_one() {
+        let mut windows = windows();
+        add(&mut windows, 100 * S, &[1]);
+        windows.set_period(2, 103 * S);
+        for second in [102, 103, 104, 109] {
+            add(&mut windows, second * S, &[1]);
+        }
+        windows.set_period(3, 107 * S);
+        let closed = windows.close_due(140 * S, clock(0));
+        let periods: Vec<_> = closed.iter().map(|window| window.period_ns).collect();
+        let expect = [(100, 1, 1), (101, 2, 1), (103, 2, 2), (105, 2, 0), (107, 10, 1)];
+        assert_eq!(spans(&closed), expect.map(|(start, length, samples)| (start * S, length * S, samples)));
+        assert_eq!(periods, [1, 1, 2, 2, 3]);
     }
 
     #[test]
@@ -530,13 +641,27 @@ mod tests {
     fn a_full_window_still_counts_the_stacks_it_knows() {
         let mut windows = windows();
         add(&mut windows, 100 * S, &[1]);
-        windows.at(100 * S).frames = FRAMES_MAX;
+        windows.at(100 * S).taken.add(ROOM_BYTES);
         add(&mut windows, 100 * S, &[1]);
         let series = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
         let labels = SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 };
         let other = vec![Location::unnamed("//anon", Addr(2))];
         assert_eq!(windows.at(100 * S).add(series, labels, other, 5, |_| ()), Err(Full));
         assert_eq!(windows.at(100 * S).samples(), 2);
+    }
+
+    #[test]
+    fn a_window_gives_back_its_room_when_it_is_gone() {
+        let mut windows = windows();
+        for second in 100..120 {
+            add(&mut windows, second * S, &[1, 2, 3]);
+        }
+        let used = |windows: &Windows| windows.room.used.load(Relaxed);
+        let open = used(&windows);
+        let closed = windows.close_due(140 * S, clock(0));
+        assert!(open > 3 * SERIES_BYTES && used(&windows) == open, "the encoder has them");
+        drop(closed);
+        assert_eq!(used(&windows), 0);
     }
 
     #[test]

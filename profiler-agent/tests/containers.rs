@@ -62,6 +62,36 @@ fn samples_of_containers_of_a_unit_and_of_neither_are_under_their_own_labels_onl
     agent.stop();
 }
 
+/// Containers that are started and killed in a row: most live for less time than a drain's longest interval.
+const SHORT_LIVED: usize = 8;
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_container_that_is_killed_at_once_keeps_its_samples() {
+    let agent = Agent::start(&["-F", "999", "--window", "2s"]);
+    let containerd = Containerd::start();
+    let containers: Vec<_> = (0..SHORT_LIVED)
+        .map(|number| {
+            let container = containerd.run(&format!("web-{number}"), &format!("5e5b7d5c-{number:04}"));
+            containerd.kill(&container);
+            container
+        })
+        .collect();
+    agent.wait_for_window_after(SystemTime::now());
+
+    let mut sampled = 0;
+    for container in &containers {
+        let of_process = format!("comm=\"burn\",pid=\"{}\"", container.pid);
+        let all = agent.merge(&format!("{{{of_process}}}")).total;
+        let labeled = agent.merge(&format!("{{{of_process},container_id=\"{}\"}}", container.id)).total;
+        println!("{} ms, {} ms of them under its id", all / 1_000_000, labeled / 1_000_000);
+        assert_eq!(labeled, all, "nanoseconds of container {}, under its id and in all", container.id);
+        sampled += usize::from(all > 0);
+    }
+    assert!(sampled * 2 > SHORT_LIVED, "{sampled} of {SHORT_LIVED} containers were sampled at all");
+    agent.stop();
+}
+
 /// Waits until a process has consumed enough CPU time, and gives it in nanoseconds.
 fn wait_for_cpu_time(agent: &Agent, pid: u32) -> u64 {
     agent.wait_for("the process has run for long enough", || {

@@ -7,10 +7,11 @@ use std::{
     fs,
     os::unix::fs::FileExt as _,
     path::Path,
+    process::Command,
     time::{Duration, SystemTime},
 };
 
-use support::{Agent, Merged, Program};
+use support::{Agent, Merged, Program, testprogs};
 
 /// Mean bytes between samples.
 const RATE: f64 = 65_536.0;
@@ -36,7 +37,7 @@ fn run(program: &str, variables: &[(&str, &str)]) -> Run {
     let agent = Agent::start(&["--window", "2s", "--heap", &rule]);
     let run = run_under(&agent, program, variables);
     let log = agent.stop();
-    let account = log.lines().find(|line| line.contains("allocations: taken")).expect("an account");
+    let account = log.lines().find(|line| line.contains(": allocs: taken")).expect("an account");
     assert!(account.contains("waiting 0 + dropped 0") && !account.contains("UNACCOUNTED"), "{account}");
     run
 }
@@ -44,7 +45,8 @@ fn run(program: &str, variables: &[(&str, &str)]) -> Run {
 fn run_under(agent: &Agent, name: &str, variables: &[(&str, &str)]) -> Run {
     // A window is found by its start, and one that began before the program may hold its first allocations.
     let started = SystemTime::now() - Duration::from_secs(60);
-    let mut program = Program::start_with(name, &[], variables);
+    let mut program =
+        Program::start_command(Command::new(testprogs().join(name)).envs(variables.iter().copied()));
     agent.wait_for("its heap is profiled", || {
         (agent.metric("profiler_agent_heap_targets")? >= 1.0).then_some(())
     });

@@ -83,7 +83,7 @@ fn port_0_is_told_as_the_port_that_was_taken_and_answers() {
     let agent = Spawned::start(&[]);
     let address = agent.address();
     assert_ne!(address.port(), 0);
-    assert!(get(address, "/readyz").starts_with("HTTP/1.1 200 "), "{}", agent.log());
+    agent.wait_for("it is ready", || get(address, "/readyz").starts_with("HTTP/1.1 200 ").then_some(()));
     agent.signal(libc::SIGINT);
     assert_eq!(agent.end().0, Some(0));
 }
@@ -101,4 +101,58 @@ fn a_proxy_in_the_environment_is_not_asked_for_the_embedded_backend() {
     assert_eq!(code, Some(0), "{log}");
     assert!(account(&log).ends_with("waiting 0 + dropped 0"), "{log}");
     assert!(term(account(&log), "delivered") > 0, "{log}");
+}
+
+/// A cgroup of a test's own that limits memory, in the hierarchy that does; removed at the end.
+struct MemoryCgroup(std::path::PathBuf);
+
+impl MemoryCgroup {
+    fn new(limit_bytes: u64) -> Self {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts of this process");
+        let limits = |line: &str| {
+            let fields: Vec<_> = line.split(' ').collect();
+            let [_, at, kind, options, ..] = fields[..] else { return None };
+            let is_v1 = kind == "cgroup" && options.split(',').any(|option| option == "memory");
+            let file = if is_v1 { "memory.limit_in_bytes" } else { "memory.max" };
+            (is_v1 || kind == "cgroup2").then(|| (std::path::PathBuf::from(at), file))
+        };
+        let cgroups = mounts.lines().filter_map(limits).map(|(mount, file)| {
+            let cgroup = mount.join(format!("profiler-memory-{}", std::process::id()));
+            std::fs::create_dir(&cgroup).expect("a cgroup can be created");
+            (Self(cgroup), file)
+        });
+        let has_limit = |(cgroup, file): &(Self, &str)| cgroup.0.join(file).exists();
+        let (cgroup, file) = cgroups.into_iter().find(has_limit).expect("a hierarchy that limits memory");
+        std::fs::write(cgroup.0.join(file), limit_bytes.to_string()).expect("a limit can be set");
+        cgroup
+    }
+
+    /// Runs an agent in it that is expected to end at once; gives its exit code and what it says.
+    fn run(&self, arguments: &str) -> (Option<i32>, String) {
+        let (procs, agent) = (self.0.join("cgroup.procs"), env!("CARGO_BIN_EXE_profiler-agent"));
+        let script = format!("echo $$ >'{}' && exec '{agent}' {arguments}", procs.display());
+        let output = Command::new("sh").args(["-c", &script]).output().expect("a shell");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+}
+
+impl Drop for MemoryCgroup {
+    fn drop(&mut self) {
+        // Fails while something runs in it, which the test has waited for.
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn the_memory_limit_is_that_of_the_own_cgroup_unless_it_is_given() {
+    let cgroup = MemoryCgroup::new(50 << 20);
+    let (code, message) = cgroup.run("");
+    assert_eq!(code, Some(2), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+    for part in ["memory-limit", "45MiB (90% of the limit of the agent's cgroup)", "64MiB and more"] {
+        assert!(message.contains(part), "{message:?} has {part:?}");
+    }
+    let (code, message) = cgroup.run("--memory-limit 64MiB --print-config");
+    assert_eq!(code, Some(0), "{message}");
 }

@@ -1,5 +1,10 @@
-//! Stacks of programs without frame pointers are whole, from the leaf to the thread's first function.
+//! Stacks of programs without frame pointers are whole, from the leaf to the thread's first function: measured beside
+//! perf, on the same processes at the same time.
 
+#[path = "support/perf.rs"]
+mod perf;
+#[path = "support/stacks.rs"]
+mod stacks;
 mod support;
 
 use std::{
@@ -7,16 +12,43 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use support::{Agent, Merged, Program};
+use perf::{CallGraph, Recording};
+use stacks::Stacks;
+use support::{Agent, Program, say, skip, testprogs};
 
-/// Where threads begin.
-const ROOTS: [&str; 5] = ["_start", "clone3", "__clone3", "clone", "__clone"];
+/// With it, a run takes minutes and has enough of perf's stacks to compare them call by call.
+const LONG: &str = "PROFILER_TEST_LONG";
 
-/// CPU time of each program before shares mean something, in nanoseconds: 500 samples.
-const ENOUGH_NS: i64 = 5_000_000_000;
+/// With it, only programs whose names begin with one of these, separated by commas.
+const ONLY: &str = "PROFILER_TEST_PROGRAMS";
+
+/// Samples per second and CPU.
+const AGENT_HZ: u32 = 797;
+
+/// CPU time of each program before shares mean something, in nanoseconds: 400 samples.
+const ENOUGH_NS: i64 = 400 * 1_000_000_000 / AGENT_HZ as i64;
+
+/// Stacks of each program that perf has to have before calls are compared with ours.
+const ENOUGH_OF_PERF: usize = 2000;
+
+/// Share of the calls in perf's stacks that have to be in ours.
+const EDGES_SHARE: f64 = 0.97;
+
+/// Bytes of stack that perf copies with each sample.
+const STACK_BYTES: u32 = 16 << 10;
 
 /// Length of the windows, as given to the agent.
 const WINDOW: Duration = Duration::from_secs(2);
+
+/// Where the threads of programs with glibc begin.
+const NATIVE: &[&str] = &["_start", "clone3", "__clone3", "clone", "__clone"];
+
+/// What musl, which has no unwind information, calls `main` and the functions of threads from.
+const MUSL: &[&str] = &["libc_start_main_stage2", "start"];
+
+/// Threads of Go begin in the run-time system: goroutines, and what it runs on stacks of its own.
+const GO: &[&str] =
+    &["runtime.goexit", "runtime.goexit.abi0", "runtime.mstart", "runtime.mstart.abi0", "runtime.mcall"];
 
 const PYTHON: &str = "
 import json
@@ -29,88 +61,209 @@ function fib(n) { return n < 2 ? 1 : fib(n - 1) + fib(n - 2) }
 for (;;) [3, 1, 2].map(n => JSON.stringify({ n: fib(15 + n) })).sort((a, b) => fib(5) && a.length - b.length)
 ";
 
-/// A program, and the least share of its time whose stacks must be whole.
-struct Expect {
-    program: Program,
-    selector: String,
+/// A kind of program, and what is expected of its stacks.
+struct Kind {
     name: &'static str,
-    share: f64,
+    /// Arguments of an interpreter; `None` for a program of ours.
+    arguments: Option<&'static [&'static str]>,
+    roots: &'static [&'static str],
+    /// The least share of its time whose stacks must be whole. `None` where no unwind information exists for most of
+    /// it: measured, and not judged.
+    share: Option<f64>,
+    /// Whether perf unwinds it well enough to compare calls.
+    compares_calls: bool,
+}
+
+const COMPILED: Kind =
+    Kind { name: "", arguments: None, roots: NATIVE, share: Some(0.995), compares_calls: true };
+
+const KINDS: [Kind; 15] = [
+    Kind { name: "deep_gcc", ..COMPILED },
+    Kind { name: "deep_clang", ..COMPILED },
+    Kind { name: "deep_static", ..COMPILED },
+    Kind { name: "deep_static_pie", ..COMPILED },
+    Kind { name: "deep_musl", roots: MUSL, ..COMPILED },
+    // Debian's musl has no unwind information, so that nothing leads out of its qsort.
+    Kind { name: "deep_musl_qsort", roots: MUSL, share: None, compares_calls: false, ..COMPILED },
+    Kind { name: "throw_gcc", ..COMPILED },
+    Kind { name: "throw_clang", ..COMPILED },
+    Kind { name: "rust_deep", ..COMPILED },
+    Kind { name: "goburn", roots: GO, ..COMPILED },
+    Kind { name: "goburn_stripped", roots: GO, ..COMPILED },
+    Kind { name: "cgoburn", roots: GO, ..COMPILED },
+    Kind { name: "python3", arguments: Some(&["-c", PYTHON]), share: Some(0.99), ..COMPILED },
+    Kind { name: "node", arguments: Some(&["-e", NODE]), share: Some(0.99), ..COMPILED },
+    Kind {
+        name: "java",
+        arguments: Some(&["-XX:+PreserveFramePointer", "-cp", "CLASSES", "Burn"]),
+        share: Some(0.99),
+        ..COMPILED
+    },
+];
+
+/// C2 uses the frame pointer's register for whatever it likes, and says nowhere how large its frames are.
+const JAVA_DEFAULT: Kind = Kind {
+    name: "java",
+    arguments: Some(&["-cp", "CLASSES", "Burn"]),
+    share: None,
+    compares_calls: false,
+    ..COMPILED
+};
+
+/// One that runs.
+struct Subject {
+    kind: &'static Kind,
+    program: Program,
 }
 
 #[test]
 #[ignore = "needs root and BPF"]
 fn stacks_of_programs_without_frame_pointers_reach_the_root() {
-    let compiled = ["deep_gcc", "deep_clang"].map(compiled);
-    let interpreted = [("python3", "-c", PYTHON), ("node", "-e", NODE)].map(interpreted);
-    let programs: Vec<_> = compiled.into_iter().chain(interpreted).flatten().collect();
-    assert!(!programs.is_empty(), "no program is installed");
+    let kinds = KINDS.iter().chain([&JAVA_DEFAULT]);
+    let only = std::env::var(ONLY).unwrap_or_default();
+    let is_chosen = |kind: &&Kind| only.split(',').any(|name| kind.name.starts_with(name));
+    let subjects: Vec<Subject> = kinds.filter(is_chosen).filter_map(start).collect();
+    assert!(!subjects.is_empty(), "no program is installed");
+    let pids: Vec<u32> = subjects.iter().map(|subject| subject.program.pid()).collect();
+    let is_long = std::env::var_os(LONG).is_some();
 
-    let agent = Agent::start(&["-F", "99", "--window", &format!("{}s", WINDOW.as_secs())]);
+    let agent = Agent::start(&["-F", &AGENT_HZ.to_string(), "--window", &format!("{}s", WINDOW.as_secs())]);
     agent.wait_for("tables of the running programs", || {
         (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
     });
+    let data = |name: &str| agent.data_dir.path().join(name);
+    let perf_hz = if is_long { 397 } else { 97 };
+    let by_frames = Recording::start(&pids, CallGraph::FramePointers, 97, &data("fp.data"));
+    let by_dwarf = Recording::start(&pids, CallGraph::Dwarf(STACK_BYTES), perf_hz, &data("dwarf.data"));
+    if by_frames.is_none() {
+        skip("comparison with perf", "perf is not installed");
+    }
     // Windows that were open before the tables were there hold stacks without them.
     let from = SystemTime::now() + WINDOW;
-    let dropped = agent.metric("profiler_agent_samples_dropped_total").expect("metrics");
-    let merged: Vec<Merged> = programs
-        .iter()
-        .map(|expect| {
-            agent.wait_for(&format!("enough samples of {}", expect.name), || {
-                let merged = agent.merge_since(&expect.selector, from);
-                (merged.total > ENOUGH_NS).then_some(merged)
-            })
-        })
-        .collect();
-    let dropped = agent.metric("profiler_agent_samples_dropped_total").expect("metrics") - dropped;
-    assert_eq!(dropped, 0.0, "lost samples have no stacks");
-
-    for (expect, merged) in programs.iter().zip(&merged) {
-        let share = merged.share_from(&ROOTS);
-        eprintln!("{} (pid {}): {:.2} % reach the root", expect.name, expect.program.pid(), share * 100.0);
-        assert!(share >= expect.share, "{}: {share:.4} of {:?}", expect.name, merged.roots());
+    let dropped = || agent.metric("profiler_agent_samples_dropped_total").expect("metrics");
+    let dropped_before = dropped();
+    let enough = if is_long { ENOUGH_NS * 10 } else { ENOUGH_NS };
+    for subject in &subjects {
+        agent.wait_for(&format!("enough samples of {}", subject.kind.name), || {
+            (agent.merge_since(&selector(subject), from).total > enough).then_some(())
+        });
     }
-    for (expect, merged) in programs.iter().zip(&merged).filter(|(expect, _)| expect.name.starts_with("deep"))
-    {
-        check_inner_frames(expect.name, merged);
+    say(&format!("samples after {:?}", from.elapsed()));
+    let lost = (dropped() - dropped_before) as i64 * 1_000_000_000 / i64::from(AGENT_HZ);
+    let by_frames = by_frames.map(Recording::finish).unwrap_or_default();
+    let by_dwarf = by_dwarf.map(Recording::finish).unwrap_or_default();
+
+    say(&format!("perf read after {:?}", from.elapsed()));
+    say("| program | samples | to the root | perf -g | perf dwarf | perf's calls found | where others end |");
+    say("| --- | --- | --- | --- | --- | --- | --- |");
+    let mut failures = Vec::new();
+    for subject in &subjects {
+        let kind = subject.kind;
+        let ours = Stacks::of(&agent.pprof_since(&selector(subject), from));
+        let pid = subject.program.pid();
+        let of_perf = |stacks: &perf::Stacks| stacks.get(&pid).cloned().unwrap_or_default();
+        let (framed, dwarf) = (of_perf(&by_frames), of_perf(&by_dwarf));
+        let share = ours.share_from(kind.roots, lost);
+        let edges = ours.edges_found(&dwarf);
+        say(&format!(
+            "| {} | {} | {:.2} % | {} | {} | {:.2} % of {} | {} |",
+            title(kind),
+            ours.total * i64::from(AGENT_HZ) / 1_000_000_000,
+            share * 100.0,
+            percent(share_of_perf(&framed, kind.roots)),
+            percent(share_of_perf(&dwarf, kind.roots)),
+            edges.share() * 100.0,
+            dwarf.len(),
+            ours.other_roots(kind.roots)
+        ));
+        if kind.share.is_some_and(|least| share < least) {
+            failures.push(format!("{}: {share:.4} to the root", title(kind)));
+        }
+        if kind.compares_calls && is_long {
+            say(&format!("    not seen: {}", edges.worst()));
+            if dwarf.len() < ENOUGH_OF_PERF || edges.share() < EDGES_SHARE {
+                failures.push(format!("{}: {:.4} of {}", title(kind), edges.share(), dwarf.len()));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+    for subject in subjects.iter().filter(|subject| subject.kind.name.starts_with("deep")) {
+        check_inner_frames(subject, &agent, from);
     }
     agent.stop();
 }
 
+fn title(kind: &Kind) -> String {
+    let option = kind.arguments.and_then(|arguments| arguments.iter().find(|text| text.starts_with("-XX")));
+    option.map_or_else(|| kind.name.to_owned(), |option| format!("{} {option}", kind.name))
+}
+
+fn percent(share: Option<f64>) -> String {
+    share.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", share * 100.0))
+}
+
+/// Share of perf's stacks whose outermost frame is a known one; `None` where there are no stacks.
+fn share_of_perf(stacks: &[Vec<perf::Frame>], roots: &[&str]) -> Option<f64> {
+    let is_root = |frame: &perf::Frame| frame.symbol.as_deref().is_some_and(|symbol| roots.contains(&symbol));
+    let whole = stacks.iter().filter(|stack| stack.last().is_some_and(is_root)).count();
+    (!stacks.is_empty()).then(|| whole as f64 / stacks.len() as f64)
+}
+
+fn selector(subject: &Subject) -> String {
+    format!("{{pid=\"{}\"}}", subject.program.pid())
+}
+
 /// The frames between leaf and root are those of the source.
 #[track_caller]
-fn check_inner_frames(name: &str, merged: &Merged) {
+fn check_inner_frames(subject: &Subject, agent: &Agent, from: SystemTime) {
+    let name = subject.kind.name;
+    let merged = agent.merge_since(&selector(subject), from);
     let sorting = ["sort", "realigned", "recurse", "recurse", "run"];
     let in_thread = [&sorting[..], &["worker"]].concat();
     let in_main = [&sorting[..], &["main"]].concat();
-    for (function, callers) in
-        [("compare", in_main), ("compare", in_thread), ("sort", vec!["on_alarm", "recurse", "run"])]
-    {
-        assert!(merged.has_stack(function, &callers), "{name}: no {function} under {callers:?}\n{merged:#?}");
+    let expected =
+        [("compare", in_main), ("compare", in_thread), ("sort", vec!["on_alarm", "recurse", "run"])];
+    for (function, callers) in expected.iter().filter(|_| subject.kind.share.is_some()) {
+        assert!(merged.has_stack(function, callers), "{name}: no {function} under {callers:?}\n{merged:#?}");
     }
 }
 
-fn compiled(name: &'static str) -> Option<Expect> {
-    let program = Program::start_if_built(name).or_else(|| skip(name))?;
-    let selector = format!("{{exe=\"{name}\"}}");
-    Some(Expect { program, selector, name, share: 0.995 })
+/// A program that gives way to the profilers: there are many of them, and all are busy.
+fn polite(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut nice = Command::new("nice");
+    nice.args(["-n", "3"]).arg(program);
+    nice
 }
 
-/// An interpreter of the system's, by its exe label: `python3` may be a link to `python3.13`.
-fn interpreted((name, flag, code): (&'static str, &str, &str)) -> Option<Expect> {
-    let path = ["/usr/bin", "/usr/local/bin"].map(|directory| format!("{directory}/{name}"));
-    let path = path.into_iter().find(|path| std::path::Path::new(path).exists()).or_else(|| skip(name))?;
-    let probe = Command::new(&path).args(["--version"]).stdout(Stdio::null()).status();
-    if !probe.is_ok_and(|status| status.success()) {
-        return skip(name);
-    }
-    let program = Program::system(&path, &[flag, code]);
-    let file = std::fs::canonicalize(&path).expect("it has just been run");
-    let exe = file.file_name().and_then(|name| name.to_str()).expect("a plain name");
-    let selector = format!("{{exe=\"{exe}\",pid=\"{}\"}}", program.pid());
-    Some(Expect { program, selector, name, share: 0.99 })
+fn start(kind: &'static Kind) -> Option<Subject> {
+    let program = match kind.arguments {
+        None if testprogs().join(kind.name).exists() => {
+            Program::start_command(&mut polite(testprogs().join(kind.name)))
+        }
+        None => {
+            skip(kind.name, "not built");
+            return None;
+        }
+        Some(arguments) => interpreter(kind.name, arguments)?,
+    };
+    Some(Subject { kind, program })
 }
 
-fn skip<T>(name: &str) -> Option<T> {
-    eprintln!("SKIP {name}: not installed");
-    None
+/// An interpreter of the system's: one in a home directory may be a wrapper.
+fn interpreter(name: &str, arguments: &[&str]) -> Option<Program> {
+    let paths = ["/usr/bin", "/usr/local/bin"].map(|directory| format!("{directory}/{name}"));
+    let runs = |path: &&String| {
+        let version =
+            Command::new(path).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        version.is_ok_and(|status| status.success())
+    };
+    let Some(path) = paths.iter().find(runs) else {
+        skip(name, "not installed");
+        return None;
+    };
+    let classes = testprogs();
+    let classes = classes.to_str().expect("a plain path");
+    let arguments: Vec<&str> =
+        arguments.iter().map(|&argument| if argument == "CLASSES" { classes } else { argument }).collect();
+    Some(Program::system_command(polite(path).args(arguments)))
 }

@@ -1,4 +1,4 @@
-//! What the agent tells the programs before they load: one frozen, read-only value.
+//! What the agent tells the programs before they load: frozen, read-only values.
 
 /// Facts about the running kernel, set by the agent before the programs are loaded. A byte offset of 0 means
 /// "unknown": no field used here lies at the start of its structure.
@@ -48,6 +48,58 @@ impl KernelFacts {
             task_comm_offset,
             thread_bytes,
             reserved,
+        ]
+    }
+}
+
+/// Where a task's cgroup is found, and in which hierarchy: set by the agent before the programs are loaded. Byte offsets
+/// within the structures named first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CgroupFacts {
+    /// `task_struct.cgroups`; 0 where the v2 hierarchy is mounted: a helper knows the id then.
+    pub task_cgroups_offset: u32,
+    /// The element of `css_set.subsys` of the controller whose v1 hierarchy is used.
+    pub css_set_subsys_offset: u32,
+    /// `cgroup_subsys_state.cgroup`.
+    pub css_cgroup_offset: u32,
+    /// `cgroup.kn`.
+    pub cgroup_kn_offset: u32,
+    /// `kernfs_node.id`.
+    pub node_id_offset: u32,
+    /// `cgroup.root`.
+    pub cgroup_root_offset: u32,
+    /// `cgroup_root.hierarchy_id`.
+    pub root_hierarchy_offset: u32,
+    /// Number of the hierarchy whose ids samples carry, as `/proc/cgroups` has it; 0 is v2.
+    pub hierarchy: u32,
+}
+
+const _: () = assert!(size_of::<CgroupFacts>() == 32);
+
+impl CgroupFacts {
+    /// The fields in order: what the agent writes over the programs' read-only value.
+    #[must_use]
+    pub const fn words(self) -> [u32; 8] {
+        let Self {
+            task_cgroups_offset,
+            css_set_subsys_offset,
+            css_cgroup_offset,
+            cgroup_kn_offset,
+            node_id_offset,
+            cgroup_root_offset,
+            root_hierarchy_offset,
+            hierarchy,
+        } = self;
+        [
+            task_cgroups_offset,
+            css_set_subsys_offset,
+            css_cgroup_offset,
+            cgroup_kn_offset,
+            node_id_offset,
+            cgroup_root_offset,
+            root_hierarchy_offset,
+            hierarchy,
         ]
     }
 }

@@ -18,9 +18,16 @@ pub const FREQUENCY_HZ_MAX: u32 = 1000;
 /// about 3,300 of them: 2.6 s of 64 CPUs at 19 Hz between drains.
 pub const EVENTS_BYTES: u32 = 1 << 20;
 
-/// Pages of unwind rows in the kernel, 2 KiB each: 11.5 MiB. A Debian host's 510 shared libraries would fill 16,000, those in
-/// use at one time some hundreds; node takes 570, rustc with its libraries 4,900.
-pub const UNWIND_LEAVES_MAX: u32 = 5888;
+/// Pages of unwind rows in the kernel, 2 KiB each: 32 MiB, which grow with what is seen. A Debian host's 510 shared libraries
+/// would fill 16,000, those in use at one time some hundreds; node takes 570, rustc with its libraries 4,900.
+pub const UNWIND_LEAVES_MAX: u32 = UNWIND_SHARD_LEAVES * UNWIND_LEAF_SHARDS_MAX;
+
+/// Pages that room is made for at a time: 256 KiB. A power of two, for the look-up.
+pub const UNWIND_SHARD_LEAVES: u32 = 128;
+const _: () = assert!(UNWIND_SHARD_LEAVES.is_power_of_two());
+
+/// Times that room is made.
+pub const UNWIND_LEAF_SHARDS_MAX: u32 = 128;
 
 /// Directories of pages in the kernel, 2 KiB each: 768 KiB. An executable takes one for every 256 of its pages.
 pub const UNWIND_DIRECTORIES_MAX: u32 = 384;

@@ -16,11 +16,21 @@ pub enum Counter {
     ExecSubmitted = 4,
     /// Exec records dropped: the ring buffer was full.
     ExecDroppedRingFull = 5,
+    /// Runs of the sampling program whose duration was measured: 1 of [`TIMED_EVERY`].
+    CpuTimed = 6,
+    /// Nanoseconds that the measured runs took.
+    CpuTimedNs = 7,
+    /// Records of new cgroups dropped: the ring buffer was full.
+    CgroupDroppedRingFull = 8,
 }
+
+/// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
+pub const TIMED_EVERY: u64 = 64;
+const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 6;
+    pub const COUNT: u32 = 9;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -30,6 +40,9 @@ impl Counter {
         Self::CpuDroppedNoScratch,
         Self::ExecSubmitted,
         Self::ExecDroppedRingFull,
+        Self::CpuTimed,
+        Self::CpuTimedNs,
+        Self::CgroupDroppedRingFull,
     ];
 }
 

@@ -116,6 +116,12 @@ impl UnwindRule {
         Self { kind: kind as u8, base: 0, fp: 0, scale: 0, cfa_offset: 0, fp_offset: 0 }
     }
 
+    /// The same rule for code that moves between stacks.
+    #[must_use]
+    pub const fn elsewhere(self) -> Self {
+        Self { kind: RuleKind::CfaElsewhere as u8, ..self }
+    }
+
     /// Whether the rule marks code without unwind information, where the policy of the process decides between its
     /// architecture's `FRAME_POINTER` rule and the end of the walk.
     #[inline(always)]
@@ -145,6 +151,9 @@ pub enum RuleKind {
     Gap = 6,
     /// aarch64: CFA = base + `cfa_offset`; the return address is still in the link register.
     LinkRegister = 7,
+    /// As [`RuleKind::Cfa`], of code that moves between stacks: the caller's frame may lie below this one. Go runs C
+    /// code, its scheduler and its garbage collector on the thread's own stack, called from a goroutine's.
+    CfaElsewhere = 8,
 }
 
 impl RuleKind {
@@ -161,6 +170,7 @@ impl RuleKind {
             5 => Some(Self::End),
             6 => Some(Self::Gap),
             7 => Some(Self::LinkRegister),
+            8 => Some(Self::CfaElsewhere),
             _ => None,
         }
     }

@@ -17,6 +17,8 @@ pub enum RecordKind {
     /// A [`SampleHeader`] whose value is bytes, an [`AllocPart`](crate::heap::AllocPart), then the user frames: an
     /// allocation that was sampled. The innermost frame is the caller of the allocating function.
     AllocSample = 3,
+    /// A [`CgroupRecord`]: a cgroup was made.
+    CgroupMade = 8,
 }
 
 impl RecordKind {
@@ -27,6 +29,7 @@ impl RecordKind {
             1 => Some(Self::CpuSample),
             2 => Some(Self::Exec),
             3 => Some(Self::AllocSample),
+            8 => Some(Self::CgroupMade),
             _ => None,
         }
     }
@@ -216,7 +219,8 @@ pub struct SampleHeader {
     pub head: RecordHead,
     /// What the sample stands for: the sampling period in nanoseconds for [`RecordKind::CpuSample`].
     pub value: u64,
-    /// Id of the task's cgroup in the v2 hierarchy (the inode number of its directory).
+    /// Id of the task's cgroup (the inode number of its directory): in the v2 hierarchy, or where that is not mounted in
+    /// the v1 hierarchy of [`crate::config::CgroupFacts`].
     pub cgroup_id: u64,
     /// Start of the process on CLOCK_BOOTTIME, in nanoseconds; 0 when the kernel's BTF does not say.
     pub start_ns: u64,
@@ -234,6 +238,18 @@ pub struct ProcessRecord {
     pub head: RecordHead,
     /// Start of the process, as in [`SampleHeader::start_ns`].
     pub start_ns: u64,
+    /// As in [`SampleHeader::cgroup_id`].
+    pub cgroup_id: u64,
+}
+
+/// A new cgroup of the hierarchy whose ids samples carry.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupRecord {
+    /// Kind and time; the task is the one that made it.
+    pub head: RecordHead,
+    /// Its id, as in [`SampleHeader::cgroup_id`].
+    pub cgroup_id: u64,
 }
 
 /// Room for one sample, as the programs build it before it is copied to the ring buffer.
@@ -254,7 +270,8 @@ pub const RECORD_BYTES_MAX: usize = size_of::<SampleBuffer>();
 
 const _: () = assert!(size_of::<RecordHead>() == 24);
 const _: () = assert!(size_of::<SampleHeader>() == 80);
-const _: () = assert!(size_of::<ProcessRecord>() == 32);
+const _: () = assert!(size_of::<ProcessRecord>() == 40);
+const _: () = assert!(size_of::<CgroupRecord>() == 32);
 const _: () = assert!(RECORD_BYTES_MAX == 80 + 8 * FRAMES_MAX);
 
 #[cfg(test)]

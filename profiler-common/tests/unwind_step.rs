@@ -201,6 +201,16 @@ mod x86 {
     }
 
     #[test]
+    fn code_that_moves_between_stacks_leads_to_frames_below() {
+        let (below, fp) = (SP - 0x1_0000, SP - 0x8000);
+        let memory = Captured::new(below, &[fp, CALLER]);
+        let mut at = regs();
+        at.gpr[BaseReg::Rbp as usize] = below;
+        check(FRAME_POINTER, at, &memory, Err(StopReason::NotRising));
+        check(FRAME_POINTER.elsewhere(), at, &memory, Ok((CALLER, below + 16, fp)));
+    }
+
+    #[test]
     fn each_unreadable_word_that_is_needed_stops_the_walk() {
         let memory = Captured::new(SP, &[11, CALLER]);
         let rule = UnwindRule { fp: FpRule::AtCfa as u8, fp_offset: -16, ..cfa(BaseReg::Rsp, 16) };
@@ -365,6 +375,15 @@ mod arm {
         let not_rising = Err(StopReason::NotRising);
         check(rule(RuleKind::LinkRegister, BaseReg::Sp, -16), regs(), &memory, not_rising);
         check(rule(RuleKind::Cfa, BaseReg::Sp, 0), Regs { exact: 0, ..regs() }, &memory, not_rising);
+    }
+
+    #[test]
+    fn code_that_moves_between_stacks_leads_to_frames_below() {
+        let (below, fp) = (SP - 0x1_0000, SP - 0x8000);
+        let memory = Captured::new(below, &[fp, CALLER]);
+        let at = Regs { fp: below, ..regs() };
+        check(FRAME_POINTER, at, &memory, Err(StopReason::NotRising));
+        check(FRAME_POINTER.elsewhere(), at, &memory, Ok((CALLER, below + 16, fp)));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! On-CPU samples: where every task that is not idle spends its time.
 
+use core::num::NonZeroU64;
+
 use aya_ebpf::{EbpfContext, programs::PerfEventContext};
 use aya_log_ebpf::error;
 use profiler_common::{
@@ -9,19 +11,26 @@ use profiler_common::{
 };
 
 use crate::{
-    helpers::{boot_time_ns, current_cgroup_id, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, Scratch, count},
+    helpers::{boot_time_ns, current_ids, current_thread_name, kernel_stack},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, Scratch, add, count},
     stack::{mask, walk_user},
-    task,
+    task, timing,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no sample pays for a wake-up.
 const NO_WAKEUP: u64 = 1;
 
-/// Takes one sample and writes it to the ring buffer.
+/// Counts a sample, takes it, and measures now and then how long that takes.
 #[inline(always)]
 pub fn sample(ctx: &PerfEventContext) {
-    count(Counter::CpuTaken);
+    let began_ns = timing::begin(add(Counter::CpuTaken, 1));
+    take(ctx);
+    timing::end(began_ns);
+}
+
+/// Takes one sample and writes it to the ring buffer.
+#[inline(always)]
+fn take(ctx: &PerfEventContext) {
     let Some(scratch) = CPU_SCRATCH.get_ptr_mut(0) else {
         count(Counter::CpuDroppedNoScratch);
         error!(ctx, "no scratch value on this CPU: sample dropped");
@@ -39,7 +48,7 @@ pub fn sample(ctx: &PerfEventContext) {
 
 /// Whose sample it is.
 struct Task {
-    leader: Option<u64>,
+    leader: Option<NonZeroU64>,
     start_ns: u64,
     tgid: u32,
     tid: u32,
@@ -90,7 +99,7 @@ fn write_header(
         time_ns: boot_time_ns(),
     };
     header.value = crate::arch::context_period!(context);
-    header.cgroup_id = current_cgroup_id();
+    header.cgroup_id = task::cgroup_id();
     header.start_ns = start_ns;
     header.thread_name = current_thread_name();
     task::read_comm(leader, &raw mut header.comm);

@@ -21,7 +21,14 @@ pub fn boot_time_ns() -> u64 {
     unsafe { raw::bpf_ktime_get_boot_ns() }
 }
 
-/// Id of the current task's cgroup in the v2 hierarchy.
+/// CLOCK_MONOTONIC in nanoseconds: for durations.
+#[inline(always)]
+pub fn monotonic_ns() -> u64 {
+    // SAFETY: takes nothing and has no effect.
+    unsafe { raw::bpf_ktime_get_ns() }
+}
+
+/// Id of the current task's cgroup in the v2 hierarchy, mounted or not.
 #[inline(always)]
 pub fn current_cgroup_id() -> u64 {
     // SAFETY: takes nothing and has no effect.

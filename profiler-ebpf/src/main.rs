@@ -21,6 +21,7 @@ mod process;
 mod stack;
 mod table;
 mod task;
+mod timing;
 
 /// On-CPU samples: attached to one clock event per CPU.
 #[perf_event]
@@ -33,6 +34,13 @@ pub fn cpu_sample(ctx: PerfEventContext) -> u32 {
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub fn process_exec(ctx: RawTracePointContext) -> i32 {
     process::exec(&ctx);
+    0
+}
+
+/// A cgroup was made.
+#[raw_tracepoint(tracepoint = "cgroup_mkdir")]
+pub fn cgroup_made(ctx: RawTracePointContext) -> i32 {
+    process::cgroup_made(&ctx);
     0
 }
 

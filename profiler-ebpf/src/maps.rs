@@ -1,12 +1,13 @@
 //! Every map and every value shared with the agent.
 
 use aya_ebpf::{
-    macros::map,
+    btf_maps::{self, ArrayOfMaps},
+    macros::{btf_map, map},
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use profiler_common::{
-    config::KernelFacts,
-    limits::EVENTS_BYTES,
+    config::{CgroupFacts, KernelFacts},
+    limits::{EVENTS_BYTES, UNWIND_LEAF_SHARDS_MAX, UNWIND_SHARD_LEAVES},
     stats::Counter,
     unwind::{
         Block, Directory, Leaf, UnwindRule,
@@ -29,7 +30,7 @@ pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUN
 /// Processes whose mappings are known: key process id, value [`ProcessEntry`]. Written by the agent, which counts those it
 /// has no room for; an entry is deleted by `process_exec`. Without an entry a process is walked by frame pointers.
 ///
-/// This and the four maps below have one entry unless the agent sizes them before loading (`profiler_common::limits`).
+/// This and the maps below have one entry, or no shard, unless the agent sizes them before loading (`profiler_common::limits`).
 #[map]
 pub static PROCESSES: HashMap<u32, ProcessEntry> = HashMap::with_max_entries(1, 0);
 
@@ -42,9 +43,20 @@ pub static CHUNKS: Array<MappingChunk> = Array::with_max_entries(1, 0);
 #[map]
 pub static DIRECTORIES: Array<Directory> = Array::with_max_entries(1, 0);
 
-/// Pages of unwind tables: key `Directory::leaves`. Written as [`CHUNKS`] are.
-#[map]
-pub static LEAVES: Array<Leaf> = Array::with_max_entries(1, 0);
+/// Pages of unwind tables, in shards of [`UNWIND_SHARD_LEAVES`]: key of a shard the upper bits of `Directory::leaves`, of a
+/// page in it the lower ones. Written as [`CHUNKS`] are; the agent adds a shard when all others are full.
+#[btf_map]
+pub static LEAVES: ArrayOfMaps<Shard, { UNWIND_LEAF_SHARDS_MAX as usize }> = ArrayOfMaps::new();
+
+/// One map of [`LEAVES`].
+type Shard = btf_maps::Array<Leaf, { UNWIND_SHARD_LEAVES as usize }>;
+
+/// The page with a number; `None` where there is none.
+#[inline(always)]
+pub fn leaf(id: u32) -> Option<*const Leaf> {
+    let leaf = LEAVES.get_value(id / UNWIND_SHARD_LEAVES, &(id % UNWIND_SHARD_LEAVES))?;
+    Some(&raw const *leaf)
+}
 
 /// Unwind rules of all tables: key `Leaf::rules`. Written as [`CHUNKS`] are.
 #[map]
@@ -104,13 +116,43 @@ macro_rules! kernel_fact {
 }
 pub(crate) use kernel_fact;
 
+/// As [`KERNEL_FACTS`].
+#[unsafe(no_mangle)]
+pub static CGROUP_FACTS: CgroupFacts = CgroupFacts {
+    task_cgroups_offset: 0,
+    css_set_subsys_offset: 0,
+    css_cgroup_offset: 0,
+    cgroup_kn_offset: 0,
+    node_id_offset: 0,
+    cgroup_root_offset: 0,
+    root_hierarchy_offset: 0,
+    hierarchy: 0,
+};
+
+/// Reads one field of [`CGROUP_FACTS`]; volatile as `kernel_fact`.
+macro_rules! cgroup_fact {
+    ($field:ident) => {{
+        // SAFETY: a read-only static that is valid for ever; volatile only keeps the load in place.
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::CGROUP_FACTS.$field) }
+    }};
+}
+pub(crate) use cgroup_fact;
+
 /// Adds one to a counter of this CPU.
 ///
 /// A plain addition: a counter is raised by one program family, and a program is not interrupted by itself.
 #[inline(always)]
 pub fn count(counter: Counter) {
-    if let Some(slot) = STATS.get_ptr_mut(counter as u32) {
-        // SAFETY: the look-up gave a live value of this CPU's slot.
-        unsafe { *slot = (*slot).wrapping_add(1) };
-    }
+    add(counter, 1);
+}
+
+/// Adds to a counter of this CPU, as [`count`] does, and gives its new value; 0 where there is none.
+#[inline(always)]
+pub fn add(counter: Counter, amount: u64) -> u64 {
+    let Some(slot) = STATS.get_ptr_mut(counter as u32) else { return 0 };
+    // SAFETY: the look-up gave a live value of this CPU's slot.
+    let sum = unsafe { *slot }.wrapping_add(amount);
+    // SAFETY: as above.
+    unsafe { *slot = sum };
+    sum
 }

@@ -12,7 +12,7 @@ use profiler_common::{
 
 use crate::{
     arch,
-    maps::{CHUNKS, DIRECTORIES, LEAVES, NO_CHUNK, PROCESSES, RULES},
+    maps::{CHUNKS, DIRECTORIES, NO_CHUNK, PROCESSES, RULES, leaf},
 };
 
 /// Chunk of a process, or [`NO_CHUNK`]. A start of 0 is unknown and equals any.
@@ -93,7 +93,7 @@ impl RowTable for DirectoryValue {
     fn leaf(&self, slot: u64) -> Option<*const Leaf> {
         // SAFETY: as above.
         let id = unsafe { (&raw const (*self.0).leaves).cast::<u32>().add(slot as usize).read() };
-        LEAVES.get_ptr(id)
+        leaf(id)
     }
 
     #[inline(always)]

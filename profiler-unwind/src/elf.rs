@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use object::LittleEndian;
 use object::elf::{self, FileHeader64, ProgramHeader64};
-use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, SectionTable};
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, SectionTable, Sym as _};
 
 use profiler_common::unwind::UnwindRule;
 
@@ -103,6 +103,27 @@ impl<'a> Elf<'a> {
             let bytes = part.bytes.get(skip..)?;
             (!bytes.is_empty()).then_some(Part { address, bytes })
         })
+    }
+
+    /// Shows the functions of `.symtab` that have at most so many bytes, of its first `symbols` entries, by name and
+    /// addresses.
+    pub(crate) fn each_function(
+        &self,
+        symbols: usize,
+        bytes_max: u64,
+        mut each: impl FnMut(&[u8], Range<u64>),
+    ) {
+        let Ok(table) = self.sections.symbols(LittleEndian, self.bytes, elf::SHT_SYMTAB) else { return };
+        for symbol in table.iter().take(symbols) {
+            let (start, bytes) = (symbol.st_value(LittleEndian), symbol.st_size(LittleEndian));
+            if symbol.st_type() == elf::STT_FUNC
+                && (1..=bytes_max).contains(&bytes)
+                && let (Ok(name), Some(end)) =
+                    (symbol.name(LittleEndian, table.strings()), start.checked_add(bytes))
+            {
+                each(name, start..end);
+            }
+        }
     }
 
     fn segment_part(&self, segment: &ProgramHeader64<LittleEndian>) -> Option<Part<'a>> {

@@ -1,7 +1,8 @@
 //! Binaries of the Go tool chain.
 //!
 //! Go code has no `.eh_frame` and keeps frame pointers (on amd64 since Go 1.7, on arm64 since 1.12), so all that C code
-//! in the same binary does not describe is unwound by them.
+//! in the same binary does not describe is unwound by them. They lead from the thread's stack back to the goroutine's,
+//! which lies anywhere.
 
 use object::elf::PT_NOTE;
 
@@ -24,6 +25,6 @@ fn has_go_note(elf: &Elf<'_>) -> bool {
 }
 
 pub(crate) fn finish(builder: Builder) -> UnwindTable {
-    let frame_pointer = crate::rule::frame_pointer(builder.architecture());
+    let frame_pointer = crate::rule::frame_pointer(builder.architecture()).elsewhere();
     builder.finish(Source::Go, frame_pointer, &[])
 }

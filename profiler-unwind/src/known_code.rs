@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
+use object::elf::PT_INTERP;
 use profiler_common::unwind::x86_64::BaseReg;
 use profiler_common::unwind::{RuleKind, UnwindRule, aarch64};
 
 use crate::elf::{Architecture, Elf};
+use crate::limits;
 
 /// The rule of code that has none of its own. Call frame information comes first.
 pub(crate) struct KnownCode {
@@ -36,7 +38,34 @@ pub(crate) fn known_code(elf: &Elf<'_>) -> Vec<KnownCode> {
         let end = plt.address.saturating_add(plt.bytes.len() as u64);
         KnownCode { addresses: plt.address..end, rule }
     });
-    stubs.chain(entry(elf)).collect()
+    stubs.chain(entry(elf)).chain(static_musl(elf)).collect()
+}
+
+/// What musl calls `main` and the functions of threads from. They never return, so nothing is missed below them.
+/// Source: musl src/env/__libc_start_main.c, src/thread/pthread_create.c.
+const MUSL_FIRST: [&[u8]; 3] = [b"libc_start_main_stage2", b"start", b"start_c11"];
+/// The same on all systems: `mov $15,%rax; syscall` on x86-64. glibc describes it.
+const SIGNAL_RETURN: &[u8] = b"__restore_rt";
+
+/// Functions of a statically linked musl that was built without call frame information, as Debian's is. `start` is a
+/// name that anyone may have: it counts only beside one that musl alone has.
+fn static_musl(elf: &Elf<'_>) -> Vec<KnownCode> {
+    if elf.entry == 0 || elf.segment(PT_INTERP).is_some() {
+        return Vec::new();
+    }
+    let mut is_musl = false;
+    let mut known = Vec::new();
+    elf.each_function(limits::SYMBOLS_MAX, limits::KNOWN_FUNCTION_BYTES_MAX, |name, addresses| {
+        is_musl |= name == MUSL_FIRST[0];
+        if MUSL_FIRST.contains(&name) {
+            known.push(KnownCode { addresses, rule: UnwindRule::END });
+        } else if name == SIGNAL_RETURN {
+            // A handler returns to its first byte, and is looked up one before.
+            let addresses = addresses.start.saturating_sub(1)..addresses.end;
+            known.push(KnownCode { addresses, rule: UnwindRule::SIGNAL });
+        }
+    });
+    if is_musl { known } else { Vec::new() }
 }
 
 /// Nothing has called the entry point. musl and glibc's dynamic linker do not say so.

@@ -25,3 +25,9 @@ pub const CIES_MAX: usize = 1024;
 
 /// Image of a vDSO, in bytes. Real ones have 8 KiB.
 pub const VDSO_BYTES_MAX: usize = 1 << 20;
+
+/// Symbols of one file that are looked at for functions whose frames are known. libLLVM has 190,000.
+pub const SYMBOLS_MAX: usize = 1 << 20;
+
+/// Such functions are no larger, in bytes: names of others are not read.
+pub const KNOWN_FUNCTION_BYTES_MAX: u64 = 512;

@@ -1,13 +1,40 @@
-//! A library of the other architecture, for tests that read it.
+//! The other architecture: a check that the agent compiles for it, and a library of it for tests that read one.
 
 use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{command, project};
+use crate::{
+    command, project,
+    tally::Tally,
+    tools::{self, CC_AARCH64},
+};
+
+const TARGET: &str = "aarch64-unknown-linux-gnu";
 
 /// Debian's aarch64 glibc, as a package for every machine.
 const PACKAGE: &str = "libc6-arm64-cross";
+
+/// Type-checks the agent; skipped where the standard library or the C compiler for it cannot be had.
+pub(crate) fn check() -> Result<Tally> {
+    if let Err(error) = add_target().and_then(|()| tools::need(&[CC_AARCH64])) {
+        println!("SKIP check for {TARGET}: {error:#}");
+        return Ok(Tally::SKIPPED);
+    }
+    let mut cargo = command::cargo();
+    cargo.args(["check", "--locked", "--target", TARGET, "--package", "profiler-agent"]);
+    command::run(cargo.env("CC_aarch64_unknown_linux_gnu", "aarch64-linux-gnu-gcc"))?;
+    Ok(Tally::PASSED)
+}
+
+fn add_target() -> Result<()> {
+    let sysroot = command::output(Command::new("rustc").args(["--print", "sysroot"]))?;
+    if PathBuf::from(sysroot.trim()).join("lib/rustlib").join(TARGET).exists() {
+        return Ok(());
+    }
+    ensure!(command::is_installed("rustup"), "no standard library for it, and no rustup to get one");
+    command::run(Command::new("rustup").args(["target", "add", TARGET]))
+}
 
 /// An aarch64 libc.so.6, unpacked below `target/tools`; nothing is installed.
 pub(crate) fn libc() -> Result<PathBuf> {

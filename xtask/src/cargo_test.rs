@@ -11,7 +11,7 @@ use crate::{
     aarch64, command,
     tally::Tally,
     testprogs,
-    tools::{self, CHROMIUM, CLANG, CONTAINERD, GO, LIBPYTHON, MUSL, NODE},
+    tools::{self, CHROMIUM, CLANG, CONTAINERD, GO, LIBPYTHON, MUSL, NODE, PERF},
     ui,
 };
 
@@ -50,7 +50,7 @@ pub(crate) fn host() -> Result<Tally> {
 
 /// The agent in the kernel, on its own machine: one test at a time, for they sample each other.
 pub(crate) fn root() -> Result<Tally> {
-    tools::need(&[GO, NODE, CHROMIUM, CONTAINERD])?;
+    tools::need(&[GO, NODE, CHROMIUM, CONTAINERD, CLANG, MUSL, PERF])?;
     testprogs::build()?;
     ui::install()?;
     let mut cargo = command::cargo();
@@ -77,12 +77,25 @@ fn run_tests_as_root(cargo: &mut Command) -> Result<()> {
 /// Runs `cargo test` on `packages` with `options` for the test programs.
 fn test(cargo: &mut Command, packages: &[&str], options: &[&str]) -> Result<Tally> {
     cargo.args(["test", "--release", "--locked", "--no-fail-fast"]).args(packages).arg("--").args(options);
-    let mut tally = Tally::default();
+    let (mut tally, mut whole_skipped) = (Tally::default(), 0);
+    let mut started = String::new();
     let succeeded = command::run_reading(cargo, |line| {
+        let (test, said) = parse_test(line).unwrap_or(("", line));
+        if !test.is_empty() {
+            test.clone_into(&mut started);
+        }
         if let Some(result) = parse_result(line) {
             tally += result;
+        } else if is_skip(line) {
+            tally += Tally::SKIPPED;
+        }
+        if let Some(skipped) = parse_skip(said) {
+            tally.skipped += 1;
+            whole_skipped += u64::from(skipped == started);
         }
     })?;
+    // A test that says of itself that it is skipped has passed, to the harness.
+    tally.passed = tally.passed.saturating_sub(whole_skipped);
     if tally == Tally::default() {
         println!("FAILED: no test was run");
         tally += Tally::FAILED;
@@ -93,8 +106,18 @@ fn test(cargo: &mut Command, packages: &[&str], options: &[&str]) -> Result<Tall
     Ok(tally)
 }
 
+/// `test name ... ` begins when one test runs at a time; what the test says itself may stand behind.
+fn parse_test(line: &str) -> Option<(&str, &str)> {
+    line.strip_prefix("test ")?.split_once(" ... ")
+}
+
+/// `SKIP name: reason`: a test, or a part of one, that could not run here.
+fn parse_skip(said: &str) -> Option<&str> {
+    said.strip_prefix("SKIP ")?.split(':').next()
+}
+
 /// What a test program's closing line says. Its ignored tests are another group's.
-fn parse_result(line: &str) -> Option<Tally> {
+pub(crate) fn parse_result(line: &str) -> Option<Tally> {
     let counts = line.strip_prefix("test result: ")?;
     let count = |what: &str| {
         let before = counts.split(what).next()?;
@@ -103,14 +126,35 @@ fn parse_result(line: &str) -> Option<Tally> {
     Some(Tally { passed: count(" passed;")?, failed: count(" failed;")?, skipped: 0 })
 }
 
+/// Whether a test says that it leaves something out: `SKIP java: not installed`. It may stand behind the test's name,
+/// which has no line break yet.
+fn is_skip(line: &str) -> bool {
+    line.starts_with("SKIP ") || (line.starts_with("test ") && line.contains(" ... SKIP "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
+    fn what_a_test_leaves_out_is_counted() {
+        assert!(is_skip("SKIP java: not installed"));
+        assert!(is_skip("test stacks ... SKIP java: not installed"));
+        assert!(!is_skip("test SKIP ... ok"));
+    }
+
+    #[test]
     fn closing_line_of_a_test_program_is_counted() {
         let line = "test result: FAILED. 12 passed; 3 failed; 4 ignored; 0 measured; 5 filtered out; finished in 0.1s";
         assert_eq!(parse_result(line), Some(Tally { passed: 12, failed: 3, skipped: 0 }));
+    }
+
+    #[test]
+    fn what_a_test_skips_is_read_behind_its_name_and_on_lines_of_its_own() {
+        let line = "test cpus_go ... SKIP cpus_go: there is one CPU";
+        assert_eq!(parse_test(line), Some(("cpus_go", "SKIP cpus_go: there is one CPU")));
+        assert_eq!(parse_skip("SKIP cpus_go: there is one CPU"), Some("cpus_go"));
+        assert_eq!(parse_skip("ok"), None);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::{command, tally::Tally, tools};
 
 /// Sources outside the workspace that rustfmt covers too.
-const OTHER_SOURCES: [&str; 1] = ["testprogs/rust_burn.rs"];
+const OTHER_SOURCES: [&str; 2] = ["testprogs/rust_burn.rs", "testprogs/rust_deep.rs"];
 
 pub(crate) fn format() -> Result<Tally> {
     command::run(command::cargo().args(["fmt", "--all", "--check"]))?;

@@ -4,6 +4,7 @@ mod aarch64;
 mod bench;
 mod cargo_test;
 mod command;
+mod debian;
 mod dist;
 mod ebpf;
 mod lint;
@@ -14,6 +15,7 @@ mod test;
 mod testprogs;
 mod tools;
 mod ui;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -56,6 +58,8 @@ enum Task {
         #[command(subcommand)]
         bench: bench::Bench,
     },
+    /// Run the root tests on other kernels: Debian's, under qemu without hardware support.
+    Vm(vm::Options),
     /// Pack a release: an archive and its checksum in target/dist.
     Dist,
 }
@@ -75,6 +79,7 @@ fn main() -> Result<ExitCode> {
         Task::BuildEbpf { check: false } => ebpf::build()?,
         Task::Testprogs => testprogs::build().map(drop)?,
         Task::Bench { bench } => bench::run(&bench)?,
+        Task::Vm(options) => return Ok(exit_code(vm::run(&options)?)),
         Task::Dist => dist::build()?,
     }
     Ok(ExitCode::SUCCESS)

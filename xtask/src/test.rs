@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{cargo_test, ebpf, lint, tally::Tally, testprogs, ui};
+use crate::{aarch64, cargo_test, ebpf, lint, tally::Tally, testprogs, ui, vm};
 
 /// One part of the whole test, which runs to its end whatever the others do.
 struct Step {
@@ -16,10 +16,11 @@ struct Step {
     run: fn() -> Result<Tally>,
 }
 
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 13] = [
     Step { name: "fmt", title: "the sources are formatted", run: lint::format },
     Step { name: "clippy", title: "the sources have no warnings", run: lint::clippy },
     Step { name: "docs", title: "the documentation builds without warnings", run: lint::docs },
+    Step { name: "aarch64", title: "the agent compiles for aarch64", run: aarch64::check },
     Step { name: "deny", title: "licences and origins of all crates are allowed", run: lint::deny },
     Step { name: "ebpf", title: "the BPF objects are what their sources give", run: ebpf::check },
     Step { name: "testprogs", title: "the test programs build", run: testprogs::build },
@@ -28,12 +29,13 @@ const STEPS: [Step; 11] = [
     Step { name: "host", title: "tests against the machine's own programs", run: cargo_test::host },
     Step { name: "ui", title: "the UI is tested and its dist/ is what its sources give", run: ui::check },
     Step { name: "root", title: "the agent in the kernel", run: cargo_test::root },
+    Step { name: "vm", title: "the agent in the oldest kernel, under qemu", run: vm::oldest },
 ];
 
 /// Steps that need no build of the tests.
 pub(crate) const LINT: [&str; 4] = ["fmt", "clippy", "docs", "deny"];
 
-/// All names that choose steps: each step's own, and `lint` for the first four.
+/// All names that choose steps: each step's own, and `lint` for some of the first.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     STEPS.iter().map(|step| step.name).chain(["lint"])
 }

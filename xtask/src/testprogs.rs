@@ -14,7 +14,7 @@ use crate::{
     tools::{self, CC, GO},
 };
 
-const C_PROGRAMS: [&str; 3] = ["burn", "short", "fork_storm"];
+const C_PROGRAMS: [&str; 5] = ["burn", "short", "fork_storm", "identity", "crowd"];
 
 /// Linked statically into `container/`, which is all that the test's container images hold.
 const CONTAINER_PROGRAMS: [&str; 2] = ["burn", "pause"];
@@ -34,26 +34,57 @@ const C_FLAGS: [&str; 10] = [
 ];
 
 /// As distributions build: no frame pointers. Nothing but unwind information leads from frame to caller.
-const DEEP_FLAGS: [&str; 9] = [
-    "-std=gnu11",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unused-function",
-    "-O2",
-    "-g1",
-    "-fomit-frame-pointer",
-    "-pthread",
-];
+const UNFRAMED_FLAGS: [&str; 6] = ["-Wall", "-Wextra", "-Werror", "-O2", "-g1", "-fomit-frame-pointer"];
 
-/// `deep.c` by compiler, and the program it makes. Those that are not installed are skipped.
-const DEEP_COMPILERS: [(&str, &str); 2] = [("gcc", "deep_gcc"), ("clang", "deep_clang")];
+/// A program without frame pointers, by the compiler that makes it.
+struct Unframed {
+    name: &'static str,
+    compiler: &'static str,
+    source: &'static str,
+    flags: &'static [&'static str],
+}
+
+/// Those whose compiler is not installed are skipped.
+const UNFRAMED: [Unframed; 12] = [
+    Unframed { name: "deep_gcc", compiler: "gcc", source: "deep.c", flags: &[] },
+    Unframed { name: "deep_clang", compiler: "clang", source: "deep.c", flags: &[] },
+    Unframed { name: "deep_static", compiler: "gcc", source: "deep.c", flags: &["-static"] },
+    Unframed { name: "deep_static_pie", compiler: "gcc", source: "deep.c", flags: &["-static-pie"] },
+    Unframed { name: "deep_musl", compiler: "musl-gcc", source: "deep.c", flags: &["-static", "-DOWN_SORT"] },
+    Unframed { name: "deep_musl_qsort", compiler: "musl-gcc", source: "deep.c", flags: &["-static"] },
+    Unframed { name: "throw_gcc", compiler: "g++", source: "throw.cpp", flags: &[] },
+    Unframed { name: "throw_clang", compiler: "clang++", source: "throw.cpp", flags: &[] },
+    Unframed { name: "depth", compiler: "gcc", source: "depth.c", flags: &[] },
+    Unframed { name: "shapes", compiler: "gcc", source: "shapes.c", flags: &["-ldl"] },
+    // Two versions whose frames differ: a table of the one is wrong for the other.
+    Unframed {
+        name: "libplugin_1.so",
+        compiler: "gcc",
+        source: "plugin.c",
+        flags: &["-shared", "-fPIC", "-DVERSION=1"],
+    },
+    Unframed {
+        name: "libplugin_2.so",
+        compiler: "gcc",
+        source: "plugin.c",
+        flags: &["-shared", "-fPIC", "-DVERSION=2"],
+    },
+];
 
 /// `heap_truth.c` by compiler, and the program it makes; the second one is linked with musl. Not installed: skipped.
 const HEAP_COMPILERS: [(&str, &str); 2] = [("cc", "heap_truth"), ("musl-gcc", "heap_truth_musl")];
 
-const RUST_FLAGS: [&str; 5] =
-    ["--edition=2024", "-O", "-Cforce-frame-pointers=yes", "-Cdebuginfo=1", "-Dwarnings"];
+const RUST_FLAGS: [&str; 4] = ["--edition=2024", "-O", "-Cdebuginfo=1", "-Dwarnings"];
+
+const RUST_PROGRAMS: [(&str, &[&str]); 2] =
+    [("rust_burn", &["-Cforce-frame-pointers=yes"]), ("rust_deep", &[])];
+
+/// A Go program, its folder, and flags of its build.
+const GO_PROGRAMS: [(&str, &str, &[&str]); 3] = [
+    ("goburn", "goburn", &[]),
+    ("goburn_stripped", "goburn", &["-ldflags=-s -w"]),
+    ("cgoburn", "cgoburn", &[]),
+];
 
 /// Builds those programs whose sources or flags are newer than they are; counts each that is there.
 pub(crate) fn build() -> Result<Tally> {
@@ -69,26 +100,21 @@ pub(crate) fn build() -> Result<Tally> {
         build_c(&from, name, &into.join("container"), &["-static"])?;
         tally += Tally::PASSED;
     }
-    for (compiler, name) in DEEP_COMPILERS {
-        tally += build_deep(compiler, &into.join(name), &from)?;
+    for program in &UNFRAMED {
+        tally += build_unframed(program, &into, &from)?;
     }
     for (compiler, name) in HEAP_COMPILERS {
         tally += build_heap(compiler, &into.join(name), &from)?;
     }
-    let source = from.join("rust_burn.rs");
-    if is_outdated(&into.join("rust_burn"), std::slice::from_ref(&source)) {
-        command::run(
-            Command::new("rustc").args(RUST_FLAGS).arg("-o").arg(into.join("rust_burn")).arg(source),
-        )?;
+    for (name, flags) in RUST_PROGRAMS {
+        build_rust(&from, name, &into, flags)?;
+        tally += Tally::PASSED;
     }
-    tally += Tally::PASSED;
-    if is_outdated(&into.join("goburn"), &[from.join("goburn/main.go"), from.join("goburn/go.mod")]) {
-        tools::need(&[GO])?;
-        let mut go = Command::new("go");
-        go.current_dir(from.join("goburn")).env("GOTOOLCHAIN", "local").env("GOFLAGS", "");
-        command::run(go.args(["build", "-trimpath", "-buildvcs=false", "-o"]).arg(into.join("goburn")))?;
+    for (name, folder, flags) in GO_PROGRAMS {
+        build_go(&from.join(folder), &into.join(name), flags)?;
+        tally += Tally::PASSED;
     }
-    tally += Tally::PASSED;
+    tally += build_java(&from, &into)?;
     Ok(tally)
 }
 
@@ -101,29 +127,71 @@ fn build_c(from: &Path, name: &str, into: &Path, flags: &[&str]) -> Result<()> {
     command::run(Command::new("cc").args(C_FLAGS).args(flags).arg("-o").arg(program).arg(source))
 }
 
-fn build_deep(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
-    let source = from.join("deep.c");
-    if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
-        if Command::new(compiler).arg("--version").output().is_err() {
-            eprintln!("SKIP {}: {compiler} is not installed", program.display());
-            return Ok(Tally::SKIPPED);
-        }
-        command::run(Command::new(compiler).args(DEEP_FLAGS).arg("-o").arg(program).arg(source))?;
+fn build_unframed(program: &Unframed, into: &Path, from: &Path) -> Result<Tally> {
+    let &Unframed { name, compiler, source, flags } = program;
+    let (source, program) = (from.join(source), into.join(name));
+    if !is_outdated(&program, &[source.clone(), from.join("burn.h")]) {
+        return Ok(Tally::PASSED);
     }
+    if !command::is_installed(compiler) {
+        return Ok(skip(name, compiler));
+    }
+    let language: &[&str] = match source.extension().and_then(|extension| extension.to_str()) {
+        Some("cpp") => &["-std=c++17"],
+        _ => &["-std=gnu11", "-Wno-unused-function", "-fasynchronous-unwind-tables"],
+    };
+    let mut compile = Command::new(compiler);
+    compile.args(UNFRAMED_FLAGS).args(language).arg("-pthread").arg("-o").arg(program).arg(source);
+    command::run(compile.args(flags))?;
     Ok(Tally::PASSED)
 }
 
 fn build_heap(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
     let source = from.join("heap_truth.c");
     if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
-        if Command::new(compiler).arg("--version").output().is_err() {
-            eprintln!("SKIP {}: {compiler} is not installed", program.display());
-            return Ok(Tally::SKIPPED);
+        if !command::is_installed(compiler) {
+            return Ok(skip(&program.display().to_string(), compiler));
         }
         let flags = C_FLAGS.into_iter().chain(["-Wno-unused-function"]);
         command::run(Command::new(compiler).args(flags).arg("-o").arg(program).arg(source))?;
     }
     Ok(Tally::PASSED)
+}
+
+fn build_rust(from: &Path, name: &str, into: &Path, flags: &[&str]) -> Result<()> {
+    let (source, program) = (from.join(name).with_extension("rs"), into.join(name));
+    if !is_outdated(&program, std::slice::from_ref(&source)) {
+        return Ok(());
+    }
+    command::run(Command::new("rustc").args(RUST_FLAGS).args(flags).arg("-o").arg(program).arg(source))
+}
+
+fn build_go(folder: &Path, program: &Path, flags: &[&str]) -> Result<()> {
+    if !is_outdated(program, &[folder.join("main.go"), folder.join("go.mod")]) {
+        return Ok(());
+    }
+    tools::need(&[GO, CC])?;
+    let mut go = Command::new("go");
+    go.current_dir(folder).env("GOTOOLCHAIN", "local").env("GOFLAGS", "");
+    go.args(["build", "-trimpath", "-buildvcs=false"]).args(flags);
+    command::run(go.arg("-o").arg(program))
+}
+
+fn build_java(from: &Path, into: &Path) -> Result<Tally> {
+    let (source, program) = (from.join("Burn.java"), into.join("Burn.class"));
+    if !is_outdated(&program, std::slice::from_ref(&source)) {
+        return Ok(Tally::PASSED);
+    }
+    if !command::is_installed("javac") {
+        return Ok(skip("Burn.class", "javac"));
+    }
+    command::run(Command::new("javac").arg("-d").arg(into).arg(source))?;
+    Ok(Tally::PASSED)
+}
+
+fn skip(program: &str, tool: &str) -> Tally {
+    eprintln!("SKIP {program}: {tool} is not installed");
+    Tally::SKIPPED
 }
 
 /// Whether a program is older than one of its sources, or than this program, which holds the flags.

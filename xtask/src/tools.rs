@@ -19,6 +19,12 @@ pub(crate) struct Tool {
 pub(crate) const CC: Tool = Tool { name: "cc", package: "gcc", is_there: || command::is_installed("cc") };
 pub(crate) const CLANG: Tool =
     Tool { name: "clang", package: "clang", is_there: || command::is_installed("clang") };
+/// Brings the C library's headers for aarch64 with it.
+pub(crate) const CC_AARCH64: Tool = Tool {
+    name: "aarch64-linux-gnu-gcc",
+    package: "crossbuild-essential-arm64",
+    is_there: || command::is_installed("aarch64-linux-gnu-gcc"),
+};
 pub(crate) const MUSL: Tool =
     Tool { name: "musl-gcc", package: "musl-tools", is_there: || command::is_installed("musl-gcc") };
 pub(crate) const GO: Tool = Tool { name: "go", package: "golang", is_there: || command::is_installed("go") };
@@ -36,6 +42,17 @@ pub(crate) const CONTAINERD: Tool = Tool {
 /// What the agent's cost is compared with.
 pub(crate) const PERF: Tool =
     Tool { name: "perf", package: "linux-perf", is_there: || command::is_installed("perf") };
+pub(crate) const QEMU: Tool = Tool {
+    name: "qemu-system-x86_64",
+    package: "qemu-system-x86",
+    is_there: || command::is_installed("qemu-system-x86_64"),
+};
+/// The virtual machines' shell.
+pub(crate) const BUSYBOX: Tool = Tool {
+    name: "a static busybox",
+    package: "busybox-static",
+    is_there: || command::is_installed("busybox"),
+};
 pub(crate) const LIBPYTHON: Tool =
     Tool { name: "a shared libpython3", package: "libpython3-dev", is_there: has_libpython };
 

@@ -10,19 +10,25 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Map, MapData, MapError, PerCpuArray, RingBuf},
-    programs::{PerfEvent, Program, ProgramError, RawTracePoint},
+    programs::{PerfEvent, Program, ProgramError, RawTracePoint, raw_trace_point::RawTracePointLink},
 };
 use aya_log::EbpfLogger;
-use profiler_common::limits;
 use tracing::{info, warn};
 
 use super::{
     heap::{HEAP_MAPS, HeapCounts, HeapLoadError, HeapProgram, LiveMap},
-    probe::kernel_facts,
+    probe::{cgroup_facts, kernel_facts},
     stats::KernelCounts,
     unwind::UnwindMaps,
 };
-use crate::sys::{btf::BtfError, cpu, perf_event::CpuClock};
+use crate::{
+    memory::UnwindSizes,
+    sys::{
+        btf::{Btf, BtfError},
+        cgroup, cpu,
+        perf_event::CpuClock,
+    },
+};
 
 #[cfg(target_arch = "x86_64")]
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../profiler-ebpf/prebuilt/profiler-x86_64.bpf.o");
@@ -62,26 +68,27 @@ pub(crate) enum BpfError {
     },
 }
 
-/// Sizes of the maps of unwind tables. Values of 4, 2, 2 KiB, 16 and about 64 bytes: 15.6 MiB.
-const TABLE_MAPS: [(&str, u32); 5] = [
-    ("PROCESSES", limits::UNWIND_PROCESSES_MAX),
-    ("CHUNKS", limits::UNWIND_PROCESSES_MAX),
-    ("DIRECTORIES", limits::UNWIND_DIRECTORIES_MAX),
-    ("LEAVES", limits::UNWIND_LEAVES_MAX),
-    ("RULES", limits::UNWIND_RULES_MAX),
-];
+/// Entries of the maps of unwind tables.
+///
+/// Leaves come in shards, as they are needed.
+fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 4] {
+    let UnwindSizes { leaves: _, directories, processes, rules } = sizes;
+    [("PROCESSES", processes), ("CHUNKS", processes), ("DIRECTORIES", directories), ("RULES", rules)]
+}
 
 /// What may be chosen before loading.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadOptions {
     /// Bytes of the ring buffer; a power of two and a multiple of the page size.
     pub(crate) ring_bytes: u32,
-    /// Whether to make room for unwind tables.
-    pub(crate) has_tables: bool,
+    /// Room for unwind tables; `None` where there are none.
+    pub(crate) tables: Option<UnwindSizes>,
     /// Whether to load what samples heaps.
     pub(crate) has_heap: bool,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
+    /// The hierarchy whose cgroup ids samples carry.
+    pub(crate) cgroups: Option<cgroup::Version>,
     /// Root of sysfs.
     pub(crate) sys_root: PathBuf,
 }
@@ -93,6 +100,8 @@ pub(crate) struct Programs {
     heap: Option<Result<Heap, BpfError>>,
     /// The clock event of every CPU that is sampled.
     clocks: BTreeMap<u32, CpuClock>,
+    /// What follows the events of processes. Dropping them detaches.
+    process_events: Vec<RawTracePointLink>,
     /// CPUs that are online but whose event could not be opened when they came.
     refused: BTreeSet<u32>,
     period_ns: u64,
@@ -103,63 +112,67 @@ pub(crate) struct Programs {
 pub(crate) type Heap = (HeapProgram, LiveMap, HeapCounts);
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
+/// Programs that follow processes, and the raw tracepoints they are attached to.
+const PROCESS_PROGRAMS: [(&str, &str); 2] =
+    [("process_exec", "sched_process_exec"), ("cgroup_made", "cgroup_mkdir")];
 
 impl Programs {
-    /// Loads everything and attaches the process events; sampling starts with [`Self::start`].
+    /// Loads everything; nothing is attached before [`Self::start`].
     pub(crate) fn load(options: &LoadOptions) -> Result<Self, BpfError> {
-        let facts = kernel_facts(&options.sys_root)?.words();
+        let btf = Btf::of_kernel(&options.sys_root)?;
+        let (facts, cgroups) = (kernel_facts(&btf).words(), cgroup_facts(&btf, options.cgroups).words());
+        drop(btf);
         let mut loader = EbpfLoader::new();
-        loader.override_global("KERNEL_FACTS", &facts, true).map_max_entries("EVENTS", options.ring_bytes);
-        if options.has_tables {
-            for (map, entries) in TABLE_MAPS {
-                loader.map_max_entries(map, entries);
-            }
+        loader.override_global("KERNEL_FACTS", &facts, true).override_global("CGROUP_FACTS", &cgroups, true);
+        loader.map_max_entries("EVENTS", options.ring_bytes);
+        for (map, entries) in options.tables.into_iter().flat_map(table_maps) {
+            loader.map_max_entries(map, entries);
         }
-        if options.has_heap {
-            for (map, entries) in HEAP_MAPS {
-                loader.map_max_entries(map, entries);
-            }
+        for (map, entries) in HEAP_MAPS.into_iter().filter(|_| options.has_heap) {
+            loader.map_max_entries(map, entries);
         }
         let mut ebpf = loader.load(OBJECT)?;
         let heap = options.has_heap.then(|| HeapProgram::load(OBJECT, &mut ebpf));
-        let mut programs = Self {
+        for (name, _) in PROCESS_PROGRAMS {
+            raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
+        }
+        sample_program(&mut ebpf)?.load().map_err(sample_failed)?;
+        Ok(Self {
             ebpf,
             heap,
             clocks: BTreeMap::new(),
+            process_events: Vec::new(),
             refused: BTreeSet::new(),
             period_ns: options.period_ns,
             sys_root: options.sys_root.clone(),
-        };
-        programs.attach_process_events()?;
-        programs.open_clocks()?;
-        Ok(programs)
+        })
+    }
+
+    /// Attaches everything and starts sampling on every CPU. For a sampler that does not run.
+    pub(crate) fn start(&mut self) -> Result<(), BpfError> {
+        self.attach_process_events()?;
+        self.open_clocks()?;
+        for (&cpu, clock) in &self.clocks {
+            clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
+        }
+        Ok(())
     }
 
     fn attach_process_events(&mut self) -> Result<(), BpfError> {
-        const NAME: &str = "process_exec";
-        let failed = |source| BpfError::Program { program: NAME, source };
-        let program: &mut RawTracePoint = program(&mut self.ebpf, NAME)?.try_into().map_err(failed)?;
-        program.load().map_err(failed)?;
-        program.attach("sched_process_exec").map_err(failed)?;
+        for (name, tracepoint) in PROCESS_PROGRAMS {
+            let program = raw_tracepoint(&mut self.ebpf, name)?;
+            let link = program.attach(tracepoint).and_then(|id| program.take_link(id));
+            self.process_events.push(link.map_err(|source| failed(name, source))?);
+        }
         Ok(())
     }
 
     fn open_clocks(&mut self) -> Result<(), BpfError> {
-        let program = sample_program(&mut self.ebpf)?;
-        program.load().map_err(sample_failed)?;
-        let fd = program.fd().map_err(sample_failed)?.as_fd();
+        let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
         for cpu in cpu::online(&self.sys_root).map_err(BpfError::Cpus)? {
             let clock =
                 open_clock(cpu, self.period_ns, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
             self.clocks.insert(cpu, clock);
-        }
-        Ok(())
-    }
-
-    /// Starts sampling on every CPU.
-    pub(crate) fn start(&self) -> Result<(), BpfError> {
-        for (&cpu, clock) in &self.clocks {
-            clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
         }
         Ok(())
     }
@@ -175,16 +188,13 @@ impl Programs {
             self.clocks.remove(&cpu);
         }
         self.refused.retain(|cpu| online.contains(cpu));
+        self.renew_clocks()?;
         if changes.new.is_empty() {
             return Ok(());
         }
         let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
         for cpu in changes.new {
-            let clock = open_clock(cpu, self.period_ns, fd).and_then(|clock| {
-                clock.enable()?;
-                Ok(clock)
-            });
-            match clock {
+            match start_clock(cpu, self.period_ns, fd) {
                 Ok(clock) => {
                     info!(cpu, "CPU came online and is sampled");
                     self.clocks.insert(cpu, clock);
@@ -200,8 +210,43 @@ impl Programs {
         Ok(())
     }
 
-    /// Stops sampling; what is in the ring buffer stays there to be drained.
+    /// Samples with another period from now on, for a running sampler. A CPU whose event cannot be opened anew keeps the
+    /// old one until [`Self::follow_cpus`] succeeds.
+    ///
+    /// What a CPU has used up of its old period is in no sample: half a period on average.
+    pub(crate) fn set_period(&mut self, period_ns: u64) -> Result<(), BpfError> {
+        self.period_ns = period_ns;
+        self.renew_clocks()
+    }
+
+    /// Opens events of another period than the wanted one anew. The new one runs before the old one is closed.
+    fn renew_clocks(&mut self) -> Result<(), BpfError> {
+        let period_ns = self.period_ns;
+        let old = self.clocks.iter().filter(|(_, clock)| clock.period_ns() != period_ns);
+        let old: Vec<u32> = old.map(|(&cpu, _)| cpu).collect();
+        if old.is_empty() {
+            return Ok(());
+        }
+        let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
+        for cpu in old {
+            match start_clock(cpu, period_ns, fd) {
+                Ok(clock) => {
+                    self.clocks.insert(cpu, clock);
+                    self.refused.remove(&cpu);
+                }
+                Err(error) => {
+                    if self.refused.insert(cpu) {
+                        warn!(cpu, %error, "CPU keeps its old sampling frequency; trying again");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops sampling and detaches everything; what is in the ring buffer stays there to be drained.
     pub(crate) fn stop(&mut self) {
+        self.process_events.clear();
         for (cpu, clock) in std::mem::take(&mut self.clocks) {
             if let Err(error) = clock.disable() {
                 warn!(cpu, %error, "a clock event could not be stopped; closing it");
@@ -253,17 +298,31 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program
     ebpf.program_mut(name).ok_or(BpfError::Missing { what: name })
 }
 
+fn raw_tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, BpfError> {
+    program(ebpf, name)?.try_into().map_err(|source| failed(name, source))
+}
+
+fn failed(program: &'static str, source: ProgramError) -> BpfError {
+    BpfError::Program { program, source }
+}
+
 fn sample_program(ebpf: &mut Ebpf) -> Result<&mut PerfEvent, BpfError> {
     program(ebpf, SAMPLE_PROGRAM)?.try_into().map_err(sample_failed)
 }
 
 fn sample_failed(source: ProgramError) -> BpfError {
-    BpfError::Program { program: SAMPLE_PROGRAM, source }
+    failed(SAMPLE_PROGRAM, source)
 }
 
 fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
     let clock = CpuClock::open(cpu, period_ns)?;
     clock.set_program(program)?;
+    Ok(clock)
+}
+
+fn start_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
+    let clock = open_clock(cpu, period_ns, program)?;
+    clock.enable()?;
     Ok(clock)
 }
 
@@ -285,13 +344,67 @@ impl Changes {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering::Relaxed},
+        },
+        time::{Duration, Instant},
+    };
+
     use super::*;
+    use crate::{drain, sys::clock};
 
     #[track_caller]
     fn check(sampled: &[u32], online: &[u32], new: &[u32], gone: &[u32]) {
         let sampled = sampled.iter().map(|&cpu| (cpu, ())).collect();
         let online = online.iter().copied().collect();
         assert_eq!(Changes::between(&sampled, &online), Changes { new: new.to_vec(), gone: gone.to_vec() });
+    }
+
+    /// The period that each sample of the ring states, with its time.
+    fn periods(ring: &mut RingBuf<MapData>) -> Vec<(u64, u64)> {
+        let sample = |record: &[u8]| match drain::decode(record) {
+            Some(drain::Record::Sample(sample)) => Some((sample.time_ns, sample.value)),
+            _ => None,
+        };
+        std::iter::from_fn(|| Some(sample(&ring.next()?))).flatten().collect()
+    }
+
+    #[test]
+    #[ignore = "needs root and BPF"]
+    fn samples_state_the_period_that_they_were_taken_with() {
+        const PERIODS_NS: [u64; 3] = [5_000_000, 20_000_000, 2_000_000];
+        /// Each CPU goes over to the new period within this time.
+        const CHANGE_NS: u64 = 50_000_000;
+        let end = Instant::now() + Duration::from_secs(60);
+        let stop = Arc::new(AtomicBool::new(false));
+        let is_stopped = Arc::clone(&stop);
+        let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
+        let options = LoadOptions {
+            has_heap: false,
+            ring_bytes: 1 << 20,
+            tables: None,
+            period_ns: PERIODS_NS[0],
+            cgroups: None,
+            sys_root: "/sys".into(),
+        };
+        let mut programs = Programs::load(&options).expect("this kernel runs the programs");
+        let mut ring = programs.take_events().expect("the ring");
+        programs.start().expect("sampling starts");
+        for period_ns in PERIODS_NS {
+            programs.set_period(period_ns).expect("a new period");
+            let changed_ns = clock::boot_ns() + CHANGE_NS;
+            let mut found = Vec::new();
+            while found.len() < 5 {
+                assert!(Instant::now() < end, "no samples of {period_ns} ns");
+                let all = periods(&mut ring);
+                found.extend(all.into_iter().filter(|&(time_ns, _)| time_ns > changed_ns));
+            }
+            assert!(found.iter().all(|&(_, period)| period == period_ns), "{period_ns}: {found:?}");
+        }
+        stop.store(true, Relaxed);
+        burner.join().expect("it ends");
     }
 
     #[test]

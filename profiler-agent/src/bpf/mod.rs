@@ -7,6 +7,6 @@ mod stats;
 mod unwind;
 
 pub(crate) use heap::{HeapCounts, HeapProgram, LiveMap};
-pub(crate) use load::{LoadOptions, Programs};
+pub(crate) use load::{BpfError, LoadOptions, Programs};
 pub(crate) use stats::KernelCounts;
 pub(crate) use unwind::UnwindMaps;

@@ -1,25 +1,22 @@
 //! What the running kernel offers, asked for once.
 
-use std::path::Path;
-
 use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
-use profiler_common::config::KernelFacts;
+use profiler_common::config::{CgroupFacts, KernelFacts};
 
-use crate::sys::btf::{Btf, BtfError};
+use crate::sys::{btf::Btf, cgroup::Version};
 
 /// Bytes of a kernel stack: THREAD_SIZE without KASAN. Source: arch/x86/include/asm/page_64_types.h and
 /// arch/arm64/include/asm/memory.h.
 const THREAD_BYTES: u32 = 16 << 10;
 
 /// Finds the facts the programs are compiled to ask for.
-pub(super) fn kernel_facts(sys_root: &Path) -> Result<KernelFacts, BtfError> {
-    let btf = Btf::of_kernel(sys_root)?;
+pub(super) fn kernel_facts(btf: &Btf) -> KernelFacts {
     let task = btf.structs(&["task_struct"]).get("task_struct").copied();
     let offset = |member| task.and_then(|task| btf.member_offset(task, member)).unwrap_or(0);
-    Ok(KernelFacts {
+    KernelFacts {
         has_task_pt_regs: u32::from(has_task_pt_regs()),
         task_stack_offset: offset("stack"),
         task_mm_offset: offset("mm"),
@@ -31,8 +28,42 @@ pub(super) fn kernel_facts(sys_root: &Path) -> Result<KernelFacts, BtfError> {
         task_comm_offset: offset("comm"),
         thread_bytes: THREAD_BYTES,
         reserved: 0,
-    })
+    }
 }
+
+/// Where the programs find a task's cgroup in the hierarchy that ids are taken from. What the kernel's BTF does not say
+/// stays 0; on v1, samples have no id then.
+pub(super) fn cgroup_facts(btf: &Btf, hierarchy: Option<Version>) -> CgroupFacts {
+    let structs = btf.structs(&[
+        "task_struct",
+        "css_set",
+        "cgroup_subsys_state",
+        "cgroup",
+        "kernfs_node",
+        "cgroup_root",
+    ]);
+    let offset = |of, member| structs.get(of).and_then(|&of| btf.member_offset(of, member)).unwrap_or(0);
+    let facts = CgroupFacts {
+        cgroup_kn_offset: offset("cgroup", "kn"),
+        node_id_offset: offset("kernfs_node", "id"),
+        cgroup_root_offset: offset("cgroup", "root"),
+        root_hierarchy_offset: offset("cgroup_root", "hierarchy_id"),
+        ..CgroupFacts::default()
+    };
+    let Some(Version::V1 { controller, hierarchy }) = hierarchy else { return facts };
+    let Some(number) = btf.enum_value("cgroup_subsys_id", &format!("{controller}_cgrp_id")) else {
+        return facts;
+    };
+    CgroupFacts {
+        task_cgroups_offset: offset("task_struct", "cgroups"),
+        css_set_subsys_offset: offset("css_set", "subsys") + number * POINTER_BYTES,
+        css_cgroup_offset: offset("cgroup_subsys_state", "cgroup"),
+        hierarchy,
+        ..facts
+    }
+}
+
+const POINTER_BYTES: u32 = 8;
 
 /// `bpf_task_pt_regs` came with kernel 5.15. A kernel that refuses the question is taken not to have it.
 fn has_task_pt_regs() -> bool {

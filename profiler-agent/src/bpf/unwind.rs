@@ -2,22 +2,46 @@
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, Map, MapData, MapError},
+    maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError},
 };
-use profiler_common::unwind::{
-    Directory, Leaf, UnwindRule,
-    mappings::{MappingChunk, ProcessEntry},
+use profiler_common::{
+    limits::UNWIND_SHARD_LEAVES,
+    unwind::{
+        Directory, Leaf, UnwindRule,
+        mappings::{MappingChunk, ProcessEntry},
+    },
 };
 
 use super::load::BpfError;
 
-/// The five maps, for writing. Dropping it leaves them to the programs.
+/// The maps, for writing. Dropping it leaves them to the programs.
 pub(crate) struct UnwindMaps {
     processes: HashMap<MapData, u32, Value<ProcessEntry>>,
     chunks: Array<MapData, Value<MappingChunk>>,
     directories: Array<MapData, Value<Directory>>,
-    leaves: Array<MapData, Value<Leaf>>,
+    leaves: LeafShards,
     rules: Array<MapData, Value<UnwindRule>>,
+}
+
+type LeafShard = Array<MapData, Value<Leaf>>;
+
+/// The leaves' map of maps. A shard is made when the first leaf is put in it, and stays: numbers are used again.
+struct LeafShards {
+    outer: ArrayOfMaps<MapData, LeafShard>,
+    shards: Vec<LeafShard>,
+}
+
+impl LeafShards {
+    fn set(&mut self, id: u32, leaf: &Leaf) -> Result<(), MapError> {
+        let (shard, at) = (id / UNWIND_SHARD_LEAVES, id % UNWIND_SHARD_LEAVES);
+        while self.shards.len() <= shard as usize {
+            let new = LeafShard::create(UNWIND_SHARD_LEAVES, 0)?;
+            let next = u32::try_from(self.shards.len()).expect("no more than `shard`");
+            self.outer.set(next, &new, 0)?;
+            self.shards.push(new);
+        }
+        self.shards[shard as usize].set(at, Value(*leaf), 0)
+    }
 }
 
 /// A map value of integers without padding.
@@ -44,7 +68,10 @@ impl UnwindMaps {
             processes: take("PROCESSES")?.try_into().map_err(failed("PROCESSES"))?,
             chunks: take("CHUNKS")?.try_into().map_err(failed("CHUNKS"))?,
             directories: take("DIRECTORIES")?.try_into().map_err(failed("DIRECTORIES"))?,
-            leaves: take("LEAVES")?.try_into().map_err(failed("LEAVES"))?,
+            leaves: LeafShards {
+                outer: take("LEAVES")?.try_into().map_err(failed("LEAVES"))?,
+                shards: Vec::new(),
+            },
             rules: take("RULES")?.try_into().map_err(failed("RULES"))?,
         })
     }
@@ -54,7 +81,7 @@ impl UnwindMaps {
     }
 
     pub(crate) fn set_leaf(&mut self, id: u32, leaf: &Leaf) -> Result<(), MapError> {
-        self.leaves.set(id, Value(*leaf), 0)
+        self.leaves.set(id, leaf)
     }
 
     pub(crate) fn set_directory(&mut self, id: u32, directory: &Directory) -> Result<(), MapError> {

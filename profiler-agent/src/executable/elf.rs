@@ -4,10 +4,9 @@
 use std::fs::File;
 use std::ops::Range;
 
-use object::Endianness;
-use object::elf;
 use object::read::ReadRef;
 use object::read::elf::{CompressionHeader as _, FileHeader, ProgramHeader as _, SectionHeader as _};
+use object::{Endian as _, Endianness, elf};
 
 use super::bounded::BoundedFile;
 use super::build_id::{BuildIds, build_ids};
@@ -15,6 +14,9 @@ use crate::addr::{ElfAddr, FileOffset};
 
 /// Load segments taken from one file. Linkers write 2 to 6; every program header is 56 bytes of a bounded read.
 const SEGMENTS_MAX: usize = 256;
+
+/// A file's name, and the CRC behind it.
+const DEBUG_LINK_BYTES_MAX: u64 = 256 + 8;
 
 /// Mappings begin and end on pages; 4 KiB is the least any supported kernel uses.
 const PAGE_BYTES: u64 = 4096;
@@ -125,8 +127,21 @@ pub(crate) struct SymbolSections {
     pub(crate) abbreviations: Vec<SectionBytes>,
     /// There is DWARF in the file itself.
     pub(crate) has_debug_info: bool,
+    /// The name of a separate file with debug information, as `.gnu_debuglink` has it.
+    pub(crate) debug_link: Option<Box<str>>,
     /// A section names another file with debug information.
     pub(crate) names_other_file: bool,
+}
+
+/// Go's own table of functions, and what the linker says beside it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GoTable {
+    /// In the file.
+    pub(crate) range: Range<u64>,
+    /// Address of the first code, where the table does not say it.
+    pub(crate) text: ElfAddr,
+    /// `go:func.*`, counted from the start of the table.
+    pub(crate) trees_at: Option<u64>,
 }
 
 /// The headers of an ELF file.
@@ -137,6 +152,8 @@ pub(crate) struct Elf {
     pub(crate) symbols: SymbolSections,
     /// Linked by Go's tool chain, which keeps frame pointers and its own tables.
     pub(crate) is_go: bool,
+    /// There in stripped files too.
+    pub(crate) go_table: Option<GoTable>,
 }
 
 impl Elf {
@@ -174,7 +191,49 @@ where
     let sections = header.section_headers(endian, data).unwrap_or_default();
     let build_ids = build_ids::<H, R>(endian, data, programs, sections);
     let (symbols, has_go_sections) = symbol_sections::<H, R>(endian, data, header);
-    Ok(Elf { segments, is_go: has_go_sections || build_ids.go.is_some(), build_ids, symbols })
+    let go_table = go_table::<H, R>(endian, data, header);
+    Ok(Elf { segments, is_go: has_go_sections || build_ids.go.is_some(), build_ids, symbols, go_table })
+}
+
+/// Words of Go's module data. Source: Go 1.26: src/runtime/symtab.go, `moduledata`.
+const MODULE_TEXT: usize = 22;
+const MODULE_GOFUNC: usize = 40;
+const MODULE_WORDS: usize = 41;
+
+/// Go's table by its section. Go 1.26 has a section for the module's data too, which says where the code begins, that of
+/// C in front of it left out; before, the table says it, or it is the whole `.text`.
+fn go_table<'data, H, R>(endian: Endianness, data: R, header: &H) -> Option<GoTable>
+where
+    H: FileHeader<Endian = Endianness>,
+    R: ReadRef<'data>,
+{
+    let sections = header.sections(endian, data).ok()?;
+    let named = |name: &[u8]| sections.section_by_name(endian, name).map(|(_, section)| section);
+    let table = named(b".gopclntab").or_else(|| named(b".data.rel.ro.gopclntab"))?;
+    let (offset, bytes) = table.file_range(endian)?;
+    let range = offset..offset.checked_add(bytes)?;
+    let table_addr: u64 = table.sh_addr(endian).into();
+    let text = named(b".text").map_or(0, |text| text.sh_addr(endian).into());
+    let module =
+        named(b".go.module").and_then(|module| module_words(endian, data, module.file_range(endian)?));
+    // Relocations may be what fills it.
+    let Some(module) = module.filter(|words| words.first() == Some(&table_addr)) else {
+        return Some(GoTable { range, text: ElfAddr(text), trees_at: None });
+    };
+    let text = module.get(MODULE_TEXT).copied().unwrap_or(text);
+    let trees_at = module.get(MODULE_GOFUNC).and_then(|gofunc| gofunc.checked_sub(table_addr));
+    Some(GoTable { range, text: ElfAddr(text), trees_at: trees_at.filter(|&at| at < bytes) })
+}
+
+/// The first words of a section of 64-bit ones.
+fn module_words<'data, R: ReadRef<'data>>(
+    endian: Endianness,
+    data: R,
+    range: (u64, u64),
+) -> Option<Vec<u64>> {
+    let bytes = data.read_bytes_at(range.0, (MODULE_WORDS as u64 * 8).min(range.1)).ok()?;
+    let (words, _) = bytes.as_chunks::<8>();
+    Some(words.iter().map(|&word| endian.read_u64_bytes(word)).collect())
 }
 
 fn segments<H: FileHeader<Endian = Endianness>>(
@@ -219,11 +278,29 @@ where
         match name {
             b".debug_info" | b".zdebug_info" => sizes.has_debug_info |= on_file > 0,
             b".gnu_debuglink" | b".gnu_debugaltlink" | b".debug_sup" => sizes.names_other_file = true,
+            _ => {}
+        }
+        if name == b".gnu_debuglink" {
+            sizes.debug_link = debug_link::<H, R>(endian, data, section);
+        }
+        match name {
             b".gopclntab" | b".go.buildinfo" => is_go = true,
             _ => {}
         }
     }
     (sizes, is_go)
+}
+
+/// Source: GDB manual, "Debugging Information in Separate Files": a name, a zero byte, padding, a CRC.
+fn debug_link<'data, H, R>(endian: Endianness, data: R, section: &H::SectionHeader) -> Option<Box<str>>
+where
+    H: FileHeader<Endian = Endianness>,
+    R: ReadRef<'data>,
+{
+    let (start, bytes) = section.file_range(endian)?;
+    let bytes = data.read_bytes_at(start, bytes.min(DEBUG_LINK_BYTES_MAX)).ok()?;
+    let name = bytes.split(|&byte| byte == 0).next()?;
+    str::from_utf8(name).ok().filter(|name| !name.is_empty()).map(Into::into)
 }
 
 impl SymbolSections {

@@ -15,9 +15,9 @@ use std::{fmt, io};
 
 pub(crate) use build_id::BuildId;
 pub(crate) use cache::ExecutableCache;
-pub(crate) use elf::{CompressedSection, Elf, ElfError, SectionBytes, SymbolSections};
+pub(crate) use elf::{CompressedSection, Elf, ElfError, GoTable, SectionBytes, SymbolSections};
 pub(crate) use identity::Identity;
-pub(crate) use open::MappedFile;
+pub(crate) use open::{MappedFile, open_in_root};
 
 use crate::addr::{ElfAddr, FileOffset};
 
@@ -88,6 +88,10 @@ impl Executable {
         self.elf.is_go
     }
 
+    pub(crate) fn go_table(&self) -> Option<&GoTable> {
+        self.elf.go_table.as_ref()
+    }
+
     /// Reads the headers of an open regular file.
     fn read(id: ExecutableId, path: &Path, file: File) -> Result<Self, ExecutableError> {
         let read_error = |source| ExecutableError::Read { path: path.into(), source };
@@ -138,6 +142,18 @@ pub(crate) enum ExecutableError {
     /// All places are held by executables in use.
     #[error("{path}: {max} executables are in use, none can be closed")]
     Full { path: PathBuf, max: usize },
+}
+
+#[cfg(test)]
+impl Executable {
+    /// The same file, as if it had this debug link.
+    pub(crate) fn elf_with_debug_link(&self, name: &str) -> Self {
+        let mut elf = self.elf.clone();
+        elf.symbols.debug_link = Some(name.into());
+        let file = self.file.try_clone().expect("a descriptor");
+        let (path, identity) = (self.path.clone(), self.identity.clone());
+        Self { id: self.id, path, identity, file, elf, debug_is_safe: OnceLock::new() }
+    }
 }
 
 /// Real executables for the tests of other modules.

@@ -53,13 +53,7 @@ impl MappedFile<'_> {
     }
 
     fn open_in_root(&self, proc_root: &Path) -> io::Result<OwnedFd> {
-        let root = rustix::fs::open(
-            self.process_dir(proc_root).join("root"),
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        Ok(rustix::fs::openat2(root, self.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+        path_in_root(&self.process_dir(proc_root).join("root"), self.path)
     }
 
     /// Turns a path handle into a readable file, once it is known to be a regular one.
@@ -68,25 +62,47 @@ impl MappedFile<'_> {
         handle: OwnedFd,
         expected_inode: Option<u64>,
     ) -> Result<(File, rustix::fs::Stat), ExecutableError> {
-        let stat = rustix::fs::fstat(&handle).map_err(|source| self.open_error(source.into()))?;
-        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+        let opened = open_regular(&handle).map_err(|source| self.open_error(source))?;
+        let Some((file, stat)) = opened else {
             return Err(ExecutableError::NotRegular { pid: self.pid, path: self.path.into() });
-        }
+        };
         if let Some(mapped) = expected_inode.filter(|&mapped| mapped != stat.st_ino) {
             let (pid, path) = (self.pid, self.path.into());
             return Err(ExecutableError::Replaced { pid, path, mapped, found: stat.st_ino });
         }
-        // The link of our own descriptor leads to exactly the file that was looked at.
-        let link = format!("/proc/self/fd/{}", handle.as_raw_fd());
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let file =
-            rustix::fs::open(link, flags, Mode::empty()).map_err(|source| self.open_error(source.into()))?;
-        Ok((File::from(file), stat))
+        Ok((file, stat))
     }
 
     fn open_error(&self, source: io::Error) -> ExecutableError {
         ExecutableError::Open { pid: self.pid, path: self.path.into(), source }
     }
+}
+
+/// Opens a regular file by its path below `root`, which symbolic links, `..` and mounts of `/proc` do not lead out of;
+/// `None` when the path names anything else: a device may act on being opened, and a pipe would block.
+///
+/// Source: openat2(2), RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS.
+pub(crate) fn open_in_root(root: &Path, path: &Path) -> io::Result<Option<(File, rustix::fs::Stat)>> {
+    open_regular(&path_in_root(root, path)?)
+}
+
+fn path_in_root(root: &Path, path: &Path) -> io::Result<OwnedFd> {
+    let root = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    Ok(rustix::fs::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+}
+
+/// The readable file behind a path handle; `None` when it is not a regular one.
+fn open_regular(handle: &OwnedFd) -> io::Result<Option<(File, rustix::fs::Stat)>> {
+    let stat = rustix::fs::fstat(handle)?;
+    if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+        return Ok(None);
+    }
+    // The link of our own descriptor leads to exactly the file that was looked at.
+    let link = format!("/proc/self/fd/{}", handle.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(link, flags, Mode::empty())?;
+    Ok(Some((File::from(file), stat)))
 }
 
 #[cfg(test)]

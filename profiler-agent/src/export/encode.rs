@@ -13,8 +13,8 @@ use profiler_pprof::{
 use super::queue::Batch;
 use crate::{
     executable::Executable,
-    ledger::Events,
-    normalize::{ANONYMOUS, Location},
+    ledger::{PerType, ProfileType},
+    normalize::Location,
     symbolize::{self, KERNEL, LocationKey},
     window::{Closed, Measure, OBJECT, SampleLabels, Series},
 };
@@ -30,8 +30,8 @@ const ZSTD_LEVEL: i32 = 3;
 const KERNEL_MAPPING: &str = "[kernel.kallsyms]";
 /// A kernel frame without a name. Its address stays here: it would tell where the kernel lies.
 const KERNEL_UNNAMED: &str = "[kernel]";
-/// Generated code. Its address means nothing in another process.
-const GENERATED: &str = "[jit]";
+/// As perf names memory of generated code. Its addresses mean nothing in another process.
+const GENERATED_MAPPING: &str = "//anon";
 
 /// Samples lost on this node since the window before was encoded, by cause: said in every profile of a window.
 pub(crate) type Losses = Vec<(&'static str, u64)>;
@@ -65,12 +65,12 @@ pub(crate) fn encode(
     for series in &window.series {
         let pprof = encode_gzip(&SeriesEncoder::new(window, symbols, losses).encode(series));
         if request.is_full(pprof.len()) {
-            batches.push(std::mem::take(&mut request).into_batch(window.measure.events())?);
+            batches.push(std::mem::take(&mut request).into_batch()?);
         }
         request.push(window, series, pprof);
     }
     if !request.series.is_empty() {
-        batches.push(request.into_batch(window.measure.events())?);
+        batches.push(request.into_batch()?);
     }
     Ok(Encoded { batches, quality: quality(window, symbols) })
 }
@@ -96,7 +96,7 @@ fn quality(window: &Closed, symbols: &HashMap<symbolize::LocationId, symbolize::
 struct Request {
     series: Vec<push::Series>,
     bytes: usize,
-    events: u64,
+    events: PerType<u64>,
 }
 
 impl Request {
@@ -109,11 +109,12 @@ impl Request {
         self.bytes += pprof.len();
         // A snapshot's samples have been accounted for where they were taken.
         if !matches!(window.measure, Measure::InUse { .. }) {
-            self.events += series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
+            *self.events.of_mut(window.measure.profile_type()) +=
+                series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
         }
         let (profile_type, temporality) = match window.measure {
-            Measure::Cpu => ("cpu", Temporality::Delta),
-            Measure::Allocs { .. } => ("allocs", Temporality::Delta),
+            Measure::Cpu => (ProfileType::Cpu.name(), Temporality::Delta),
+            Measure::Allocs { .. } => (ProfileType::Allocs.name(), Temporality::Delta),
             Measure::InUse { .. } => ("heap", Temporality::Snapshot),
         };
         self.series.push(push::Series {
@@ -126,7 +127,7 @@ impl Request {
         });
     }
 
-    fn into_batch(self, kind: Events) -> io::Result<Batch> {
+    fn into_batch(self) -> io::Result<Batch> {
         let request = PushRequest {
             format_version: push::FORMAT_VERSION,
             batch_id: crate::sys::random::bytes::<{ push::BATCH_ID_BYTES }>()?.to_vec(),
@@ -134,7 +135,7 @@ impl Request {
             series: self.series,
         };
         let body = zstd::bulk::compress(&request.to_bytes(), ZSTD_LEVEL)?;
-        Ok(Batch { body: body.into(), kind, events: self.events })
+        Ok(Batch { body: body.into(), events: self.events })
     }
 }
 
@@ -217,6 +218,16 @@ impl<'a> SeriesEncoder<'a> {
                 let name = format!("{}+{:#x}", executable.name(), addr.0);
                 self.named(Some(mapping), addr.0, native_kind(executable), &name)
             }
+            (LocationKey::Generated { code, .. }, found) => {
+                let mapping = self.whole(GENERATED_MAPPING);
+                match found {
+                    Some(symbolize::Location::Resolved(frames)) => {
+                        let lines: Vec<_> = frames.iter().map(native_line).collect();
+                        self.lines(mapping, 0, FrameKind::Jit, &lines)
+                    }
+                    _ => self.named(Some(mapping), 0, FrameKind::Jit, code.runtime().unnamed()),
+                }
+            }
             (LocationKey::Kernel(_), Some(symbolize::Location::Resolved(frames))) => {
                 let innermost = frames.first();
                 let mapping = self.kernel(innermost.map_or(KERNEL, |frame| &frame.module));
@@ -231,22 +242,17 @@ impl<'a> SeriesEncoder<'a> {
         }
     }
 
-    /// Code that no executable backs. Where it lies in the process is not said: it differs from one to the next.
+    /// A mapping whose place in the process is not said: it differs from one to the next.
+    fn whole(&mut self, name: &str) -> MappingId {
+        self.mapping(name, 0, u64::MAX, 0, "")
+    }
+
+    /// Code that no executable backs.
     fn unnamed(&mut self, mapping: &str, addr: u64) -> LocationId {
-        let whole = |builder: &mut Self, name: &str| builder.mapping(name, 0, u64::MAX, 0, "");
         match mapping {
             "" => self.named(None, 0, FrameKind::Native, "[unknown]"),
-            ANONYMOUS => {
-                let mapping = whole(self, ANONYMOUS);
-                self.named(Some(mapping), 0, FrameKind::Jit, GENERATED)
-            }
-            // memfd_create(2): how JIT compilers map the same code writable and executable.
-            file if file.starts_with("memfd:") => {
-                let mapping = whole(self, file);
-                self.named(Some(mapping), addr, FrameKind::Jit, GENERATED)
-            }
             file => {
-                let mapping = whole(self, file);
+                let mapping = self.whole(file);
                 self.named(Some(mapping), addr, FrameKind::Native, &format!("{file}+{addr:#x}"))
             }
         }
@@ -381,8 +387,9 @@ mod tests {
     use crate::{
         addr::Addr,
         label::{Labeler, Subject},
+        process::GeneratedCode,
         symbolize::{Frame, Reason},
-        window::{Counts, Entry},
+        window::{Counts, Entry, Room, Taken},
     };
 
     /// A window of one stack, which is all of `locations`.
@@ -401,6 +408,7 @@ mod tests {
             locations,
             stacks: vec![stack],
             labels: vec![SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 }],
+            taken: Taken::nothing(&Room::new(0)),
         }
     }
 
@@ -470,22 +478,31 @@ mod tests {
 
     #[test]
     fn frames_without_an_executable_do_not_say_where_the_process_has_them() {
+        let generated = |exe: &str, addr| {
+            let code = Arc::new(GeneratedCode::new(1, 0, exe));
+            Location::Code(LocationKey::Generated { version: code.version(), code, addr: Addr(addr) })
+        };
+        let named = generated("node", 0x7f45_679a_4b48);
+        let Location::Code(key) = &named else { unreachable!("it is code") };
+        let symbols = HashMap::from([(key.id(), found("", "hot", 0))]);
         let window = window(vec![
-            Location::unnamed(ANONYMOUS, Addr(0x7f45_679a_4b46)),
-            Location::unnamed(ANONYMOUS, Addr(0x7f45_679a_4b47)),
+            generated("node", 0x7f45_679a_4b46),
+            generated("node", 0x7f45_679a_4b47),
+            generated("luajit", 0x7f45_679a_4b46),
+            named,
             Location::unnamed("", Addr(0x7f45_0000_0000)),
-            Location::unnamed("memfd:doublemapper", Addr(0x40)),
             Location::unnamed("[vdso]", Addr(0xb46)),
         ]);
-        let profile = profile(&window, &HashMap::new(), &Losses::new());
+        let profile = profile(&window, &symbols, &Losses::new());
         let expect = [
+            ("//anon", 0, "[jit: names with node --perf-basic-prof]", FrameKind::Jit),
             ("//anon", 0, "[jit]", FrameKind::Jit),
+            ("//anon", 0, "hot", FrameKind::Jit),
             ("", 0, "[unknown]", FrameKind::Native),
-            ("memfd:doublemapper", 0x40, "[jit]", FrameKind::Jit),
             ("[vdso]", 0xb46, "[vdso]+0xb46", FrameKind::Native),
         ];
         assert_eq!(shown(&profile), expect);
-        assert_eq!(profile.sample[0].location_id.len(), 5, "every frame stays");
+        assert_eq!(profile.sample[0].location_id.len(), 6, "every frame stays");
     }
 
     #[test]

@@ -8,20 +8,15 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use crate::ledger::{DestinationTotals, Events};
-
-/// Bytes kept for one destination while it is away. A node's batch is about 30 KiB, so this is hours of windows.
-const QUEUE_BYTES_MAX: usize = 32 << 20;
+use crate::ledger::{DestinationTotals, PerType, ProfileType};
 
 /// One upload: a whole `PushRequest`, encoded once and sent as it is at each try.
 #[derive(Clone, Debug)]
 pub(crate) struct Batch {
     /// Body of the request, compressed; shared by all destinations and tries.
     pub(crate) body: Bytes,
-    /// Kind of its samples.
-    pub(crate) kind: Events,
     /// Samples in it.
-    pub(crate) events: u64,
+    pub(crate) events: PerType<u64>,
 }
 
 /// Batches waiting for one destination, and what became of those that left.
@@ -37,8 +32,16 @@ struct State {
     batches: VecDeque<Batch>,
     bytes: usize,
     closed: bool,
-    /// By kind of event.
-    totals: [DestinationTotals; Events::COUNT],
+    totals: PerType<DestinationTotals>,
+}
+
+impl State {
+    /// Each type's totals, and how many of its events a batch holds.
+    fn count(&mut self, batch: &Batch, add: impl Fn(&mut DestinationTotals, u64)) {
+        for profile_type in ProfileType::ALL {
+            add(self.totals.of_mut(profile_type), *batch.events.of(profile_type));
+        }
+    }
 }
 
 /// What to do next.
@@ -61,14 +64,10 @@ pub(crate) enum Outcome {
     Shutdown,
 }
 
-impl Default for Queue {
-    fn default() -> Self {
-        Self::with_bytes_max(QUEUE_BYTES_MAX)
-    }
-}
-
 impl Queue {
-    fn with_bytes_max(bytes_max: usize) -> Self {
+    /// A queue of so many bytes, kept while the destination is away. A node's batch is about 30 KiB: 28 MiB are hours of
+    /// windows.
+    pub(crate) fn with_bytes_max(bytes_max: usize) -> Self {
         Self { state: Mutex::default(), changed: Notify::new(), bytes_max }
     }
 
@@ -77,14 +76,15 @@ impl Queue {
         {
             let mut state = self.lock();
             state.bytes += batch.body.len();
-            state.totals[batch.kind as usize].waiting += batch.events;
+            state.count(&batch, |totals, events| totals.waiting += events);
             state.batches.push_back(batch);
             while state.bytes > self.bytes_max && state.batches.len() > 1 {
                 let Some(dropped) = state.batches.remove(1) else { break };
                 state.bytes -= dropped.body.len();
-                let totals = &mut state.totals[dropped.kind as usize];
-                totals.waiting -= dropped.events;
-                totals.dropped_queue_full += dropped.events;
+                state.count(&dropped, |totals, events| {
+                    totals.waiting -= events;
+                    totals.dropped_queue_full += events;
+                });
             }
         }
         self.changed.notify_one();
@@ -117,19 +117,20 @@ impl Queue {
         let mut state = self.lock();
         let Some(batch) = state.batches.pop_front() else { return };
         state.bytes -= batch.body.len();
-        let totals = &mut state.totals[batch.kind as usize];
-        totals.waiting -= batch.events;
-        let total = match outcome {
-            Outcome::Delivered => &mut totals.delivered,
-            Outcome::Refused => &mut totals.dropped_refused,
-            Outcome::Shutdown => &mut totals.dropped_shutdown,
-        };
-        *total += batch.events;
+        state.count(&batch, |totals, events| {
+            totals.waiting -= events;
+            let total = match outcome {
+                Outcome::Delivered => &mut totals.delivered,
+                Outcome::Refused => &mut totals.dropped_refused,
+                Outcome::Shutdown => &mut totals.dropped_shutdown,
+            };
+            *total += events;
+        });
     }
 
-    /// The events of a kind given to this destination so far, by what became of them.
-    pub(crate) fn totals(&self, kind: Events) -> DestinationTotals {
-        self.lock().totals[kind as usize]
+    /// The events given to this destination so far, by what became of them.
+    pub(crate) fn totals(&self) -> PerType<DestinationTotals> {
+        self.lock().totals
     }
 
     /// Bytes waiting.
@@ -148,7 +149,7 @@ mod tests {
     use super::*;
 
     fn batch(bytes: usize, events: u64) -> Batch {
-        Batch { body: vec![0; bytes].into(), kind: Events::Cpu, events }
+        Batch { body: vec![0; bytes].into(), events: PerType::from_fn(|_| events) }
     }
 
     #[test]
@@ -157,7 +158,7 @@ mod tests {
         for events in [1, 2, 4, 8] {
             queue.push(batch(40, events));
         }
-        let totals = queue.totals(Events::Cpu);
+        let totals = *queue.totals().of(ProfileType::Cpu);
         assert_eq!((totals.waiting, totals.dropped_queue_full), (1 + 8, 2 + 4));
         assert_eq!(queue.bytes(), 80);
     }
@@ -166,13 +167,13 @@ mod tests {
     fn a_batch_larger_than_the_queue_is_still_sent() {
         let queue = Queue::with_bytes_max(100);
         queue.push(batch(400, 1));
-        assert_eq!(queue.totals(Events::Cpu).waiting, 1);
+        assert_eq!(queue.totals().of(ProfileType::Cpu).waiting, 1);
     }
 
     #[test]
     fn each_outcome_has_its_own_count_and_the_queue_ends_when_closed() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let queue = Queue::default();
+        let queue = Queue::with_bytes_max(1 << 20);
         for events in [1, 2, 4] {
             queue.push(batch(1, events));
         }
@@ -188,7 +189,6 @@ mod tests {
             dropped_shutdown: 4,
             ..DestinationTotals::default()
         };
-        assert_eq!(queue.totals(Events::Cpu), expect);
-        assert_eq!(queue.totals(Events::Allocs), DestinationTotals::default());
+        assert_eq!(*queue.totals().of(ProfileType::Cpu), expect);
     }
 }

@@ -259,7 +259,7 @@ impl Sender {
     }
 
     fn refused(&self, batch: &Batch, why: &str) {
-        warn!(destination = self.name, events = batch.events, why, "batch refused and dropped");
+        warn!(destination = self.name, events = ?batch.events, why, "batch refused and dropped");
     }
 
     fn failed(&mut self, why: &str) {
@@ -323,6 +323,7 @@ fn causes(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::PerType;
 
     #[track_caller]
     fn check(text: &str, expect: Result<&str, &str>) {
@@ -391,9 +392,8 @@ mod tests {
                 backoff_min: Duration::from_millis(1),
                 failing: false,
             };
-            let outcome = sender
-                .deliver(&Batch { body: vec![0; 8].into(), kind: crate::ledger::Events::Cpu, events: 1 })
-                .await;
+            let outcome =
+                sender.deliver(&Batch { body: vec![0; 8].into(), events: PerType::from_fn(|_| 1) }).await;
             requests.abort();
             (outcome, sender.counts.retries.load(Relaxed) as usize + 1)
         })

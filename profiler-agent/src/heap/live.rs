@@ -17,7 +17,7 @@ use crate::{
     label::SeriesLabels,
     normalize::Location,
     sys::clock::{self, WallClock},
-    window::{Closed, Counts, Measure, SampleLabels, Window},
+    window::{Closed, Counts, Measure, Room, SampleLabels, Window},
 };
 
 /// Samples remembered. Those that were freed are found out when this is reached or a window closes; no more than
@@ -96,12 +96,12 @@ impl Live {
     }
 
     /// What is in use now, of processes that are profiled; `None` where that is nothing, or the kernel does not say.
-    pub(crate) fn snapshot(&mut self, rate: u32) -> Option<Closed> {
+    pub(crate) fn snapshot(&mut self, rate: u32, room: &Room) -> Option<Closed> {
         if !self.forget_freed() {
             return None;
         }
         self.counts.samples.store(self.samples.len() as u64, Relaxed);
-        let mut window = Window::snapshot(clock::boot_ns());
+        let mut window = Window::snapshot(clock::boot_ns(), room);
         for (sample, stack) in self.samples.values() {
             let Sample { time_ns: _, series, labels, counts } = sample.clone();
             // The window of the allocations has asked for their symbols.

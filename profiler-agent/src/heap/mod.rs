@@ -113,31 +113,49 @@ pub(crate) struct HeapGauges {
 pub(crate) enum Told {
     /// The process has a new image.
     Exec(u32),
+    /// Probe whom the rules mean.
+    Resume,
+    /// Take all probes out.
+    Pause,
     /// Take all probes out and end.
     Stop,
 }
 
-/// Tells the thread of execs, and to stop.
+/// Tells the thread of execs, and what to do.
 #[derive(Clone, Debug)]
-pub(crate) struct Execs(SyncSender<Told>);
+pub(crate) struct Orders(SyncSender<Told>);
 
-impl Execs {
+impl Orders {
     /// A process has a new image. One that there is no room for is found by the next look at all processes.
-    pub(crate) fn tell(&self, pid: u32) {
+    pub(crate) fn exec(&self, pid: u32) {
         let _ = self.0.try_send(Told::Exec(pid));
+    }
+
+    /// Probes are wanted from now on.
+    pub(crate) fn resume(&self) {
+        self.order(Told::Resume);
+    }
+
+    /// No more probes are wanted for now.
+    pub(crate) fn pause(&self) {
+        self.order(Told::Pause);
     }
 
     /// No more probes are wanted.
     pub(crate) fn stop(&self) {
-        // One that has ended has none.
-        let _ = self.0.send(Told::Stop);
+        self.order(Told::Stop);
+    }
+
+    fn order(&self, order: Told) {
+        // A thread that has ended has no probes.
+        let _ = self.0.send(order);
     }
 }
 
-/// A channel for execs.
-pub(crate) fn execs() -> (Execs, Receiver<Told>) {
+/// A channel for orders.
+pub(crate) fn orders() -> (Orders, Receiver<Told>) {
     let (sender, receiver) = sync_channel(EXECS_MAX);
-    (Execs(sender), receiver)
+    (Orders(sender), receiver)
 }
 
 /// A process that is profiled.
@@ -172,6 +190,7 @@ pub(crate) struct Profiler {
     free_slots: Vec<u32>,
     free_points: Vec<u32>,
     next_id: u32,
+    is_paused: bool,
     targets: Targets,
     gauges: Arc<HeapGauges>,
 }
@@ -198,6 +217,7 @@ impl Profiler {
             free_slots: (0..TARGETS_MAX).rev().collect(),
             free_points: (0..POINTS_MAX).rev().collect(),
             next_id: 1,
+            is_paused: true,
             targets,
             gauges,
         }
@@ -205,13 +225,20 @@ impl Profiler {
 
     /// Follows processes until it is told to stop. All probes are gone when it returns.
     pub(crate) fn run(mut self, told: &Receiver<Told>) {
-        self.scan();
         let (mut ticked, mut scanned) = (Instant::now(), Instant::now());
         loop {
             match told.recv_timeout(self.wait(ticked)) {
                 Ok(Told::Exec(pid)) => self.exec(pid),
+                Ok(Told::Resume) => {
+                    self.is_paused = false;
+                    self.scan();
+                }
+                Ok(Told::Pause) => self.pause(),
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if self.is_paused {
+                continue;
             }
             self.look_at_due();
             if ticked.elapsed() >= TICK {
@@ -228,6 +255,15 @@ impl Profiler {
     fn wait(&self, ticked: Instant) -> Duration {
         let due = self.due.front().map(|due| due.at.saturating_duration_since(Instant::now()));
         TICK.saturating_sub(ticked.elapsed()).min(due.unwrap_or(TICK))
+    }
+
+    /// Takes all probes out, and begins anew when it is resumed.
+    fn pause(&mut self) {
+        self.is_paused = true;
+        let attached: Vec<u32> = self.attached.keys().copied().collect();
+        attached.into_iter().for_each(|pid| self.detach(pid));
+        self.seen.clear();
+        self.due.clear();
     }
 
     /// What was known of the process is void.

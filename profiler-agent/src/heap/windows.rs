@@ -3,12 +3,12 @@
 use profiler_common::heap::{AllocPart, LiveKey};
 use profiler_heap::Weight;
 
-use super::{Execs, Live, Sample};
+use super::{Live, Orders, Sample};
 use crate::{
     label::SeriesLabels,
     normalize::Location,
     sys::clock::WallClock,
-    window::{Closed, Counts, Full, Measure, OBJECT, SampleLabels, Windows},
+    window::{Closed, Counts, Full, Measure, OBJECT, Room, SampleLabels, Windows},
 };
 
 /// The worker's part of heap profiling.
@@ -17,15 +17,16 @@ pub(crate) struct HeapWindows {
     pub(crate) windows: Windows,
     live: Live,
     /// Tells those who attach of execs.
-    pub(crate) execs: Execs,
+    pub(crate) orders: Orders,
     /// Mean bytes between samples that profiles state; every sample has its own.
     rate: u32,
+    room: Room,
 }
 
 impl HeapWindows {
     /// No allocation yet.
-    pub(crate) fn new(windows: Windows, live: Live, execs: Execs, rate: u32) -> Self {
-        Self { windows, live, execs, rate }
+    pub(crate) fn new(windows: Windows, live: Live, orders: Orders, rate: u32, room: Room) -> Self {
+        Self { windows, live, orders, rate, room }
     }
 
     /// Adds a sampled allocation of `size` bytes, made at a boot time. Even if its window is full, it may be in use.
@@ -58,7 +59,7 @@ impl HeapWindows {
 
     fn with_snapshot(&mut self, closed: Vec<Closed>) -> Vec<Closed> {
         let rate = self.rate;
-        let snapshot = if closed.is_empty() { None } else { self.live.snapshot(rate) };
+        let snapshot = if closed.is_empty() { None } else { self.live.snapshot(rate, &self.room) };
         let allocs = closed.into_iter().map(|window| Closed { measure: Measure::Allocs { rate }, ..window });
         allocs.chain(snapshot).collect()
     }

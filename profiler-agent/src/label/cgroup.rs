@@ -8,6 +8,9 @@ pub(crate) struct Owner {
     pub(crate) container_id: Option<String>,
     /// Systemd service or scope outside containers, the innermost.
     pub(crate) unit: Option<String>,
+    /// Systemd slice outside containers: the innermost of those that the system's own manager makes, so that all a user
+    /// runs is in `user-<uid>.slice`. As `sd_pid_get_slice`.
+    pub(crate) slice: Option<String>,
 }
 
 /// Reads `/proc/<pid>/cgroup`. Source: cgroups(7): one `id:controllers:path` line per hierarchy.
@@ -21,18 +24,31 @@ pub(crate) fn owner(cgroup: &str) -> Owner {
         let is_systemds = matches!(controllers, "" | "name=systemd");
         (std::cmp::Reverse(containers(path).count()), !is_systemds)
     });
-    let mut paths = lines.iter().map(|&(_, path)| path);
+    let paths = lines.iter().map(|&(_, path)| path);
     let container_id = paths.clone().next().and_then(|path| containers(path).last());
-    let unit = match container_id {
-        Some(_) => None,
-        None => paths.find_map(unit),
-    };
-    Owner { container_id: container_id.map(unescape), unit: unit.map(str::to_owned) }
+    if let Some(id) = container_id {
+        return Owner { container_id: Some(unescape(id)), ..Owner::default() };
+    }
+    // A path that names the unit is the one that the slice is taken from too.
+    let best = paths.clone().find(|path| unit(path).is_some());
+    let slice = best.map_or_else(|| paths.clone().find_map(slice), slice);
+    Owner {
+        unit: best.and_then(unit).map(str::to_owned),
+        slice: slice.map(str::to_owned),
+        container_id: None,
+    }
+}
+
+/// The same by a single path.
+pub(super) fn owner_of_path(path: &str) -> Owner {
+    owner(&format!("0::{path}"))
 }
 
 fn parse_line(line: &str) -> Option<(&str, &str)> {
     let (_, rest) = line.split_once(':')?;
-    rest.split_once(':')
+    let (controllers, path) = rest.split_once(':')?;
+    // Of a process that is exiting: its cgroup may be removed before it is waited for.
+    Some((controllers, path.strip_suffix(" (deleted)").unwrap_or(path)))
 }
 
 /// The containers that a path leads through, outermost first.
@@ -97,13 +113,19 @@ fn unescape(name: &str) -> String {
     plain
 }
 
-/// The innermost component that is a service, scope or slice.
+/// The innermost component that is a service or scope.
 fn unit(path: &str) -> Option<&str> {
-    path.rsplit('/').find(|component| {
-        [".service", ".scope", ".slice"]
-            .iter()
-            .any(|suffix| component.len() > suffix.len() && component.ends_with(suffix))
-    })
+    path.rsplit('/').find(|component| has_suffix(component, ".service") || has_suffix(component, ".scope"))
+}
+
+/// The innermost slice above everything that is none.
+fn slice(path: &str) -> Option<&str> {
+    let components = path.split('/').filter(|component| !component.is_empty());
+    components.take_while(|component| has_suffix(component, ".slice")).last()
+}
+
+fn has_suffix(component: &str, suffix: &str) -> bool {
+    component.len() > suffix.len() && component.ends_with(suffix)
 }
 
 #[cfg(test)]
@@ -141,9 +163,13 @@ mod tests {
                 Unit(unit) => (None, Some(*unit)),
                 Nobody => (None, None),
             };
-            let expect =
-                Owner { container_id: container_id.map(str::to_owned), unit: unit.map(str::to_owned) };
-            assert_eq!(owner(&cgroup), expect, "{layout}: {cgroup:?}");
+            let Owner { container_id: found, unit: found_unit, slice } = owner(&cgroup);
+            assert_eq!(
+                (found.as_deref(), found_unit.as_deref()),
+                (container_id, unit),
+                "{layout}: {cgroup:?}"
+            );
+            assert!(container_id.is_none() || slice.is_none(), "{layout}: {cgroup:?} in {slice:?}");
         }
     }
 
@@ -232,6 +258,11 @@ mod tests {
                 expect: Id,
             },
             Fixture { layout: "Docker, cgroupfs driver, v2", cgroup: "0::/docker/ID\n", expect: Id },
+            Fixture {
+                layout: "Docker, cgroupfs driver, v2, removed",
+                cgroup: "0::/docker/ID (deleted)\n",
+                expect: Id,
+            },
             Fixture {
                 layout: "Docker, systemd driver, v2",
                 cgroup: "0::/system.slice/docker-ID.scope\n",
@@ -418,6 +449,26 @@ mod tests {
                 )),
             },
         ]);
+    }
+
+    #[test]
+    fn slices_are_those_of_the_systems_own_manager() {
+        for (cgroup, expect) in [
+            ("0::/system.slice/ssh.service\n", Some("system.slice")),
+            ("0::/system.slice/system-getty.slice/getty@tty1.service\n", Some("system-getty.slice")),
+            ("0::/user.slice/user-1000.slice/session-3.scope\n", Some("user-1000.slice")),
+            (
+                "0::/user.slice/user-1000.slice/user@1000.service/app.slice/a.service\n",
+                Some("user-1000.slice"),
+            ),
+            ("0::/system.slice\n", Some("system.slice")),
+            ("4:memory:/\n1:name=systemd:/system.slice/cron.service\n0::/\n", Some("system.slice")),
+            ("0::/init.scope\n", None),
+            ("0::/.slice\n", None),
+            ("0::/\n", None),
+        ] {
+            assert_eq!(owner(cgroup).slice.as_deref(), expect, "{cgroup:?}");
+        }
     }
 
     #[test]

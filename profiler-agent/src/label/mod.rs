@@ -1,10 +1,12 @@
 //! Labels: which series a process belongs to, and what its samples carry.
 
 mod cgroup;
+mod names;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 pub(crate) use cgroup::{Owner, owner};
+pub(crate) use names::{CgroupNames, NameCounts};
 
 /// Value of `exe` and `service_name` for kernel threads.
 pub(crate) const KERNEL: &str = "[kernel]";
@@ -44,7 +46,7 @@ pub(crate) struct Subject<'a> {
     /// Its name: stands in for the executable of a process that is gone before it could be looked at.
     pub(crate) comm: &'a str,
     /// Who runs in its cgroup.
-    pub(crate) owner: Owner,
+    pub(crate) owner: Arc<Owner>,
 }
 
 /// Makes series labels for processes of this node.
@@ -73,6 +75,7 @@ impl Labeler {
             ("container_id", owner.container_id.as_deref()),
             ("container", container),
             ("unit", owner.unit.as_deref()),
+            ("slice", owner.slice.as_deref()),
             ("service_name", Some(service)),
         ];
         let mut labels: BTreeMap<_, _> = found
@@ -143,7 +146,7 @@ mod tests {
     #[test]
     fn a_container_names_the_service() {
         let id = "ab".repeat(32);
-        let owner = Owner { container_id: Some(id.clone()), unit: None };
+        let owner = Arc::new(Owner { container_id: Some(id.clone()), ..Owner::default() });
         check(
             &Subject { exe: "/app", owner, ..Subject::default() },
             &[
@@ -158,16 +161,19 @@ mod tests {
     #[test]
     fn a_container_that_has_a_name_is_called_by_all_of_it() {
         let name = "database-of-the-accountants";
-        let owner = Owner { container_id: Some(name.into()), unit: None };
+        let owner = Arc::new(Owner { container_id: Some(name.into()), ..Owner::default() });
         let labels = Labeler::new("n", &[]).series(&Subject { exe: "/app", owner, ..Subject::default() });
         assert_eq!(labels.get("container"), Some(name));
     }
 
     #[test]
     fn a_unit_names_the_service_outside_containers() {
-        let owner = Owner { container_id: None, unit: Some("ssh.service".into()) };
+        let (unit, slice) = (Some("ssh.service".into()), Some("system.slice".into()));
+        let owner = Arc::new(Owner { unit, slice, container_id: None });
         let subject = Subject { exe: "/usr/sbin/sshd", owner, ..Subject::default() };
-        check(&subject, &[("exe", "sshd"), ("service_name", "ssh"), ("unit", "ssh.service")]);
+        let expect =
+            [("exe", "sshd"), ("service_name", "ssh"), ("slice", "system.slice"), ("unit", "ssh.service")];
+        check(&subject, &expect);
     }
 
     #[test]

@@ -13,9 +13,8 @@ use std::{
 use tracing::debug;
 
 use super::{
-    STAT_STARTTIME,
     maps::{MapsEntry, executable_ranges},
-    stat_number,
+    stat::Stat,
 };
 use crate::{
     addr::{Addr, FileOffset},
@@ -24,6 +23,8 @@ use crate::{
 
 /// Executable ranges of one process. JITs that split their code cache reach hundreds.
 const RANGES_MAX: usize = 4096;
+/// Threads that are looked at for one that lives.
+const THREADS_MAX: usize = 64;
 /// Bytes of `/proc/<pid>/maps` that are read: 65,000 lines.
 const MAPS_BYTES_MAX: u64 = 8 << 20;
 
@@ -107,22 +108,55 @@ impl ImageReader {
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
     }
 
-    /// When the process with this pid started, in clock ticks since boot; `None` when there is none. Source:
-    /// proc_pid_stat(5), starttime.
+    /// When the process with this pid started, in clock ticks since boot; `None` when there is none.
     pub(crate) fn start_ticks(&self, pid: u32) -> Option<u64> {
-        stat_number(&self.directory(pid), STAT_STARTTIME)
+        self.stat(pid).map(|stat| stat.start_ticks)
+    }
+
+    /// The state of the process with this pid; `None` when there is none.
+    pub(super) fn stat(&self, pid: u32) -> Option<Stat> {
+        Stat::read(&self.directory(pid))
     }
 
     /// The executable ranges, ascending; none for a kernel thread or a process that is gone.
     pub(crate) fn mappings(&mut self, pid: u32) -> Vec<Mapping> {
-        let Ok(file) = fs::File::open(self.directory(pid).join("maps")) else { return Vec::new() };
-        let mut maps = Vec::new();
-        // A process that exits while it is read gives what came before.
-        let _ = file.take(MAPS_BYTES_MAX).read_to_end(&mut maps);
+        let mut maps = self.read_maps(pid);
+        let mut pid = pid;
+        if maps.is_empty()
+            && let Some(thread) = self.living_thread(pid)
+        {
+            (maps, pid) = (self.read_maps(thread), thread);
+        }
         let mut ranges = executable_ranges(&maps);
         let mappings = ranges.by_ref().take(RANGES_MAX).map(|entry| self.mapping(pid, &entry)).collect();
         self.counts.ranges_cut += u64::from(ranges.next().is_some());
         mappings
+    }
+
+    fn read_maps(&self, pid: u32) -> Vec<u8> {
+        let mut maps = Vec::new();
+        if let Ok(file) = fs::File::open(self.directory(pid).join("maps")) {
+            // A process that exits while it is read gives what came before.
+            let _ = file.take(MAPS_BYTES_MAX).read_to_end(&mut maps);
+        }
+        maps
+    }
+
+    /// Path of the executable, as the process sees it; `None` for a kernel thread or a process that is gone.
+    pub(super) fn exe(&self, pid: u32) -> Option<PathBuf> {
+        let exe = |pid| fs::read_link(self.directory(pid).join("exe")).ok();
+        exe(pid).or_else(|| exe(self.living_thread(pid)?))
+    }
+
+    /// A thread of a process whose main thread has exited before the others: that one has no memory any more, and
+    /// `/proc/<thread>` shows what `/proc/<pid>` did. Source: proc_pid_task(5).
+    pub(super) fn living_thread(&self, pid: u32) -> Option<u32> {
+        let threads = fs::read_dir(self.directory(pid).join("task")).ok()?;
+        let others = threads
+            .take(THREADS_MAX)
+            .filter_map(|thread| thread.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|&thread| thread != pid);
+        others.into_iter().find(|&thread| fs::read_link(self.directory(thread).join("exe")).is_ok())
     }
 
     fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {

@@ -1,34 +1,46 @@
 //! Processes by pid and start time: what they map, and which series they belong to.
 
+mod fresh;
+mod generated;
 mod image;
 pub(crate) mod maps;
+mod stat;
 
 use std::{
     collections::HashMap,
     fs,
-    path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use fresh::Fresh;
+pub(crate) use generated::{GeneratedCode, PerfMapError};
 use image::ImageCounts;
 pub(crate) use image::{Backing, ImageReader, Mapping};
 use profiler_common::unwind::mappings::NS_PER_TICK;
+use stat::Stat;
 
 use crate::{
     addr::Addr,
-    label::{Labeler, SeriesLabels, Subject, owner},
+    label::{CgroupNames, Labeler, NameCounts, Owner, SeriesLabels, Subject, owner},
     unwind::TableRequests,
 };
 
-/// Processes remembered. A process takes about 2 KiB here.
-const PROCESSES_MAX: usize = 16_384;
+/// Share of the processes known that is forgotten at once when there is no room for more: looking for the longest unused
+/// costs a look at all.
+const EVICTED_SHARE: usize = 8;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
-/// garbage at the end of a stack. Also between two tries at a process that could not be read.
+/// garbage at the end of a stack. It is the first one for a process that may still be starting, and doubles up to the
+/// second one.
+const REREAD_INTERVAL_MIN: Duration = Duration::from_millis(10);
 const REREAD_INTERVAL: Duration = Duration::from_secs(1);
-/// Labels are read again after this long: a process may be moved to another cgroup.
+/// Labels are read again after this long where a cgroup's id does not say who runs in it: a process may be moved to
+/// another cgroup.
 const LABELS_INTERVAL: Duration = Duration::from_secs(10);
+/// The same when a sample's cgroup is another than the last one's: threads may be in different ones.
+const MOVED_INTERVAL: Duration = Duration::from_millis(100);
 /// Time between two requests for one process's unwind tables, while its samples come without.
 const TABLES_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -38,15 +50,37 @@ pub(crate) struct Process {
     start_ns: u64,
     /// The labels that identify its profiles.
     pub(crate) series: SeriesLabels,
+    program: Program,
     /// Ascending and disjoint.
     mappings: Vec<Mapping>,
+    /// Code without a file.
+    pub(crate) generated: Arc<GeneratedCode>,
     /// It could be looked at; else its labels are made from its name.
     is_read: bool,
+    /// Its labels are by the id of its cgroup, which says all.
+    is_labeled_by_id: bool,
     cgroup_id: u64,
     mappings_read: Instant,
+    reread_interval: Duration,
     labels_read: Instant,
     tables_requested: Instant,
     last_sampled: Instant,
+}
+
+/// What a process runs.
+#[derive(Clone, Debug, Default)]
+struct Program {
+    /// Path of its executable as it sees it; empty when it has none, or when that could not be read.
+    exe: String,
+    is_kernel_thread: bool,
+}
+
+/// What a process runs, and whose it is.
+struct Identity {
+    program: Program,
+    owner: Arc<Owner>,
+    /// The id of its cgroup says so.
+    is_by_id: bool,
 }
 
 /// What is known of the process that a sample was taken of.
@@ -54,6 +88,7 @@ enum Known {
     No,
     Yes,
     OldLabels,
+    OldCgroup,
 }
 
 impl Process {
@@ -62,11 +97,11 @@ impl Process {
         if self.start_ns != sampled.start_ns || try_again {
             return Known::No;
         }
-        let moved = self.cgroup_id != sampled.cgroup_id;
-        if self.is_read && (moved || now - self.labels_read >= LABELS_INTERVAL) {
-            return Known::OldLabels;
+        if self.cgroup_id != sampled.cgroup_id {
+            return Known::OldCgroup;
         }
-        Known::Yes
+        let is_old = !self.is_labeled_by_id && now - self.labels_read >= LABELS_INTERVAL;
+        if self.is_read && is_old { Known::OldLabels } else { Known::Yes }
     }
 
     /// The range that holds an address.
@@ -83,10 +118,21 @@ pub(crate) struct Sampled<'a> {
     pub(crate) pid: u32,
     /// Start on the boot clock, in nanoseconds: tells a process from an earlier one of the same pid. 0 is "unknown".
     pub(crate) start_ns: u64,
-    /// Id of the task's cgroup in the v2 hierarchy.
+    /// Id of the task's cgroup.
     pub(crate) cgroup_id: u64,
     /// Name of the process.
     pub(crate) comm: &'a str,
+}
+
+/// A process with a new image, as the kernel side says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Exec {
+    /// As in [`Sampled`].
+    pub(crate) pid: u32,
+    /// As in [`Sampled`].
+    pub(crate) start_ns: u64,
+    /// As in [`Sampled`].
+    pub(crate) cgroup_id: u64,
 }
 
 /// What the table has met so far.
@@ -100,6 +146,8 @@ pub(crate) struct ProcessCounts {
     pub(crate) ranges_cut: u64,
     /// Processes forgotten to make room.
     pub(crate) evicted: u64,
+    /// New images that were not read before their first sample, there being too many.
+    pub(crate) read_late: u64,
 }
 
 /// The process table. Owned by the worker thread; reading `/proc` is its own doing, the drain does not wait for it.
@@ -107,15 +155,26 @@ pub(crate) struct Processes {
     by_pid: HashMap<u32, Process>,
     images: ImageReader,
     labeler: Labeler,
+    names: CgroupNames,
+    fresh: Fresh,
     /// `None` where frame pointers are to be used.
     tables: Option<TableRequests>,
     counts: ProcessCounts,
+    /// A process takes about 2 KiB here.
+    processes_max: usize,
 }
 
 impl Processes {
-    /// An empty table.
-    pub(crate) fn new(images: ImageReader, labeler: Labeler, tables: Option<TableRequests>) -> Self {
-        Self { by_pid: HashMap::new(), images, labeler, tables, counts: ProcessCounts::default() }
+    /// An empty table for so many processes.
+    pub(crate) fn new(
+        images: ImageReader,
+        labeler: Labeler,
+        names: CgroupNames,
+        tables: Option<TableRequests>,
+        processes_max: usize,
+    ) -> Self {
+        let (by_pid, fresh, counts) = Default::default();
+        Self { by_pid, images, labeler, names, fresh, tables, counts, processes_max }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -131,6 +190,7 @@ impl Processes {
                 self.request_tables(sampled.pid);
             }
             Known::OldLabels => self.read_labels_again(sampled, now),
+            Known::OldCgroup => self.follow(sampled, now),
         }
         let process = self.by_pid.get_mut(&sampled.pid).expect("it was there or has just been inserted");
         process.last_sampled = now;
@@ -150,9 +210,8 @@ impl Processes {
 
     /// The labels that a process would have now; reads nothing else of it and remembers nothing.
     pub(crate) fn series_of(&self, pid: u32) -> SeriesLabels {
-        let directory = self.directory(pid);
-        let comm = fs::read_to_string(directory.join("comm")).unwrap_or_default();
-        self.read_labels(&directory, comm.trim_end())
+        let comm = fs::read_to_string(self.images.directory(pid).join("comm")).unwrap_or_default();
+        self.series(&self.program(pid), comm.trim_end(), self.read_owner(pid))
     }
 
     /// What is known of a process.
@@ -162,8 +221,8 @@ impl Processes {
 
     /// Reads the mappings again, after an address was found in none of them. Gives the process when that was due.
     pub(crate) fn reread(&mut self, pid: u32) -> Option<&Process> {
-        let due = self.by_pid.get(&pid)?.mappings_read.elapsed() >= REREAD_INTERVAL;
-        if !due {
+        let process = self.by_pid.get(&pid)?;
+        if process.mappings_read.elapsed() < process.reread_interval {
             return None;
         }
         self.request_tables(pid);
@@ -173,14 +232,45 @@ impl Processes {
             process.mappings = mappings;
         }
         process.mappings_read = Instant::now();
+        process.reread_interval = (process.reread_interval * 2).min(REREAD_INTERVAL);
         Some(process)
     }
 
     /// The process has a new image.
-    pub(crate) fn exec(&mut self, pid: u32) {
+    pub(crate) fn exec(&mut self, exec: Exec, now: Instant) {
+        let Exec { pid, start_ns: _, cgroup_id } = exec;
+        self.names.learn(cgroup_id);
+        self.fresh.add(exec, now);
         // Others get theirs with their first sample: most programs end before.
         if self.by_pid.remove(&pid).is_some() {
             self.request_tables(pid);
+        }
+    }
+
+    /// A cgroup was made: learns its name while it is there.
+    pub(crate) fn cgroup_made(&mut self, id: u64) {
+        self.names.learn(id);
+    }
+
+    /// When [`Self::read_fresh`] has something to do.
+    pub(crate) fn next_fresh(&self) -> Option<Instant> {
+        self.fresh.next()
+    }
+
+    /// Reads processes whose image is new, before they can be gone; those that a sample has made known are.
+    pub(crate) fn read_fresh(&mut self, now: Instant) {
+        while let Some(Exec { pid, start_ns, cgroup_id }) = self.fresh.take(now) {
+            let sampled = Sampled { pid, start_ns, cgroup_id, comm: "" };
+            let is_there = |stat| is_sampled(stat, sampled) && !stat.is_exiting();
+            if self.by_pid.contains_key(&pid) || !self.images.stat(pid).is_some_and(is_there) {
+                continue;
+            }
+            self.make_room();
+            let process = self.read(sampled, now);
+            // Without a name there would be no label to stand in.
+            if process.is_read && !process.program.exe.is_empty() {
+                self.by_pid.insert(pid, process);
+            }
         }
     }
 
@@ -204,9 +294,16 @@ impl Processes {
         self.by_pid.clear();
     }
 
+    /// Labels all processes by another labeler from now on.
+    pub(crate) fn set_labeler(&mut self, labeler: Labeler) {
+        self.labeler = labeler;
+        self.forget_all();
+    }
+
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
         self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
+        self.names.forget_idle();
     }
 
     /// Processes known now.
@@ -217,7 +314,12 @@ impl Processes {
     /// What the table has met so far.
     pub(crate) fn counts(&self) -> ProcessCounts {
         let ImageCounts { unusable_files, ranges_cut } = self.images.counts();
-        ProcessCounts { unusable_files, ranges_cut, ..self.counts }
+        ProcessCounts { unusable_files, ranges_cut, read_late: self.fresh.skipped(), ..self.counts }
+    }
+
+    /// What the names of cgroups have met so far.
+    pub(crate) fn cgroups(&self) -> NameCounts {
+        self.names.counts()
     }
 
     /// Executables open now.
@@ -233,111 +335,146 @@ impl Processes {
     }
 
     fn make_room(&mut self) {
-        if self.by_pid.len() < PROCESSES_MAX {
+        if self.by_pid.len() < self.processes_max {
             return;
         }
-        let longest_idle =
-            self.by_pid.iter().min_by_key(|(_, process)| process.last_sampled).map(|(&pid, _)| pid);
-        if let Some(pid) = longest_idle {
-            self.by_pid.remove(&pid);
-            self.counts.evicted += 1;
+        let mut sampled: Vec<_> =
+            self.by_pid.iter().map(|(&pid, process)| (process.last_sampled, pid)).collect();
+        sampled.sort_unstable();
+        sampled.truncate(self.processes_max.div_ceil(EVICTED_SHARE));
+        for (_, pid) in &sampled {
+            self.by_pid.remove(pid);
         }
+        self.counts.evicted += sampled.len() as u64;
     }
 
-    /// Reads a process, and then whether it is still the one that was sampled.
+    /// Reads a process, unless it is gone or another one by now.
     fn read(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let directory = self.directory(sampled.pid);
-        let series = self.read_labels(&directory, sampled.comm);
-        let mappings = self.images.mappings(sampled.pid);
-        if !self.is_same_process(sampled) {
+        let unread = self.unread(sampled, now);
+        // Most are gone for good: then this look is the only one.
+        if !self.images.stat(sampled.pid).is_some_and(|stat| is_sampled(stat, sampled)) {
             self.counts.gone += 1;
-            return self.unread(sampled, now);
+            return unread;
         }
-        Process { series, mappings, is_read: true, ..self.unread(sampled, now) }
+        let mappings = self.images.mappings(sampled.pid);
+        let Some(Identity { program, owner, is_by_id }) = self.identify(sampled) else {
+            self.counts.gone += 1;
+            return unread;
+        };
+        let series = self.series(&program, sampled.comm, owner);
+        let exe = series.get("exe").unwrap_or_default();
+        let generated = Arc::new(GeneratedCode::new(sampled.pid, sampled.start_ns, exe));
+        Process { series, program, mappings, generated, is_read: true, is_labeled_by_id: is_by_id, ..unread }
     }
 
-    /// A process of which only the sample is known.
-    fn unread(&self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let Sampled { pid: _, start_ns, cgroup_id, comm } = sampled;
-        let series = self.labeler.series(&Subject { comm, ..Subject::default() });
+    /// Reads what a process runs and whose it is, and then whether it is still the one that was sampled.
+    fn identify(&mut self, sampled: Sampled<'_>) -> Option<Identity> {
+        let Sampled { pid, cgroup_id, .. } = sampled;
+        let program = self.program(pid);
+        let by_id = self.names.exact(cgroup_id);
+        let is_by_id = by_id.is_some();
+        let owner = by_id.unwrap_or_else(|| self.read_owner(pid));
+        let stat = self.images.stat(pid).filter(|stat| is_sampled(*stat, sampled))?;
+        if is_by_id {
+            return Some(Identity { program, owner, is_by_id });
+        }
+        // To v1 hierarchies, a task that exits is in the root already. Source: kernel/cgroup/cgroup.c: proc_cgroup_show.
+        let living = if stat.is_exiting() { self.images.living_thread(pid) } else { Some(pid) };
+        let owner = match living {
+            Some(thread) if thread == pid => owner,
+            Some(thread) => self.read_owner(thread),
+            None if program.exe.is_empty() => return None,
+            None => {
+                let owner = self.names.of_gone(cgroup_id).unwrap_or_default();
+                return Some(Identity { program, owner, is_by_id });
+            }
+        };
+        self.names.note(cgroup_id, &owner);
+        Some(Identity { program, owner, is_by_id })
+    }
+
+    /// A process of which only the sample is known, and perhaps its cgroup.
+    fn unread(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
+        let Sampled { pid, start_ns, cgroup_id, comm } = sampled;
+        let owner = self.names.of_gone(cgroup_id).unwrap_or_default();
+        let program = Program::default();
         Process {
             start_ns,
-            series,
+            series: self.series(&program, comm, owner),
+            program,
             mappings: Vec::new(),
+            generated: Arc::new(GeneratedCode::new(pid, start_ns, comm)),
             is_read: false,
+            is_labeled_by_id: false,
             cgroup_id,
             mappings_read: now,
+            reread_interval: REREAD_INTERVAL_MIN,
             labels_read: now,
             tables_requested: now,
             last_sampled: now,
         }
     }
 
-    /// Whether the process that has the pid now, if any, is the one that was sampled.
-    fn is_same_process(&self, sampled: Sampled<'_>) -> bool {
-        let started = self.images.start_ticks(sampled.pid);
-        started.is_some_and(|ticks| sampled.start_ns == 0 || ticks == sampled.start_ns / NS_PER_TICK)
-    }
-
-    fn read_labels_again(&mut self, sampled: Sampled<'_>, now: Instant) {
-        let directory = self.directory(sampled.pid);
-        let series = self.read_labels(&directory, sampled.comm);
-        let is_same = self.is_same_process(sampled);
+    /// A sample's cgroup is not the one that the labels are of.
+    fn follow(&mut self, sampled: Sampled<'_>, now: Instant) {
+        let owner = self.names.exact(sampled.cgroup_id);
         let Some(process) = self.by_pid.get_mut(&sampled.pid) else { return };
-        (process.labels_read, process.cgroup_id) = (now, sampled.cgroup_id);
-        // One that has exited meanwhile keeps what it had.
-        if is_same {
-            process.series = series;
+        match owner {
+            Some(owner) => {
+                let program = std::mem::take(&mut process.program);
+                let series = self.series(&program, sampled.comm, owner);
+                let Some(process) = self.by_pid.get_mut(&sampled.pid) else { return };
+                (process.series, process.program, process.cgroup_id) = (series, program, sampled.cgroup_id);
+            }
+            None if now - process.labels_read >= MOVED_INTERVAL => self.read_labels_again(sampled, now),
+            None => {}
         }
     }
 
-    fn directory(&self, pid: u32) -> PathBuf {
-        self.images.directory(pid)
+    fn read_labels_again(&mut self, sampled: Sampled<'_>, now: Instant) {
+        let identity = self.identify(sampled);
+        let labels = identity.map(|Identity { program, owner, is_by_id }| {
+            (self.series(&program, sampled.comm, owner), program, is_by_id)
+        });
+        let Some(process) = self.by_pid.get_mut(&sampled.pid) else { return };
+        (process.labels_read, process.cgroup_id) = (now, sampled.cgroup_id);
+        // One that has exited meanwhile keeps what it had.
+        if let Some((series, program, is_by_id)) = labels {
+            (process.series, process.program, process.is_labeled_by_id) = (series, program, is_by_id);
+        }
     }
 
-    fn read_labels(&self, directory: &Path, comm: &str) -> SeriesLabels {
-        let exe = fs::read_link(directory.join("exe")).unwrap_or_default();
-        let cgroup = fs::read(directory.join("cgroup")).unwrap_or_default();
-        let cgroup = String::from_utf8_lossy(&cgroup);
-        let is_kernel_thread = exe.as_os_str().is_empty() && is_kernel_thread(directory);
-        let exe = exe.to_string_lossy();
-        self.labeler.series(&Subject { exe: &exe, is_kernel_thread, comm, owner: owner(&cgroup) })
+    fn series(&self, program: &Program, comm: &str, owner: Arc<Owner>) -> SeriesLabels {
+        let &Program { ref exe, is_kernel_thread } = program;
+        self.labeler.series(&Subject { exe, is_kernel_thread, comm, owner })
+    }
+
+    fn program(&self, pid: u32) -> Program {
+        let exe = self.images.exe(pid).unwrap_or_default().to_string_lossy().into_owned();
+        let is_kernel_thread = exe.is_empty() && self.images.stat(pid).is_some_and(Stat::is_kernel_thread);
+        Program { exe, is_kernel_thread }
+    }
+
+    /// Who a process belongs to, as all its hierarchies say.
+    fn read_owner(&self, pid: u32) -> Arc<Owner> {
+        let cgroup = fs::read(self.images.directory(pid).join("cgroup")).unwrap_or_default();
+        Arc::new(owner(&String::from_utf8_lossy(&cgroup)))
     }
 }
 
-/// Whether a task without an executable is a kernel thread rather than one that is exiting. Source: proc_pid_stat(5),
-/// flags; include/linux/sched.h: PF_KTHREAD.
-fn is_kernel_thread(directory: &Path) -> bool {
-    const PF_KTHREAD: u64 = 0x0020_0000;
-    stat_number(directory, STAT_FLAGS).is_some_and(|flags| flags & PF_KTHREAD != 0)
-}
-
-fn stat_number(directory: &Path, field: usize) -> Option<u64> {
-    let stat = fs::read(directory.join("stat")).ok()?;
-    stat_field(&stat, field)?.parse().ok()
-}
-
-/// Fields of `/proc/<pid>/stat`, numbered as in proc_pid_stat(5).
-const STAT_FLAGS: usize = 9;
-const STAT_STARTTIME: usize = 22;
-
-/// A field behind the name, which may itself hold spaces, parentheses and bytes that are no text.
-fn stat_field(stat: &[u8], number: usize) -> Option<&str> {
-    let name_end = stat.iter().rposition(|&byte| byte == b')')?;
-    let behind_name = std::str::from_utf8(stat.get(name_end + 1..)?).ok()?;
-    behind_name.split_ascii_whitespace().nth(number.checked_sub(3)?)
+/// Whether what has the pid now is the process that was sampled.
+fn is_sampled(stat: Stat, sampled: Sampled<'_>) -> bool {
+    sampled.start_ns == 0 || stat.start_ticks == sampled.start_ns / NS_PER_TICK
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::executable::ExecutableCache;
 
     fn processes() -> Processes {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
-        Processes::new(images, Labeler::new("n", &[]), None)
+        Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None, 64)
     }
 
     fn sampled(pid: u32, start_ns: u64, comm: &str) -> Sampled<'_> {
@@ -350,7 +487,7 @@ mod tests {
         let pid = std::process::id();
         let process = processes.get_before_exec(sampled(pid, 0, "old image"));
         assert_eq!(process.series.get("exe"), Some("old image"));
-        processes.exec(pid);
+        processes.exec(Exec { pid, start_ns: 0, cgroup_id: 1 }, Instant::now());
         assert_ne!(processes.get(sampled(pid, 0, "x")).series.get("exe"), Some("old image"));
     }
 
@@ -370,6 +507,40 @@ mod tests {
     }
 
     #[test]
+    fn a_process_that_is_gone_has_the_owner_that_others_in_its_cgroup_had() {
+        let mut processes = processes();
+        let owner = Owner { container_id: Some("web".into()), ..Owner::default() };
+        processes.names.note(1, &Arc::new(owner));
+        let process = processes.get(sampled(u32::MAX - 1, 5, "short"));
+        assert_eq!(process.series.get("container"), Some("web"));
+    }
+
+    #[test]
+    fn a_new_image_is_read_before_its_first_sample() {
+        let mut processes = processes();
+        let (pid, now) = (std::process::id(), Instant::now());
+        processes.exec(Exec { pid, start_ns: 0, cgroup_id: 1 }, now);
+        let due = processes.next_fresh().expect("it is to be read");
+        processes.read_fresh(now);
+        assert!(processes.known(pid).is_none(), "not before it can have mapped its libraries");
+        processes.read_fresh(due);
+        let process = processes.known(pid).expect("it has been read");
+        assert!(process.is_read && !process.mappings.is_empty());
+        assert_eq!(processes.next_fresh(), None);
+    }
+
+    #[test]
+    fn room_is_made_by_forgetting_those_sampled_longest_ago() {
+        let mut processes = processes();
+        let first = u32::MAX - 1 - 64;
+        for pid in first..u32::MAX {
+            processes.get(sampled(pid, 5, "short"));
+        }
+        assert_eq!((processes.counts().evicted, processes.len()), (8, 64 + 1 - 8));
+        assert!(processes.known(first).is_none() && processes.known(u32::MAX - 1).is_some());
+    }
+
+    #[test]
     fn a_process_that_is_gone_keeps_its_name_and_is_counted() {
         let mut processes = processes();
         let process = processes.get(sampled(u32::MAX - 1, 5, "short"));
@@ -386,19 +557,5 @@ mod tests {
         processes.get(sampled(pid, 1, "earlier process of this pid"));
         assert_eq!(processes.counts().gone, 1, "the pid now belongs to another process");
         assert_eq!(processes.len(), 1);
-    }
-
-    #[test]
-    fn fields_are_found_behind_a_name_with_parentheses() {
-        let stat = b"7 (a) b (c\xff)) S 1 7 7 0 -1 4194560 0 0 0 0 1 2 0 0 20 0 1 0 4242 0";
-        assert_eq!(stat_field(stat, STAT_FLAGS), Some("4194560"));
-        assert_eq!(stat_field(stat, STAT_STARTTIME), Some("4242"));
-        assert_eq!(stat_field(b"", STAT_FLAGS), None);
-    }
-
-    #[test]
-    fn kernel_threads_are_told_apart() {
-        assert!(is_kernel_thread(Path::new("/proc/2")), "kthreadd");
-        assert!(!is_kernel_thread(Path::new("/proc/self")));
     }
 }

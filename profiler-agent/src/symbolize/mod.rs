@@ -2,30 +2,36 @@
 
 mod cache;
 mod demangle;
+mod generated;
+mod go;
 mod inflate;
 mod kernel;
+mod names;
 mod native;
 mod nesting;
+mod pclntab;
+mod perf_map;
 mod queue;
+mod store;
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use crate::addr::{Addr, ElfAddr};
 use crate::executable::{Executable, ExecutableId};
-use crate::sys::sigbus;
+use crate::process::GeneratedCode;
+use crate::sys::{memory, sigbus};
+use generated::GeneratedSymbols;
 pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
 use native::NativeSymbols;
 use queue::{Lane, Queue, Source, Work};
-
-/// Bytes of symbolized locations kept by default.
-pub(crate) const CACHE_BYTES_MAX: usize = 64 << 20;
+pub(crate) use store::{NameStore, StoreCounts};
 
 /// Stack of a symbolizer thread: DWARF nests as deep as calls were inlined, and the parser recurses with it. Only
 /// touched pages cost memory.
@@ -34,6 +40,9 @@ const STACK_BYTES: usize = 64 << 20;
 /// How long a thread waits for work before it looks for symbols to release.
 const IDLE: Duration = Duration::from_secs(5);
 
+/// A thread that has read files gives their pages and its free memory back this often.
+const RELEASE_INTERVAL: Duration = Duration::from_secs(5);
+
 /// A code address, at the look-up position: one was subtracted from return addresses already.
 ///
 /// Equal and hashed as its [`LocationId`].
@@ -41,6 +50,8 @@ const IDLE: Duration = Duration::from_secs(5);
 pub(crate) enum LocationKey {
     /// In a file; holding the key keeps the file open.
     Native { executable: Arc<Executable>, addr: ElfAddr },
+    /// In code that a process has generated, as it was known by this version of it.
+    Generated { code: Arc<GeneratedCode>, version: u32, addr: Addr },
     /// In the kernel, a module or a BPF program.
     Kernel(Addr),
 }
@@ -49,6 +60,8 @@ pub(crate) enum LocationKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum LocationId {
     Native(ExecutableId, ElfAddr),
+    /// By the version of the code, which tells processes apart too.
+    Generated(u32, Addr),
     Kernel(Addr),
 }
 
@@ -56,6 +69,7 @@ impl LocationKey {
     pub(crate) fn id(&self) -> LocationId {
         match self {
             Self::Native { executable, addr } => LocationId::Native(executable.id(), *addr),
+            Self::Generated { code: _, version, addr } => LocationId::Generated(*version, *addr),
             Self::Kernel(addr) => LocationId::Kernel(*addr),
         }
     }
@@ -125,6 +139,12 @@ pub(crate) enum Reason {
     Malformed,
     /// The file was shortened while it was read.
     FileChanged,
+    /// The process has no perf map: nobody told its runtime to write one.
+    NoPerfMap,
+    /// Its perf map is no regular file, another user's, or an earlier process's.
+    PerfMapRefused,
+    /// The perf map does not have the address.
+    NotInPerfMap,
     /// The kernel shows no addresses: CAP_SYSLOG is missing, or kernel.kptr_restrict is 2.
     KallsymsHidden,
     /// Not ready when the window had to leave; it will be for the next.
@@ -135,11 +155,14 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// Every reason, in the order of [`Counts::unresolved`].
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::NoSymbols,
         Self::NotInSymbols,
         Self::Malformed,
         Self::FileChanged,
+        Self::NoPerfMap,
+        Self::PerfMapRefused,
+        Self::NotInPerfMap,
         Self::KallsymsHidden,
         Self::Late,
         Self::QueueFull,
@@ -152,6 +175,9 @@ impl Reason {
             Self::NotInSymbols => "not_in_symbols",
             Self::Malformed => "malformed",
             Self::FileChanged => "file_changed",
+            Self::NoPerfMap => "no_perf_map",
+            Self::PerfMapRefused => "perf_map_refused",
+            Self::NotInPerfMap => "not_in_perf_map",
             Self::KallsymsHidden => "kallsyms_hidden",
             Self::Late => "late",
             Self::QueueFull => "queue_full",
@@ -176,6 +202,10 @@ pub(crate) struct Counts {
     pub(crate) unresolved: [u64; Reason::ALL.len()],
     /// Panics of a parser that were caught.
     pub(crate) parser_panics: u64,
+    /// Bytes read of perf maps.
+    pub(crate) perf_map_bytes: u64,
+    /// Lines of perf maps that were left out: not as documented, too long, or too many.
+    pub(crate) perf_map_lines_left_out: u64,
     pub(crate) cache_bytes: u64,
     pub(crate) cached: u64,
     pub(crate) waiting: u64,
@@ -188,27 +218,35 @@ pub(crate) struct Counts {
 #[derive(Debug)]
 pub(crate) struct Symbols {
     queue: Arc<Queue>,
-    threads: Vec<JoinHandle<()>>,
+    /// Empty once they were handed out to be joined.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    store: Option<Arc<NameStore>>,
 }
 
 impl Symbols {
-    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered, see
-    /// [`CACHE_BYTES_MAX`].
+    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered; `store` keeps names of
+    /// executables on disk.
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
-    pub(crate) fn start(proc_root: &Path, cache_bytes_max: usize) -> io::Result<Self> {
+    pub(crate) fn start(
+        proc_root: &Path,
+        cache_bytes_max: usize,
+        store: Option<Arc<NameStore>>,
+    ) -> io::Result<Self> {
         sigbus::install()?;
         let queue = Arc::new(Queue::new(cache_bytes_max));
-        let mut symbols = Self { queue, threads: Vec::new() };
+        let symbols = Self { queue, threads: Mutex::default(), store };
         for (lane, name) in [(Lane::Quick, "symbolize"), (Lane::Large, "symbolize-large")] {
             let queue = Arc::clone(&symbols.queue);
             let kernel = KernelSymbols::new(proc_root);
+            let generated = GeneratedSymbols::new(proc_root);
+            let store = symbols.store.clone();
             let thread = thread::Builder::new()
                 .name(name.into())
                 .stack_size(STACK_BYTES)
-                .spawn(move || work(&queue, lane, kernel))?;
-            symbols.threads.push(thread);
+                .spawn(move || work(&queue, lane, kernel, generated, NativeSymbols::new(store)))?;
+            symbols.threads().push(thread);
         }
         Ok(symbols)
     }
@@ -232,20 +270,33 @@ impl Symbols {
     pub(crate) fn counts(&self) -> Counts {
         self.queue.counts()
     }
+
+    /// Of the names kept on disk, if they are.
+    pub(crate) fn store_counts(&self) -> Option<&StoreCounts> {
+        self.store.as_deref().map(NameStore::counts)
+    }
 }
 
 impl Symbols {
     /// A symbolizer that has ended by itself, which none does but by a panic.
-    pub(crate) fn dead_thread(&self) -> Option<&str> {
-        let dead = self.threads.iter().find(|thread| thread.is_finished())?;
-        Some(dead.thread().name().unwrap_or("symbolizer"))
+    pub(crate) fn dead_thread(&self) -> Option<&'static str> {
+        self.threads().iter().any(JoinHandle::is_finished).then_some("symbolize")
+    }
+
+    /// Ends the threads after the batch in hand; they save the names that are not on disk yet. For the caller to join.
+    pub(crate) fn close(&self) -> Vec<JoinHandle<()>> {
+        self.queue.close();
+        std::mem::take(&mut *self.threads())
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Symbols {
     fn drop(&mut self) {
-        self.queue.close();
-        for thread in self.threads.drain(..) {
+        for thread in self.close() {
             // A panic of the thread was printed when it happened.
             let _ = thread.join();
         }
@@ -253,22 +304,43 @@ impl Drop for Symbols {
 }
 
 /// The life of a symbolizer thread.
-fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols) {
-    let mut native = NativeSymbols::new();
+fn work(
+    queue: &Queue,
+    lane: Lane,
+    mut kernel: KernelSymbols,
+    mut generated: GeneratedSymbols,
+    mut native: NativeSymbols,
+) {
+    let mut released = Instant::now();
+    let mut has_worked = false;
     loop {
+        if has_worked && released.elapsed() >= RELEASE_INTERVAL {
+            memory::release_free();
+            if memory::release_file_pages() {
+                (released, has_worked) = (Instant::now(), false);
+            }
+        }
         let Work { source, addrs } = match queue.take(lane, IDLE) {
             queue::Next::Work(work) => work,
             queue::Next::Idle => {
                 native.release_idle(Instant::now());
+                generated.release_idle(Instant::now());
                 continue;
             }
-            queue::Next::Closed => return,
+            queue::Next::Closed => return native.save(),
         };
+        has_worked = true;
         match source {
             Source::File(executable) => {
                 let ids = addrs.iter().map(|&addr| LocationId::Native(executable.id(), ElfAddr(addr)));
                 let found = native.symbolize(&executable, &addrs);
                 queue.finish(ids.zip(found), native.take_panics());
+            }
+            Source::Generated { code, version } => {
+                let found = generated.symbolize(&code, &addrs, Instant::now());
+                let ids = addrs.iter().map(|&addr| LocationId::Generated(version, Addr(addr)));
+                queue.finish(ids.zip(found), 0);
+                queue.count_perf_maps(generated.take_counts());
             }
             Source::Kernel => {
                 let addrs: Vec<Addr> = addrs.into_iter().map(Addr).collect();
@@ -280,6 +352,7 @@ fn work(queue: &Queue, lane: Lane, mut kernel: KernelSymbols) {
             }
         }
         native.release_idle(Instant::now());
+        generated.release_idle(Instant::now());
     }
 }
 
@@ -317,7 +390,7 @@ mod tests {
         let library = LocationKey::Native { executable, addr };
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
-        let symbols = Symbols::start(Path::new("/proc"), CACHE_BYTES_MAX).unwrap();
+        let symbols = Symbols::start(Path::new("/proc"), 1 << 20, None).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());

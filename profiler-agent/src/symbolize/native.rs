@@ -4,8 +4,9 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,9 +16,11 @@ use rustix::fs::{Mode, OFlags};
 
 use super::demangle::{cut, demangle, is_mangled};
 use super::inflate::is_honest;
-use super::{NewFrame, Reason, nesting};
+use super::names::{Names, NamesKey};
+use super::store::NameStore;
+use super::{NewFrame, Reason, go, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableId, SymbolSections};
-use crate::sys::sigbus;
+use crate::sys::{memory, sigbus};
 
 /// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them and the
 /// DWARF of units that were asked for are our own: 26 MB after 2000 addresses all over a 48 MB Rust program.
@@ -25,6 +28,9 @@ const LOADED_MAX: usize = 32;
 
 /// Symbols of a file are released when nothing new was asked of it for so long: by then its locations are remembered.
 const IDLE_MAX: Duration = Duration::from_secs(30);
+
+/// New names of a file that is asked for more all the time are saved this often.
+const SAVE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Symbol and string tables larger than this are not read.
 const SYMBOL_BYTES_MAX: u64 = 1 << 30;
@@ -59,7 +65,7 @@ enum Symbols {
 ///
 /// An executable that names another file for its debug information is never followed: the name would be looked up with
 /// the agent's rights, in the agent's mount namespace, and opening it may block.
-fn ways(executable: &Executable, debug_dir: &Path) -> Vec<Symbols> {
+fn ways(executable: &Executable, debug_file: Option<File>) -> Vec<Symbols> {
     let mut ways = Vec::with_capacity(3);
     let symbols = executable.symbols();
     if symbols.symbol_bytes <= SYMBOL_BYTES_MAX {
@@ -69,9 +75,7 @@ fn ways(executable: &Executable, debug_dir: &Path) -> Vec<Symbols> {
     if has_own_debug && executable.debug_is_safe(|| is_safe(executable.file(), symbols)) {
         ways.push(Symbols::OwnDebug);
     }
-    if !symbols.has_debug_info
-        && let Some(file) = debug_file(executable, debug_dir)
-    {
+    if let Some(file) = debug_file.filter(|file| Elf::of(file).is_ok_and(|elf| fits(file, &elf.symbols))) {
         ways.push(Symbols::DebugFile(file));
     }
     ways
@@ -90,20 +94,50 @@ fn fits(file: &File, symbols: &SymbolSections) -> bool {
         && symbols.compressed.iter().all(|section| is_honest(file, section))
 }
 
-/// `<debug dir>/.build-id/ab/cdef.debug` with the same build id inside.
+/// The file of the distribution with an executable's debug information, if it has none itself: by its build id, else by
+/// the name that it gives, and in both cases only with the same build id inside.
+///
+/// ```text
+/// <debug dir>/.build-id/ab/cdef.debug     <debug dir>/<directory of the executable>/<name>
+/// ```
+/// Never from the root of a process: one file is named once for all who run it, and a container that runs the same libc as
+/// everybody must not say what everybody's functions are called. Source: GDB manual, "Debugging Information in Separate
+/// Files".
 fn debug_file(executable: &Executable, debug_dir: &Path) -> Option<File> {
+    if executable.symbols().has_debug_info {
+        return None;
+    }
     let build_id = executable.identity().build_ids.gnu.as_ref()?;
     let hex = build_id.to_string();
     let (first, rest) = hex.split_at_checked(2).filter(|(_, rest)| rest.len() >= 6)?;
-    let path: PathBuf = debug_dir.join(".build-id").join(first).join(format!("{rest}.debug"));
+    let by_id = debug_dir.join(".build-id").join(first).join(format!("{rest}.debug"));
+    open_debug_file(&by_id, build_id)
+        .or_else(|| open_debug_file(&linked_path(executable, debug_dir)?, build_id))
+}
+
+/// Where the debug link of an executable leads below `debug_dir`. A path that does not stay below names nothing.
+fn linked_path(executable: &Executable, debug_dir: &Path) -> Option<PathBuf> {
+    let name = Path::new(executable.symbols().debug_link.as_deref()?);
+    let directory = executable.path().parent()?.strip_prefix("/").ok()?;
+    let is_plain = |part| matches!(part, Component::Normal(_));
+    let stays = directory.components().all(is_plain) && name.components().all(is_plain);
+    stays.then(|| debug_dir.join(directory).join(name))
+}
+
+fn open_debug_file(path: &Path, build_id: &BuildId) -> Option<File> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
     if !file.metadata().ok()?.is_file() {
         return None;
     }
     let elf = Elf::of(&file).ok()?;
-    let same = |found: &BuildId| found == build_id;
-    (elf.build_ids.gnu.as_ref().is_some_and(same) && fits(&file, &elf.symbols)).then_some(file)
+    (elf.build_ids.gnu.as_ref() == Some(build_id)).then_some(file)
+}
+
+/// What tells the versions of a debug file apart; empty for none.
+fn version_of(debug_file: Option<&File>) -> String {
+    let Some(Ok(metadata)) = debug_file.map(File::metadata) else { return String::new() };
+    format!("{}:{}:{}.{}", metadata.ino(), metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
 /// What is known of a function beside what an address in it gives.
@@ -242,26 +276,69 @@ fn line(code: Option<&CodeInfo<'_>>) -> u32 {
     code.and_then(|code| code.line).unwrap_or(0)
 }
 
-/// The symbols of one executable: loaded one way, with the ways left should that fail.
+/// The symbols of one executable: what is known of it, then loaded one way, with the ways left should that fail.
 struct Entry {
     executable: Arc<Executable>,
+    /// From the store and for it.
+    names: Names,
+    key: NamesKey,
+    /// When the first names came that the store does not have.
+    changed_at: Option<Instant>,
     loaded: Option<Loaded>,
-    ways: Vec<Symbols>,
+    ways: Ways,
     used_at: Instant,
 }
 
+/// Looking for ways may unfold compressed sections: it is put off until a name is not known.
+enum Ways {
+    NotLookedFor { debug_file: Option<File> },
+    Left(Vec<Symbols>),
+}
+
 impl Entry {
-    fn new(executable: &Arc<Executable>, now: Instant, debug_dir: &Path) -> Self {
-        // Looking for ways unfolds compressed sections: a decoder that panics over them costs the file, not the thread.
-        let ways = catch_unwind(|| ways(executable, debug_dir)).unwrap_or_default();
-        Self { executable: Arc::clone(executable), loaded: None, ways, used_at: now }
+    fn new(executable: &Arc<Executable>, now: Instant, debug_dir: &Path, store: Option<&NameStore>) -> Self {
+        let debug_file = debug_file(executable, debug_dir);
+        let key = NamesKey::new(executable.identity(), &version_of(debug_file.as_ref()));
+        Self {
+            executable: Arc::clone(executable),
+            names: store.map(|store| store.load(key)).unwrap_or_default(),
+            key,
+            changed_at: None,
+            loaded: None,
+            ways: Ways::NotLookedFor { debug_file },
+            used_at: now,
+        }
     }
 
     /// Goes on to the next way; false when there is none.
     fn load_next(&mut self) -> bool {
         self.loaded = None;
-        self.loaded = self.ways.pop().map(|way| Loaded::new(&self.executable, way));
+        if let Ways::NotLookedFor { debug_file } = &mut self.ways {
+            let debug_file = debug_file.take();
+            // A decoder that panics over compressed sections costs the file, not the thread.
+            let found = catch_unwind(AssertUnwindSafe(|| ways(&self.executable, debug_file)));
+            self.ways = Ways::Left(found.unwrap_or_default());
+        }
+        let Ways::Left(ways) = &mut self.ways else { return false };
+        self.loaded = ways.pop().map(|way| Loaded::new(&self.executable, way));
         self.loaded.is_some()
+    }
+
+    /// Keeps what was found for the next run of the agent.
+    fn remember(&mut self, addrs: &[u64], found: &[Result<Vec<NewFrame>, Reason>], now: Instant) {
+        for (&addr, found) in addrs.iter().zip(found) {
+            if let Ok(frames) = found
+                && self.names.insert(addr, frames)
+            {
+                self.changed_at.get_or_insert(now);
+            }
+        }
+    }
+
+    fn save(&mut self, store: &NameStore) {
+        if self.changed_at.take().is_some() {
+            store.save(self.key, &self.names);
+        }
     }
 }
 
@@ -269,28 +346,79 @@ impl Entry {
 pub(super) struct NativeSymbols {
     entries: HashMap<ExecutableId, Entry>,
     debug_dir: PathBuf,
+    /// `None`: names are not kept on disk.
+    store: Option<Arc<NameStore>>,
     panics: u64,
 }
 
 impl NativeSymbols {
-    pub(super) fn new() -> Self {
-        Self { entries: HashMap::new(), debug_dir: DEBUG_DIR.into(), panics: 0 }
+    pub(super) fn new(store: Option<Arc<NameStore>>) -> Self {
+        Self { entries: HashMap::new(), debug_dir: DEBUG_DIR.into(), store, panics: 0 }
     }
 
     /// One answer per address of `executable`, in their order. Reads the file, so this may take seconds.
     ///
-    /// A file that makes the parser fail or panic is tried the next simpler way, and at last is [`Reason::Malformed`].
+    /// Go's own table comes first; what it does not have, such as C, and all other programs have symbols and DWARF.
     pub(super) fn symbolize(
         &mut self,
         executable: &Arc<Executable>,
         addrs: &[u64],
     ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let Some(table) = go::table(executable) else { return self.symbolize_elf(executable, addrs) };
+        let of_go: Vec<_> = addrs.iter().map(|&addr| go::frames(&table, addr)).collect();
+        let is_missing = |&(_, frames): &(&u64, &Option<_>)| frames.is_none();
+        let missing: Vec<u64> = addrs.iter().zip(&of_go).filter(is_missing).map(|(&addr, _)| addr).collect();
+        if missing.is_empty() {
+            return of_go.into_iter().flatten().map(Ok).collect();
+        }
+        let mut others = self.symbolize_elf(executable, &missing).into_iter();
+        let other =
+            |frames: Option<_>| frames.map(Ok).or_else(|| others.next()).unwrap_or(Err(Reason::Malformed));
+        of_go.into_iter().map(other).collect()
+    }
+
+    /// By what is known from the store, then by symbols and DWARF.
+    fn symbolize_elf(
+        &mut self,
+        executable: &Arc<Executable>,
+        addrs: &[u64],
+    ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let _mapping = memory::mapping_files();
         let now = Instant::now();
         self.make_room(executable.id());
-        let debug_dir = &self.debug_dir;
-        let entry =
-            self.entries.entry(executable.id()).or_insert_with(|| Entry::new(executable, now, debug_dir));
+        let (debug_dir, store) = (&self.debug_dir, self.store.as_deref());
+        let entry = self
+            .entries
+            .entry(executable.id())
+            .or_insert_with(|| Entry::new(executable, now, debug_dir, store));
         entry.used_at = now;
+        let Some(store) = store else { return self.load_and_symbolize(executable, addrs) };
+        let known: Vec<_> = addrs.iter().map(|&addr| entry.names.get(addr)).collect();
+        let is_missing = |&(_, frames): &(&u64, &Option<_>)| frames.is_none();
+        let missing: Vec<u64> = addrs.iter().zip(&known).filter(is_missing).map(|(&addr, _)| addr).collect();
+        store.count_look_ups((addrs.len() - missing.len()) as u64, missing.len() as u64);
+        if missing.is_empty() {
+            return known.into_iter().flatten().map(Ok).collect();
+        }
+        let found = self.load_and_symbolize(executable, &missing);
+        if let Some(entry) = self.entries.get_mut(&executable.id()) {
+            entry.remember(&missing, &found, now);
+        }
+        let mut found = found.into_iter();
+        let other =
+            |frames: Option<_>| frames.map(Ok).or_else(|| found.next()).unwrap_or(Err(Reason::Malformed));
+        known.into_iter().map(other).collect()
+    }
+
+    /// A file that makes the parser fail or panic is tried the next simpler way, and at last is [`Reason::Malformed`].
+    fn load_and_symbolize(
+        &mut self,
+        executable: &Arc<Executable>,
+        addrs: &[u64],
+    ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let Some(entry) = self.entries.get_mut(&executable.id()) else {
+            return vec![Err(Reason::Malformed); addrs.len()];
+        };
         let mut usable = entry.loaded.is_some() || entry.load_next();
         while usable {
             match attempt(entry.loaded.as_mut().expect("a way was loaded"), addrs) {
@@ -307,9 +435,28 @@ impl NativeSymbols {
         vec![Err(Reason::Malformed); addrs.len()]
     }
 
-    /// Releases the symbols of files that nothing was asked of for a while.
+    /// Releases the symbols of files that nothing was asked of for a while, and saves names that wait for it.
     pub(super) fn release_idle(&mut self, now: Instant) {
-        self.entries.retain(|_, entry| now.saturating_duration_since(entry.used_at) < IDLE_MAX);
+        let _unmapping = memory::mapping_files();
+        let store = self.store.as_deref();
+        self.entries.retain(|_, entry| {
+            let stays = now.saturating_duration_since(entry.used_at) < IDLE_MAX;
+            let is_due =
+                entry.changed_at.is_some_and(|at| now.saturating_duration_since(at) >= SAVE_INTERVAL);
+            if let Some(store) = store
+                && (is_due || !stays)
+            {
+                entry.save(store);
+            }
+            stays
+        });
+    }
+
+    /// Saves what the store does not have yet.
+    pub(super) fn save(&mut self) {
+        if let Some(store) = self.store.as_deref() {
+            self.entries.values_mut().for_each(|entry| entry.save(store));
+        }
     }
 
     /// How often a parser panicked since this was asked last.
@@ -322,9 +469,18 @@ impl NativeSymbols {
             return;
         }
         let longest_unused = self.entries.iter().min_by_key(|(_, entry)| entry.used_at).map(|(&id, _)| id);
-        if let Some(id) = longest_unused {
-            self.entries.remove(&id);
+        if let Some(mut entry) = longest_unused.and_then(|id| self.entries.remove(&id))
+            && let Some(store) = self.store.as_deref()
+        {
+            entry.save(store);
         }
+    }
+}
+
+impl Drop for NativeSymbols {
+    fn drop(&mut self) {
+        let _unmapping = memory::mapping_files();
+        self.entries.clear();
     }
 }
 
@@ -462,7 +618,7 @@ mod tests {
     fn a_function_of_this_program_is_found_with_what_is_inlined_into_it() {
         let cache = ExecutableCache::new(4);
         let (executable, addr) = at(&cache, caller_of_inlined() - 1);
-        let frames = one(&mut NativeSymbols::new(), &executable, addr.0).unwrap();
+        let frames = one(&mut NativeSymbols::new(None), &executable, addr.0).unwrap();
         let [inner, outer] = frames.as_slice() else { panic!("{frames:?}") };
         // `line-tables-only` has no more of an inlined function than its last name.
         assert!(inner.function.ends_with("inlined_callee"), "{frames:?}");
@@ -476,7 +632,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = compile(dir.path(), "program", PROGRAM, &[]);
         let executable = read(&path).unwrap();
-        let frames = one(&mut NativeSymbols::new(), &executable, asm_addr(&path)).unwrap();
+        let frames = one(&mut NativeSymbols::new(None), &executable, asm_addr(&path)).unwrap();
         let [inner, outer] = frames.as_slice() else { panic!("{frames:?}") };
         assert_eq!((inner.function.as_str(), inner.line, inner.start_line), ("inlined", ASM_LINE, 0));
         assert_eq!((outer.function.as_str(), outer.line, outer.start_line), ("hot", CALL_LINE, HOT_LINE));
@@ -487,7 +643,7 @@ mod tests {
     fn libc_is_named_by_its_dynamic_symbols() {
         let cache = ExecutableCache::new(4);
         let (executable, addr) = at(&cache, libc::qsort as *const () as u64);
-        let frames = one(&mut NativeSymbols::new(), &executable, addr.0 + 1).unwrap();
+        let frames = one(&mut NativeSymbols::new(None), &executable, addr.0 + 1).unwrap();
         let [frame] = frames.as_slice() else { panic!("{frames:?}") };
         assert_eq!(frame.function, "qsort");
     }
@@ -498,15 +654,15 @@ mod tests {
         let path = compile(dir.path(), "program", PROGRAM, &[]);
         let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
         fs::remove_file(&path).unwrap();
-        check(one(&mut NativeSymbols::new(), &executable, addr), &["inlined", "hot"]);
+        check(one(&mut NativeSymbols::new(None), &executable, addr), &["inlined", "hot"]);
         compile(dir.path(), "program", &PROGRAM.replace("hot", "other"), &[]);
-        check(one(&mut NativeSymbols::new(), &executable, addr), &["inlined", "hot"]);
+        check(one(&mut NativeSymbols::new(None), &executable, addr), &["inlined", "hot"]);
     }
 
     #[test]
     fn a_descriptor_used_again_never_gives_the_symbols_of_the_file_before() {
         let dir = tempfile::tempdir().unwrap();
-        let mut symbols = NativeSymbols::new();
+        let mut symbols = NativeSymbols::new(None);
         for name in ["first", "second", "third"] {
             let path = compile(dir.path(), name, &PROGRAM.replace("hot", name), &[]);
             let addr = asm_addr(&path);
@@ -522,7 +678,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = compile(dir.path(), "program", PROGRAM, &[]);
         let addr = asm_addr(&path);
-        let mut symbols = NativeSymbols::new();
+        let mut symbols = NativeSymbols::new(None);
         let executables: Vec<_> = (0..LOADED_MAX + 3).map(|_| read(&path).unwrap()).collect();
         for executable in &executables {
             check(one(&mut symbols, executable, addr), &["inlined", "hot"]);
@@ -542,18 +698,124 @@ mod tests {
         let stripped = dir.path().join("stripped");
         run(Command::new("objcopy").arg("--strip-all").args([&path, &stripped]));
         let executable = read(&stripped).unwrap();
-        assert_eq!(one(&mut NativeSymbols::new(), &executable, addr), Err(Reason::NoSymbols));
+        assert_eq!(one(&mut NativeSymbols::new(None), &executable, addr), Err(Reason::NoSymbols));
 
         run(Command::new("objcopy").arg("--only-keep-debug").args([&path, &debug]));
-        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new() };
+        let mut symbols = with_debug_dir(dir.path());
         let frames = one(&mut symbols, &executable, addr).unwrap();
         assert_eq!((frames[0].line, frames[1].function.as_str()), (ASM_LINE, "hot"));
 
         // Another program's debug information under this build id is not taken.
         let other = compile(dir.path(), "other", &PROGRAM.replace("hot", "other"), &["-static"]);
         fs::copy(other, &debug).unwrap();
-        let mut symbols = NativeSymbols { debug_dir: dir.path().into(), ..NativeSymbols::new() };
+        let mut symbols = with_debug_dir(dir.path());
         assert_eq!(one(&mut symbols, &executable, addr), Err(Reason::NoSymbols));
+    }
+
+    /// With another place for debug files than the distribution's.
+    fn with_debug_dir(dir: &Path) -> NativeSymbols {
+        let mut symbols = NativeSymbols::new(None);
+        symbols.debug_dir = dir.into();
+        symbols
+    }
+
+    #[test]
+    fn a_debug_link_leads_to_a_file_of_the_distribution_with_the_same_build_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &["-static"]);
+        let addr = asm_addr(&path);
+        let debug_dir = tempfile::tempdir().unwrap();
+        let debug = debug_dir.path().join(dir.path().strip_prefix("/").unwrap()).join("program.debug");
+        fs::create_dir_all(debug.parent().unwrap()).unwrap();
+        run(Command::new("objcopy").arg("--only-keep-debug").args([&path, &debug]));
+        let stripped = dir.path().join("stripped");
+        run(Command::new("objcopy")
+            .arg("--strip-all")
+            .arg(format!("--add-gnu-debuglink={}", debug.display()))
+            .args([&path, &stripped]));
+        let executable = read(&stripped).unwrap();
+        let symbols = || with_debug_dir(debug_dir.path());
+        check(one(&mut symbols(), &executable, addr), &["inlined", "hot"]);
+
+        let other = compile(dir.path(), "other", &PROGRAM.replace("hot", "other"), &["-static"]);
+        fs::copy(other, &debug).unwrap();
+        assert_eq!(one(&mut symbols(), &executable, addr), Err(Reason::NoSymbols));
+    }
+
+    #[test]
+    fn a_debug_link_never_leads_out_of_the_directory_of_debug_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let mut outside = (*read(&path).unwrap()).elf_with_debug_link("../../../etc/passwd");
+        assert_eq!(linked_path(&outside, Path::new("/d")), None);
+        outside = outside.elf_with_debug_link("/etc/passwd");
+        assert_eq!(linked_path(&outside, Path::new("/d")), None);
+        let inside = outside.elf_with_debug_link("program.debug");
+        let expect = Path::new("/d").join(dir.path().strip_prefix("/").unwrap()).join("program.debug");
+        assert_eq!(linked_path(&inside, Path::new("/d")), Some(expect));
+    }
+
+    #[test]
+    fn a_restart_names_what_was_named_before_without_loading_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let addr = asm_addr(&path);
+        let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
+        let mut symbols = NativeSymbols::new(store());
+        let executable = read(&path).unwrap();
+        let before = one(&mut symbols, &executable, addr);
+        symbols.save();
+
+        let mut symbols = NativeSymbols::new(store());
+        let executable = read(&path).unwrap();
+        assert_eq!(one(&mut symbols, &executable, addr), before);
+        assert!(symbols.entries[&executable.id()].loaded.is_none());
+        // What is not known is looked up as ever.
+        check(one(&mut symbols, &executable, addr + 1), &["inlined", "hot"]);
+        assert!(symbols.entries[&executable.id()].loaded.is_some());
+
+        // Another program at the same path has names of its own.
+        compile(dir.path(), "program", &PROGRAM.replace("hot", "other"), &[]);
+        check(one(&mut NativeSymbols::new(store()), &read(&path).unwrap(), addr), &["inlined", "other"]);
+    }
+
+    #[test]
+    fn programs_that_claim_one_build_id_are_named_by_their_own_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
+        let claimed = "-Wl,--build-id=0x0123456789abcdef0123456789abcdef01234567";
+        let real = compile(dir.path(), "real", PROGRAM, &[claimed]);
+        let doctored = compile(dir.path(), "fake", &PROGRAM.replace("hot", "bad"), &[claimed]);
+        let addr = asm_addr(&real);
+        assert_eq!(asm_addr(&doctored), addr);
+        assert_eq!(read(&doctored).unwrap().build_id(), read(&real).unwrap().build_id());
+        // The forger comes first; the second turn has what the first has left on disk.
+        for _ in 0..2 {
+            let mut symbols = NativeSymbols::new(store());
+            check(one(&mut symbols, &read(&doctored).unwrap(), addr), &["inlined", "bad"]);
+            check(one(&mut symbols, &read(&real).unwrap(), addr), &["inlined", "hot"]);
+            symbols.save();
+        }
+    }
+
+    #[test]
+    fn names_are_saved_when_a_file_is_released_or_asked_for_all_the_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let addr = asm_addr(&path);
+        let store = Arc::new(NameStore::open(dir.path().join("names")).unwrap());
+        let saved = || store.counts().saved.load(std::sync::atomic::Ordering::Relaxed);
+        let mut symbols = NativeSymbols::new(Some(Arc::clone(&store)));
+        let executable = read(&path).unwrap();
+        check(one(&mut symbols, &executable, addr), &["inlined", "hot"]);
+        symbols.release_idle(Instant::now());
+        assert_eq!(saved(), 0);
+        let later = Instant::now() + SAVE_INTERVAL;
+        symbols.entries.get_mut(&executable.id()).unwrap().used_at = later;
+        symbols.release_idle(later);
+        assert_eq!((saved(), symbols.entries.len()), (1, 1));
+        symbols.release_idle(later + IDLE_MAX);
+        assert_eq!((saved(), symbols.entries.len()), (1, 0), "nothing new to save");
     }
 
     #[test]
@@ -565,7 +827,7 @@ mod tests {
         run(Command::new("objcopy").arg("--add-gnu-debuglink").arg(&debug).arg(&path));
         fs::remove_file(&debug).unwrap();
         run(Command::new("mkfifo").arg(&debug));
-        check(one(&mut NativeSymbols::new(), &read(&path).unwrap(), asm_addr(&path)), &["hot"]);
+        check(one(&mut NativeSymbols::new(None), &read(&path).unwrap(), asm_addr(&path)), &["hot"]);
     }
 
     #[test]
@@ -577,7 +839,7 @@ mod tests {
         run(Command::new("objcopy").arg("--compress-debug-sections=zlib").args([&path, &compressed]));
         let executable = read(&compressed).unwrap();
         assert!(executable.symbols().inflated_bytes > 0);
-        check(one(&mut NativeSymbols::new(), &executable, addr), &["inlined", "hot"]);
+        check(one(&mut NativeSymbols::new(None), &executable, addr), &["inlined", "hot"]);
 
         // One byte less in a header than what unfolds.
         let section =
@@ -585,7 +847,7 @@ mod tests {
         let size_at = section.file_range.start - 16;
         let file = fs::OpenOptions::new().write(true).open(&compressed).unwrap();
         file.write_all_at(&(section.inflated_bytes - 1).to_le_bytes(), size_at).unwrap();
-        check(one(&mut NativeSymbols::new(), &read(&compressed).unwrap(), addr), &["hot"]);
+        check(one(&mut NativeSymbols::new(None), &read(&compressed).unwrap(), addr), &["hot"]);
     }
 
     /// blazesym would recurse into each inlined call and overflow its stack, which ends the process.
@@ -601,7 +863,7 @@ mod tests {
         let elf = blazesym::inspect::Inspector::new();
         let elf_source = blazesym::inspect::source::Source::Elf(blazesym::inspect::source::Elf::new(&path));
         let main = elf.lookup(&elf_source, &["main"]).unwrap()[0][0].addr;
-        check(one(&mut NativeSymbols::new(), &executable, main), &["main"]);
+        check(one(&mut NativeSymbols::new(None), &executable, main), &["main"]);
     }
 
     #[test]
@@ -609,7 +871,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = compile(dir.path(), "program", PROGRAM, &["-static"]);
         let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
-        let mut symbols = NativeSymbols::new();
+        let mut symbols = NativeSymbols::new(None);
         sigbus::install().unwrap();
         check(one(&mut symbols, &executable, addr), &["inlined", "hot"]);
         fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
@@ -627,7 +889,7 @@ mod tests {
         for bytes in (0..whole.len()).step_by(61) {
             fs::write(&cut, &whole[..bytes]).unwrap();
             match read(&cut) {
-                Ok(executable) => drop(one(&mut NativeSymbols::new(), &executable, addr)),
+                Ok(executable) => drop(one(&mut NativeSymbols::new(None), &executable, addr)),
                 Err(error) => assert!(matches!(error, ExecutableError::Elf { .. }), "{error} at {bytes}"),
             }
         }
@@ -653,7 +915,7 @@ mod tests {
             let file = tempfile::NamedTempFile::new().unwrap();
             fs::write(file.path(), &bytes).unwrap();
             if let Ok(executable) = read(file.path()) {
-                let mut symbols = NativeSymbols::new();
+                let mut symbols = NativeSymbols::new(None);
                 let _ = symbols.symbolize(&executable, &[addr, addr - 4, 0, u64::MAX]);
                 prop_assert!(symbols.entries.len() <= 1);
             }

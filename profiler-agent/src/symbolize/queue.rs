@@ -5,8 +5,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::cache::LocationCache;
+use super::generated::PerfMapCounts;
 use super::{Counts, Location, LocationId, LocationKey, NewFrame, Reason};
 use crate::executable::{Executable, ExecutableId};
+use crate::process::GeneratedCode;
 
 /// Locations that may wait at a time: what a busy machine of 64 cores finds new in its first second.
 const WAITING_MAX: usize = 64 << 10;
@@ -27,12 +29,14 @@ pub(super) enum Lane {
 impl Lane {
     fn of(source: &Source) -> Self {
         match source {
+            // Go's table is not loaded, but read where it is asked.
+            Source::File(executable) if super::go::has_table(executable) => Self::Quick,
             Source::File(executable) => {
                 let symbols = executable.symbols();
                 let bytes = symbols.symbol_bytes.saturating_add(symbols.debug_bytes);
                 if bytes > QUICK_BYTES_MAX { Self::Large } else { Self::Quick }
             }
-            Source::Kernel => Self::Quick,
+            Source::Generated { .. } | Source::Kernel => Self::Quick,
         }
     }
 }
@@ -41,14 +45,24 @@ impl Lane {
 #[derive(Clone, Debug)]
 pub(super) enum Source {
     File(Arc<Executable>),
+    Generated { code: Arc<GeneratedCode>, version: u32 },
+    Kernel,
+}
+
+/// What tells sources apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum SourceId {
+    File(ExecutableId),
+    Generated(u32),
     Kernel,
 }
 
 impl Source {
-    fn id(&self) -> Option<ExecutableId> {
+    fn id(&self) -> SourceId {
         match self {
-            Self::File(executable) => Some(executable.id()),
-            Self::Kernel => None,
+            Self::File(executable) => SourceId::File(executable.id()),
+            Self::Generated { code: _, version } => SourceId::Generated(*version),
+            Self::Kernel => SourceId::Kernel,
         }
     }
 }
@@ -106,8 +120,8 @@ struct State {
 /// The waiting addresses of one lane by source, sources in turn.
 #[derive(Debug, Default)]
 struct Waiting {
-    turns: VecDeque<Option<ExecutableId>>,
-    by_source: HashMap<Option<ExecutableId>, Work>,
+    turns: VecDeque<SourceId>,
+    by_source: HashMap<SourceId, Work>,
 }
 
 impl Waiting {
@@ -145,6 +159,7 @@ impl State {
         let id = key.id();
         let (source, addr) = match key {
             LocationKey::Native { executable, addr } => (Source::File(executable), addr.0),
+            LocationKey::Generated { code, version, addr } => (Source::Generated { code, version }, addr.0),
             LocationKey::Kernel(addr) => (Source::Kernel, addr.0),
         };
         if self.asked.contains(&id) {
@@ -187,7 +202,11 @@ impl State {
         if let Err(reason) = found {
             self.unresolved(reason);
         }
-        let location = self.cache.insert(id, found);
+        let location = match (id, found) {
+            // The process may write the name in a moment.
+            (LocationId::Generated(..), Err(reason)) => Location::Unresolved(reason),
+            (id, found) => self.cache.insert(id, found),
+        };
         self.asked.remove(&id);
         if let Some(awaited) = self.awaited.get_mut(&id) {
             *awaited = Some(location);
@@ -297,6 +316,13 @@ impl Queue {
         }
         state.counts.parser_panics += panics;
         self.done.notify_all();
+    }
+
+    pub(super) fn count_perf_maps(&self, more: PerfMapCounts) {
+        let PerfMapCounts { bytes, lines_left_out } = more;
+        let mut state = self.lock();
+        state.counts.perf_map_bytes += bytes;
+        state.counts.perf_map_lines_left_out += lines_left_out;
     }
 
     pub(super) fn forget_kernel(&self) {

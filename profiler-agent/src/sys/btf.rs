@@ -47,6 +47,7 @@ mod kind {
 
 const HEAD_BYTES: usize = 12;
 const MEMBER_BYTES: usize = 12;
+const ENUMERATOR_BYTES: usize = 8;
 
 impl Btf {
     /// Reads and indexes the running kernel's BTF.
@@ -96,6 +97,21 @@ impl Btf {
             }
         }
         found
+    }
+
+    /// The value of an enumerator, by the names of its type and its own.
+    pub(crate) fn enum_value(&self, of: &str, wanted: &str) -> Option<u32> {
+        let named =
+            |offset: usize| self.head(offset).ok().filter(|&(name, _)| self.string(name) == of.as_bytes());
+        let (record, info) = self.records.iter().find_map(|&record| {
+            let (_, info) = named(record as usize)?;
+            (info_kind(info) == kind::ENUM).then_some((record as usize, info))
+        })?;
+        (0..info_len(info)).find_map(|index| {
+            let at = record + HEAD_BYTES + index * ENUMERATOR_BYTES;
+            let name = u32_at(&self.bytes, at).ok()?;
+            (self.string(name) == wanted.as_bytes()).then(|| u32_at(&self.bytes, at + 4).ok())?
+        })
     }
 
     /// Byte offset of a member of a structure, also inside its unnamed members. `None` when there is none, or when it
@@ -235,6 +251,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn this_kernel_numbers_its_cgroup_controllers() {
+        let btf = Btf::of_kernel(Path::new("/sys")).expect("this kernel has BTF");
+        let number = |name| btf.enum_value("cgroup_subsys_id", name);
+        assert!(number("memory_cgrp_id").is_some());
+        assert_ne!(number("memory_cgrp_id"), number("pids_cgrp_id"));
+        assert_eq!(number("nothing_cgrp_id"), None);
+        assert_eq!(btf.enum_value("no_such_enum", "memory_cgrp_id"), None);
     }
 
     #[test]

@@ -2,19 +2,57 @@
 
 use std::{fmt, fs, io};
 
-/// A capability the agent needs, with its bit. Source: include/uapi/linux/capability.h.
+/// A capability the agent uses, with its bit. Source: include/uapi/linux/capability.h.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Capability {
     /// Reading files of other users: executables in their roots.
     DacReadSearch = 2,
-    /// `/proc/<pid>/map_files` and `/proc/<pid>/root` of other users.
+    /// `/proc/<pid>/maps`, `root` and `map_files` of other users.
     SysPtrace = 19,
     /// Stands for Bpf and Perfmon on kernels before 5.8, and opens map_files before 5.9.
     SysAdmin = 21,
+    /// Raising the limit of locked memory, which maps count against before 5.11.
+    SysResource = 24,
+    /// Addresses of kernel symbols.
+    Syslog = 34,
     /// perf events on all processes and tracing programs.
     Perfmon = 38,
     /// Loading programs and making maps.
     Bpf = 39,
+    /// `/proc/<pid>/map_files`.
+    CheckpointRestore = 40,
+}
+
+impl Capability {
+    /// Those that make a difference, the needed ones first.
+    pub(crate) const USED: [Self; 7] = [
+        Self::Bpf,
+        Self::Perfmon,
+        Self::SysPtrace,
+        Self::DacReadSearch,
+        Self::CheckpointRestore,
+        Self::Syslog,
+        Self::SysResource,
+    ];
+
+    /// Whether nothing can be sampled without.
+    pub(crate) fn is_needed(self) -> bool {
+        matches!(self, Self::Bpf | Self::Perfmon)
+    }
+
+    /// What it is for.
+    pub(crate) fn gives(self) -> &'static str {
+        match self {
+            Self::Bpf => "loading programs and maps",
+            Self::Perfmon => "sampling all processes",
+            Self::SysPtrace => "mappings and executables of other users' processes",
+            Self::DacReadSearch => "executables in directories that others may not enter",
+            Self::CheckpointRestore => "executables that are deleted or of other mount namespaces",
+            Self::Syslog => "names of kernel functions",
+            Self::SysResource => "more locked memory, before Linux 5.11",
+            Self::SysAdmin => "all of them on old kernels",
+        }
+    }
 }
 
 impl fmt::Display for Capability {
@@ -23,8 +61,11 @@ impl fmt::Display for Capability {
             Self::DacReadSearch => "CAP_DAC_READ_SEARCH",
             Self::SysPtrace => "CAP_SYS_PTRACE",
             Self::SysAdmin => "CAP_SYS_ADMIN",
+            Self::SysResource => "CAP_SYS_RESOURCE",
+            Self::Syslog => "CAP_SYSLOG",
             Self::Perfmon => "CAP_PERFMON",
             Self::Bpf => "CAP_BPF",
+            Self::CheckpointRestore => "CAP_CHECKPOINT_RESTORE",
         })
     }
 }
@@ -37,19 +78,20 @@ pub(crate) fn missing() -> io::Result<Vec<Capability>> {
     Ok(missing_from(effective))
 }
 
-fn effective(status: &str) -> Option<u64> {
+/// The mask of effective capabilities in `/proc/<pid>/status`.
+pub(crate) fn effective(status: &str) -> Option<u64> {
     let hex = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
     u64::from_str_radix(hex.trim(), 16).ok()
 }
 
-fn missing_from(effective: u64) -> Vec<Capability> {
+/// Those of [`Capability::USED`] that a mask does not have, nor CAP_SYS_ADMIN in their place.
+pub(crate) fn missing_from(effective: u64) -> Vec<Capability> {
     let has = |capability: Capability| effective & (1 << capability as u32) != 0;
-    let admin_covers =
-        |capability| matches!(capability, Capability::Bpf | Capability::Perfmon) && has(Capability::SysAdmin);
-    [Capability::Bpf, Capability::Perfmon, Capability::SysPtrace, Capability::DacReadSearch]
-        .into_iter()
-        .filter(|&capability| !has(capability) && !admin_covers(capability))
-        .collect()
+    let by_admin = |capability| {
+        use Capability::{Bpf, CheckpointRestore, Perfmon};
+        matches!(capability, Bpf | Perfmon | CheckpointRestore) && has(Capability::SysAdmin)
+    };
+    Capability::USED.into_iter().filter(|&capability| !has(capability) && !by_admin(capability)).collect()
 }
 
 #[cfg(test)]
@@ -59,12 +101,13 @@ mod tests {
     #[test]
     fn root_misses_nothing_and_a_user_everything() {
         assert_eq!(missing_from(u64::MAX), []);
-        assert_eq!(missing_from(0).len(), 4);
+        assert_eq!(missing_from(0), Capability::USED);
     }
 
     #[test]
-    fn sys_admin_stands_for_bpf_and_perfmon() {
-        assert_eq!(missing_from(1 << 21), [Capability::SysPtrace, Capability::DacReadSearch]);
+    fn sys_admin_stands_for_what_was_split_off_it() {
+        use Capability::{DacReadSearch, SysPtrace, SysResource, Syslog};
+        assert_eq!(missing_from(1 << 21), [SysPtrace, DacReadSearch, Syslog, SysResource]);
     }
 
     #[test]

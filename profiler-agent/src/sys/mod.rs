@@ -1,8 +1,10 @@
 //! Raw system calls and kernel formats. With `profiler-ebpf`, the only place where `unsafe` lives.
 
 pub(crate) mod bpf;
+pub(crate) mod bpf_objects;
 pub(crate) mod btf;
 pub(crate) mod capabilities;
+pub(crate) mod cgroup;
 pub(crate) mod clock;
 pub(crate) mod cpu;
 pub(crate) mod file_map;
@@ -11,4 +13,5 @@ pub(crate) mod memory;
 pub(crate) mod perf_event;
 pub(crate) mod random;
 pub(crate) mod sigbus;
+pub(crate) mod threads;
 pub(crate) mod usage;

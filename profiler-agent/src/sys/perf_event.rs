@@ -41,6 +41,7 @@ const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408u32 as libc::Ioctl;
 #[derive(Debug)]
 pub(crate) struct CpuClock {
     fd: OwnedFd,
+    period_ns: u64,
 }
 
 impl CpuClock {
@@ -71,7 +72,13 @@ impl CpuClock {
         }
         // SAFETY: the call has just given us this descriptor, nobody else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-        Ok(Self { fd })
+        Ok(Self { fd, period_ns })
+    }
+
+    /// The period it was opened with, which it keeps: `PERF_EVENT_IOC_PERIOD` changes when a clock event fires, but not
+    /// the period that its samples state. Source: kernel/events/core.c, perf_swevent_hrtimer: `hw.last_period`.
+    pub(crate) fn period_ns(&self) -> u64 {
+        self.period_ns
     }
 
     /// Runs a loaded perf event program at each event.

@@ -138,7 +138,7 @@ pub(super) fn of_vdso() -> Result<UnwindTable, MakeError> {
 }
 
 /// Name of the vDSO's mapping.
-pub(super) const VDSO: &str = "[vdso]";
+pub(crate) const VDSO: &str = "[vdso]";
 
 /// The bytes are not trusted. A parser that panics is counted, and the process has no table.
 fn parse(

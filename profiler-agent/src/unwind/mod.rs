@@ -25,21 +25,22 @@ use std::{
 };
 
 use aya::maps::MapError;
-use profiler_common::{limits, unwind::mappings::ProcessEntry};
-use profiler_unwind::Architecture;
+use profiler_common::unwind::mappings::ProcessEntry;
+use profiler_unwind::{Architecture, Source};
 use tracing::{debug, warn};
 
-pub(crate) use self::make::Reason;
+pub(crate) use self::make::{Reason, VDSO};
 use self::{
     chunk::{CodeRange, MappedTable, Part, Record},
     ids::Ids,
-    make::{MakeError, VDSO},
+    make::MakeError,
     tables::{Owner, PlaceError, Tables, Write},
 };
 use crate::{
     addr::FileOffset,
     bpf::UnwindMaps,
     executable::Executable,
+    memory::UnwindSizes,
     process::{Backing, ImageReader, Mapping},
     sys::memory,
 };
@@ -63,7 +64,7 @@ const REFUSED_MAX: usize = 8192;
 pub(crate) struct UnwindCounts {
     /// Tables in the kernel now.
     pub(crate) tables: AtomicU64,
-    /// Pages of rows they take, of `limits::UNWIND_LEAVES_MAX`.
+    /// Pages of rows they take.
     pub(crate) leaves: AtomicU64,
     /// Processes with tables now.
     pub(crate) processes: AtomicU64,
@@ -143,14 +144,19 @@ struct Image {
 }
 
 impl Unwinder {
-    /// No tables yet.
-    pub(crate) fn new(maps: UnwindMaps, images: ImageReader, counts: Arc<UnwindCounts>) -> Self {
+    /// No tables yet, in maps of these sizes.
+    pub(crate) fn new(
+        maps: UnwindMaps,
+        sizes: UnwindSizes,
+        images: ImageReader,
+        counts: Arc<UnwindCounts>,
+    ) -> Self {
         Self {
             maps,
             images,
             counts,
-            tables: Tables::new(ARCHITECTURE, limits::UNWIND_LEAVES_MAX, limits::UNWIND_DIRECTORIES_MAX),
-            chunks: Ids::new(limits::UNWIND_PROCESSES_MAX),
+            tables: Tables::new(ARCHITECTURE, sizes.leaves, sizes.directories),
+            chunks: Ids::new(sizes.processes),
             processes: HashMap::new(),
             refused: HashSet::new(),
             crowded_out: HashMap::new(),
@@ -413,6 +419,19 @@ fn bias(mapping: &Mapping, executable: &Executable) -> Option<u64> {
     let FileOffset(offset) = mapping.offset();
     let first = executable.elf_addr(FileOffset(offset))?;
     Some(mapping.range().start.0.wrapping_sub(first.0))
+}
+
+/// What the unwind table of a file is made from, and its rows; else why there is none.
+pub(crate) fn source_of(executable: &Executable) -> Result<(&'static str, u64), String> {
+    let table =
+        make::of_executable(executable).map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+    let source = match table.source() {
+        Source::EhFrame => ".eh_frame",
+        Source::EhFrameHdr => ".eh_frame by its header: sections are stripped",
+        Source::DebugFrame => ".debug_frame",
+        Source::Go => "frame pointers of Go",
+    };
+    Ok((source, table.counts().rows))
 }
 
 fn log_refusal(executable: Option<&Executable>, error: &MakeError) {

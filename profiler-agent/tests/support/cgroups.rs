@@ -1,5 +1,7 @@
 //! Cgroups of a test's own, in every hierarchy the machine has.
 
+#![allow(dead_code, reason = "each test file uses its part")]
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -58,6 +60,25 @@ impl Cgroups {
             format!("echo $$ >'{}/cgroup.procs' &&", directory.display())
         };
         self.placement.iter().map(move_to).collect::<Vec<_>>().join(" ")
+    }
+
+    /// A cgroup below this one in the v2 hierarchy, or in systemd's where there is none.
+    pub(crate) fn directory(&self, cgroup: &str) -> PathBuf {
+        let is_v2 = |root: &&PathBuf| root.join("cgroup.controllers").exists();
+        let root = self.placement.iter().find(is_v2).or(self.placement.first()).expect("there is one");
+        let directory = root.join(&self.name).join(cgroup);
+        fs::create_dir_all(&directory).expect("a cgroup can be created");
+        directory
+    }
+
+    /// Shell commands that move the shell to a cgroup below this one in the v1
+    /// hierarchy of one controller only.
+    pub(crate) fn moves_in(&self, controller: &str, cgroup: &str) -> String {
+        let is_its = |root: &&PathBuf| root.file_name().is_some_and(|name| name == controller);
+        let root = self.hierarchies.iter().find(is_its).expect("the controller has a hierarchy");
+        let directory = root.join(&self.name).join(cgroup);
+        fs::create_dir_all(&directory).expect("a cgroup can be created");
+        format!("echo $$ >'{}/cgroup.procs' &&", directory.display())
     }
 
     /// Kills all that runs below this cgroup, and removes it. Says what stays, if anything does.

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+mod patience;
+
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -30,15 +32,24 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent and waits until it samples and its backend answers.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_after("", arguments)
+    }
+
+    /// The same by a shell in a mount namespace of its own, which runs `commands` first; they end in `&&`.
+    pub fn start_after(commands: &str, arguments: &[&str]) -> Self {
         // An error means that another test of this process has installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let data_dir = tempfile::tempdir().expect("a temporary directory");
         let (agent, backend) = (free_address(), free_address());
         let log = data_dir.path().join("agent.log");
-        let child = Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
+        let script = format!("{commands} exec \"$0\" \"$@\"");
+        let child = Command::new("unshare")
+            .args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_profiler-agent")])
             .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
             .arg("--data-dir")
             .arg(data_dir.path().join("data"))
+            .arg("--run-dir")
+            .arg(data_dir.path().join("run"))
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -58,7 +69,7 @@ impl Agent {
 
     /// Asks until there is an answer, or fails with what the agent has logged.
     pub fn wait_for<T>(&self, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-        let end = Instant::now() + PATIENCE;
+        let end = patience::end_of(PATIENCE);
         loop {
             if let Some(found) = probe() {
                 return found;
@@ -109,35 +120,44 @@ impl Agent {
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
-    /// The merged profile of another type, by one of its sample types, of windows that ended after a moment.
+    /// The merged profile of another type, by one of its sample types, of windows that began after a moment.
     pub fn merge_type(&self, selector: &str, types: (&str, &str), moment: SystemTime) -> Merged {
         let (profile_type, sample_type) = types;
-        let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
-        let (from, to) = (since_epoch, since_epoch + Duration::from_secs(3600));
-        let body = self.query(
-            "/api/v1/merge",
-            &[
-                ("query", selector),
-                ("type", profile_type),
-                ("sample_type", sample_type),
-                ("from", &from.as_millis().to_string()),
-                ("to", &to.as_millis().to_string()),
-                ("format", "json"),
-                ("max_nodes", "100000"),
-            ],
-        );
+        let what = [
+            ("query", selector),
+            ("type", profile_type),
+            ("sample_type", sample_type),
+            ("format", "json"),
+            ("max_nodes", "100000"),
+        ];
+        let body = self.query_since("/api/v1/merge", &what, moment);
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
     /// The same of windows that ended after a moment.
     pub fn merge_since(&self, selector: &str, moment: SystemTime) -> Merged {
+        let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
+        let body = self.query_since("/api/v1/merge", &what, moment);
+        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+    }
+
+    /// A query of windows that ended after a moment.
+    fn query_since(&self, path: &str, parameters: &[(&str, &str)], moment: SystemTime) -> Vec<u8> {
         let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
         let to = (since_epoch + Duration::from_secs(3600)).as_millis().to_string();
         let from = since_epoch.as_millis().to_string();
         let range = [("from", from.as_str()), ("to", to.as_str())];
-        let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
-        let body = self.query("/api/v1/merge", &[&range[..], &what[..]].concat());
-        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+        self.query(path, &[&range[..], parameters].concat())
+    }
+
+    /// The same as a pprof profile, which tells inlined calls from frames.
+    pub fn pprof_since(&self, selector: &str, moment: SystemTime) -> profiler_pprof::proto::Profile {
+        let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
+        let to = (since_epoch + Duration::from_secs(3600)).as_millis().to_string();
+        let from = since_epoch.as_millis().to_string();
+        let what = [("query", selector), ("format", "pprof"), ("from", &from), ("to", &to)];
+        let body = self.query("/api/v1/merge", &what);
+        profiler_pprof::decode(&body, &profiler_pprof::DecodeLimits::default()).expect("a profile")
     }
 
     /// The sum of a metric of the agent's over all its labels; `None` while it does not answer.
@@ -166,12 +186,27 @@ impl Agent {
         });
     }
 
-    /// The same as a pprof file in the data directory.
+    /// The merged profile as a pprof file in the data directory.
     pub fn merge_to_file(&self, selector: &str, name: &str) -> PathBuf {
-        let body = self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]);
+        self.write(name, &self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]))
+    }
+
+    /// The same of windows that ended after a moment.
+    pub fn merge_to_file_since(&self, selector: &str, name: &str, moment: SystemTime) -> PathBuf {
+        let what = [("query", selector), ("format", "pprof")];
+        self.write(name, &self.query_since("/api/v1/merge", &what, moment))
+    }
+
+    fn write(&self, name: &str, body: &[u8]) -> PathBuf {
         let path = self.data_dir.path().join(name);
         fs::write(&path, body).expect("write the profile");
         path
+    }
+
+    /// Kills the agent, which has no time to clean up.
+    pub fn kill(mut self) {
+        self.child.kill().expect("the agent is a child of this test");
+        self.child.wait().expect("the agent is a child of this test");
     }
 
     /// Stops the agent as Ctrl-C does and gives its log; it must exit with 0.
@@ -192,7 +227,8 @@ impl Drop for Agent {
     }
 }
 
-fn interrupt(child: &Child) {
+/// Ends a child as Ctrl-C does.
+pub fn interrupt(child: &Child) {
     let pid = i32::try_from(child.id()).expect("a pid");
     // SAFETY: a signal to a child that has not been waited for: the pid is still its.
     let status = unsafe { libc::kill(pid, libc::SIGINT) };
@@ -296,33 +332,38 @@ pub struct Program {
 impl Program {
     /// Starts one of the test programs and waits until it says that it runs.
     pub fn start(name: &str, arguments: &[&str]) -> Self {
-        Self::start_with(name, arguments, &[])
-    }
-
-    /// The same with environment variables.
-    pub fn start_with(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let path = testprogs().join(name);
         assert!(path.exists(), "{} is not there: run cargo xtask testprogs", path.display());
-        let mut command = Command::new(path);
-        command.envs(variables.iter().copied()).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self::start_command(Command::new(path).args(arguments))
+    }
+
+    /// Starts a program that says `ready`, and waits until it does.
+    pub fn start_command(command: &mut Command) -> Self {
+        let name = command.get_program().to_owned();
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let output = child.stdout.as_mut().expect("piped");
         let mut line = String::new();
         BufReader::with_capacity(1, output).read_line(&mut line).expect("a line");
-        assert_eq!(line, "ready\n", "{name}");
+        assert_eq!(line, "ready\n", "{}", name.display());
         let input = child.stdin.take();
         Self { child, input }
     }
 
-    /// Starts a test program that not every machine can build.
-    pub fn start_if_built(name: &str) -> Option<Self> {
-        testprogs().join(name).exists().then(|| Self::start(name, &[]))
+    /// Writes a line to its input.
+    pub fn tell(&mut self, line: &str) {
+        let input = self.input.as_mut().expect("a program of the tests has one");
+        writeln!(input, "{line}").expect("the program reads");
     }
 
     /// Starts a program of the system that writes nothing.
     pub fn system(name: &str, arguments: &[&str]) -> Self {
-        let mut command = Command::new(name);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self::system_command(Command::new(name).args(arguments))
+    }
+
+    /// The same of a command.
+    pub fn system_command(command: &mut Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self { child: command.spawn().expect("the program starts"), input: None }
     }
 
@@ -373,6 +414,16 @@ pub fn testprogs() -> PathBuf {
         .find(|directory| directory.ends_with("target"))
         .map_or_else(|| PathBuf::from("../target"), Path::to_path_buf)
         .join("testprogs")
+}
+
+/// Says what is left out, past the capture of test output: `cargo xtask test` counts these lines.
+pub fn skip(what: &str, reason: &str) {
+    say(&format!("SKIP {what}: {reason}"));
+}
+
+/// Prints a line past the capture of test output.
+pub fn say(line: &str) {
+    writeln!(std::io::stdout(), "{line}").expect("standard output is open");
 }
 
 /// Runs a tool and gives what it printed; it must succeed.

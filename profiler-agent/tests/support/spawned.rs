@@ -2,16 +2,22 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+mod patience;
+
 use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 /// How long anything may take before a test gives up; never how long it waits when all is well.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program.
+pub const AGENT: &str = env!("CARGO_BIN_EXE_profiler-agent");
 
 /// A running agent, on free ports, with a data directory of its own.
 pub struct Spawned {
@@ -27,10 +33,17 @@ impl Spawned {
 
     /// The same with environment variables.
     pub fn start_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_by(Command::new(AGENT), arguments, variables)
+    }
+
+    /// Started by a command that becomes the agent: one that takes its privileges, say.
+    pub fn start_by(mut command: Command, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let child = Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
+        let child = command
             .args(["--listen", "127.0.0.1:0", "--backend-listen", "127.0.0.1:0", "--data-dir"])
             .arg(directory.path().join("data"))
+            .arg("--run-dir")
+            .arg(directory.path().join("run"))
             .args(arguments)
             .envs(variables.iter().copied())
             .stdin(Stdio::null())
@@ -39,6 +52,20 @@ impl Spawned {
             .spawn()
             .expect("the agent starts");
         Self { child, directory }
+    }
+
+    /// A directory of this agent's own; its run directory is `run` below.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What `profiler-agent COMMAND` says of this agent: its exit code, standard output and standard error.
+    pub fn command(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let listen = self.address().to_string();
+        let output = Command::new(AGENT).args(["--listen", &listen]).args(arguments).output();
+        let output = output.expect("it starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
     }
 
     pub fn log(&self) -> String {
@@ -52,7 +79,7 @@ impl Spawned {
 
     /// Asks until there is an answer, or fails with what the agent has logged.
     pub fn wait_for<T>(&self, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-        let end = Instant::now() + PATIENCE;
+        let end = patience::end_of(PATIENCE);
         loop {
             if let Some(found) = probe() {
                 return found;
@@ -76,6 +103,10 @@ impl Spawned {
         value.unwrap_or(0)
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, signal: libc::c_int) {
         let pid = i32::try_from(self.child.id()).expect("a pid");
         // SAFETY: a signal to a child that has not been waited for: the pid is still its.
@@ -85,7 +116,7 @@ impl Spawned {
 
     /// Waits for its end: the exit code, and all that it has logged.
     pub fn end(mut self) -> (Option<i32>, String) {
-        let end = Instant::now() + PATIENCE;
+        let end = patience::end_of(PATIENCE);
         loop {
             if let Some(status) = self.child.try_wait().expect("a child of this test") {
                 return (status.code(), self.log());

@@ -83,7 +83,7 @@ impl Regs {
 #[inline(always)]
 pub fn step<R: ReadUser>(rule: &UnwindRule, regs: &mut Regs, reader: &mut R) -> Step {
     let outcome = match RuleKind::decode(rule.kind) {
-        Some(RuleKind::Cfa) => return_address_in_memory(rule, regs, reader),
+        Some(RuleKind::Cfa | RuleKind::CfaElsewhere) => return_address_in_memory(rule, regs, reader),
         Some(RuleKind::LinkRegister) => return_address_in_register(rule, regs, reader),
         Some(RuleKind::Signal) => return signal_frame(regs, reader),
         Some(RuleKind::End) => Err(StopReason::End),
@@ -111,7 +111,8 @@ fn cfa(rule: &UnwindRule, regs: &Regs) -> Result<u64, StopReason> {
     }
     let cfa = add(base, rule.cfa_offset);
     // A function without a frame has the CFA at sp; it can only be the innermost one.
-    if cfa < regs.sp || (cfa == regs.sp && regs.exact == 0) {
+    let is_above = cfa > regs.sp || (cfa == regs.sp && regs.exact == 1);
+    if !is_above && rule.kind != RuleKind::CfaElsewhere as u8 {
         return Err(StopReason::NotRising);
     }
     Ok(cfa)

@@ -131,7 +131,7 @@ impl Regs {
 #[inline(always)]
 pub fn step<R: ReadUser>(rule: &UnwindRule, regs: &mut Regs, reader: &mut R) -> Step {
     let outcome = match RuleKind::decode(rule.kind) {
-        Some(RuleKind::Cfa) => cfa_from_register(rule, regs),
+        Some(RuleKind::Cfa | RuleKind::CfaElsewhere) => cfa_from_register(rule, regs),
         Some(RuleKind::CfaAt) => cfa_from_memory(rule, regs, reader),
         Some(RuleKind::Plt) => Ok(cfa_in_plt(rule, regs)),
         Some(RuleKind::Signal) => return signal_frame(regs, reader),
@@ -184,7 +184,7 @@ fn pop_frame<R: ReadUser>(
     cfa: u64,
     reader: &mut R,
 ) -> Result<(), StopReason> {
-    if cfa <= regs.sp() {
+    if cfa <= regs.sp() && rule.kind != RuleKind::CfaElsewhere as u8 {
         return Err(StopReason::NotRising);
     }
     let fp_rule = FpRule::decode(rule.fp).ok_or(StopReason::InvalidRule)?;

@@ -92,7 +92,7 @@ pub(super) fn display(rule: &UnwindRule, f: &mut fmt::Formatter<'_>) -> fmt::Res
         None => write!(f, " fp {}?", rule.fp)?,
     }
     match RuleKind::decode(rule.kind) {
-        Some(RuleKind::Cfa) => {
+        Some(RuleKind::Cfa | RuleKind::CfaElsewhere) => {
             let slot = i64::from(rule.fp_offset) + i64::from(rule.scale as i8) * 8;
             write!(f, " ra=[cfa{slot:+}]")
         }

@@ -134,7 +134,7 @@ pub(super) fn display(rule: &UnwindRule, f: &mut fmt::Formatter<'_>) -> fmt::Res
     let base = X86_64::register_name(gimli::Register(rule.base.into())).unwrap_or("?");
     let offset = rule.cfa_offset;
     match RuleKind::decode(rule.kind) {
-        Some(RuleKind::Cfa) => write!(f, "cfa={base}{offset:+}")?,
+        Some(RuleKind::Cfa | RuleKind::CfaElsewhere) => write!(f, "cfa={base}{offset:+}")?,
         Some(RuleKind::CfaAt) => write!(f, "cfa=[{base}{offset:+}]+{}", u32::from(rule.scale) * 8)?,
         Some(RuleKind::Plt) => write!(f, "cfa=rsp+8 or rsp+16 from byte {}", rule.scale)?,
         _ => write!(f, "kind {}?", rule.kind)?,

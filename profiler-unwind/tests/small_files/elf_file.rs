@@ -20,6 +20,8 @@ pub(crate) struct ElfFile {
     pub(crate) debug_frame: Vec<u8>,
     /// Further sections: name, address, size.
     pub(crate) sections: Vec<(&'static str, u64, usize)>,
+    /// Functions of `.symtab`: name, address, size.
+    pub(crate) symbols: Vec<(&'static str, u64, u64)>,
     /// With it, sections can be found by name.
     pub(crate) section_table: bool,
 }
@@ -33,6 +35,7 @@ impl Default for ElfFile {
             eh_frame: Vec::new(),
             debug_frame: Vec::new(),
             sections: Vec::new(),
+            symbols: Vec::new(),
             section_table: true,
         }
     }
@@ -64,6 +67,12 @@ impl ElfFile {
         }
         for &(name, address, size) in &self.sections {
             sections.push((name, address, append(&vec![0; size])));
+        }
+        if !self.symbols.is_empty() {
+            let (names, symbols) = symbol_table(&self.symbols);
+            // The header before the symbols' is their names'.
+            sections.push((".strtab", 0, append(&names)));
+            sections.push((".symtab", 0, append(&symbols)));
         }
         let load =
             |flags, address, bytes: Range<u64>, memory| Segment { p_type: 1, flags, address, bytes, memory };
@@ -106,6 +115,20 @@ impl ElfFile {
     }
 }
 
+/// Names and entries. Source: System V ABI, chapter 4: Elf64_Sym.
+fn symbol_table(functions: &[(&str, u64, u64)]) -> (Vec<u8>, Vec<u8>) {
+    let (mut names, mut symbols) = (vec![0], vec![0; 24]);
+    for &(name, address, size) in functions {
+        symbols.extend((names.len() as u32).to_le_bytes());
+        // STT_FUNC, local; in the first section.
+        symbols.extend([2, 0, 1, 0]);
+        symbols.extend(address.to_le_bytes());
+        symbols.extend(size.to_le_bytes());
+        names.extend(name.bytes().chain([0]));
+    }
+    (names, symbols)
+}
+
 /// Appends names and headers of sections; gives the headers' place and number.
 fn append_sections(file: &mut Vec<u8>, sections: &[(&str, u64, Range<u64>)]) -> (u64, u16) {
     let names_start = file.len() as u64;
@@ -114,14 +137,20 @@ fn append_sections(file: &mut Vec<u8>, sections: &[(&str, u64, Range<u64>)]) -> 
     for (name, address, bytes) in sections {
         let at = file.len() as u64 - names_start;
         file.extend(name.bytes().chain([0]));
-        headers.push([at, 1, *address, bytes.start, bytes.end - bytes.start]);
+        let kind = match *name {
+            ".symtab" => 2,
+            ".strtab" => 3,
+            _ => 1,
+        };
+        headers.push([at, kind, *address, bytes.start, bytes.end - bytes.start]);
     }
     headers.push([0, 3, 0, names_start, file.len() as u64 - names_start]);
     let place = file.len() as u64;
-    for [name, kind, address, offset, size] in &headers {
+    for (number, [name, kind, address, offset, size]) in headers.iter().enumerate() {
+        let (link, entry_bytes) = if *kind == 2 { (number as u64 - 1, 24) } else { (0, 0) };
         file.extend((*name as u32).to_le_bytes());
         file.extend((*kind as u32).to_le_bytes());
-        for word in [0, *address, *offset, *size, 0, 1, 0] {
+        for word in [0, *address, *offset, *size, link, 1, entry_bytes] {
             file.extend(word.to_le_bytes());
         }
     }

@@ -176,13 +176,13 @@ fn go_code_has_frame_pointers_except_where_c_code_says_otherwise() {
     let sections = vec![(".go.buildinfo", 0x20_0000, 16)];
     let pure = table(&ElfFile { sections: sections.clone(), ..ElfFile::default() });
     assert_eq!((pure.source(), pure.counts().rows), (Source::Go, 1));
-    assert_eq!(pure.find(0x1000), Some(&x86_64::FRAME_POINTER));
+    assert_eq!(pure.find(0x1000), Some(&x86_64::FRAME_POINTER.elsewhere()));
 
     let eh_frame = Frames::x86_64().fde(0x2000, 0x100, WITH_FRAME_POINTER).finish();
     let cgo = table(&ElfFile { sections, ..file(eh_frame) });
     assert_eq!(cgo.source(), Source::Go);
     assert_eq!(cgo.find(0x2000).map(|rule| rule.cfa_offset), Some(8));
-    assert_eq!(cgo.find(0x2100), Some(&x86_64::FRAME_POINTER));
+    assert_eq!(cgo.find(0x2100), Some(&x86_64::FRAME_POINTER.elsewhere()));
 }
 
 #[test]
@@ -205,6 +205,93 @@ fn an_entry_point_and_stubs_without_unwind_information_are_known_code() {
         2200 end
         221a gap
     ");
+}
+
+/// Functions of a static musl, none of which has unwind information.
+fn static_musl(symbols: Vec<(&'static str, u64, u64)>) -> ElfFile {
+    let eh_frame = Frames::x86_64().fde(0x2000, 0x100, &[]).finish();
+    ElfFile { entry: 0x5000, symbols, ..file(eh_frame) }
+}
+
+#[test]
+fn the_first_functions_and_the_signal_trampoline_of_a_static_musl_are_known_by_name() {
+    let symbols = vec![
+        ("start", 0x2200, 0x80),
+        ("libc_start_main_stage2", 0x2400, 0x40),
+        ("__restore_rt", 0x2500, 9),
+        ("start_of_mine", 0x2600, 0x80),
+        ("start_c11", 0x2700, limits::KNOWN_FUNCTION_BYTES_MAX + 1),
+    ];
+    insta::assert_snapshot!(table(&static_musl(symbols)), @r"
+        1000 gap
+        2000 cfa=rsp+8
+        2100 gap
+        2200 end
+        2280 gap
+        2400 end
+        2440 gap
+        24ff signal frame
+        2509 gap
+        5000 end
+        501a gap
+    ");
+}
+
+#[test]
+fn a_function_called_start_is_nothing_special_without_musl() {
+    let table = table(&static_musl(vec![("start", 0x2200, 0x80), ("__restore_rt", 0x2500, 9)]));
+    assert_eq!(table.find(0x2200), Some(&UnwindRule::GAP));
+    assert_eq!(table.find(0x2500), Some(&UnwindRule::GAP));
+}
+
+#[test]
+fn symbols_that_lie_are_no_code() {
+    let symbols = vec![
+        ("libc_start_main_stage2", u64::MAX - 4, 100),
+        ("start", 0, 100),
+        ("start_c11", 0x2080, 0x100),
+        ("__restore_rt", 0, 9),
+    ];
+    let table = table(&static_musl(symbols));
+    // Unwind information comes first.
+    assert_eq!(table.find(0x2080).map(|rule| rule.cfa_offset), Some(8));
+    assert_eq!(table.find(0x2100), Some(&UnwindRule::GAP));
+}
+
+#[test]
+fn a_section_that_is_elsewhere_than_its_header_says_is_one_error_or_none() {
+    let bytes = static_musl(vec![("start", 0x2200, 0x80)]).bytes();
+    let headers = u64::from_le_bytes(bytes[40..48].try_into().expect("8 bytes")) as usize;
+    let far = [0, 1, 63, 0x40, bytes.len() as u64 - 1, bytes.len() as u64, u64::MAX - 7, u64::MAX];
+    // Each of flags, address, offset, size, link, alignment and entry size of each header.
+    for field in (headers + 8..bytes.len() - 7).step_by(8) {
+        for value in far {
+            let mut lying = bytes.clone();
+            lying[field..field + 8].copy_from_slice(&value.to_le_bytes());
+            if let Ok(table) = from_elf(&lying) {
+                assert!(table.rows().is_sorted_by(|a, b| a.0 < b.0), "{field}: {value:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_augmentation_longer_than_its_entry_is_one_error() {
+    // "zR" with 2^63 - 1 bytes of it, as LEB128.
+    let mut body = vec![0, 0, 0, 0, 1, b'z', b'R', 0, 1, 0x78, 16];
+    body.extend([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f, 4]);
+    let cie = [&(body.len() as u32).to_le_bytes()[..], &body].concat();
+    let frames = Frames::x86_64().fde(0x2000, 0x10, &[]).raw(&cie);
+    let error = from_elf(&file(frames.finish()).bytes()).unwrap_err();
+    assert!(matches!(error, UnwindError::Malformed { section: ".eh_frame", .. }), "{error:?}");
+}
+
+#[test]
+fn functions_that_all_cover_the_same_code_are_one_row_each_at_most() {
+    let rows = [0x41, 0x0e, 16].repeat(100);
+    let frames = (0..2000).fold(Frames::x86_64(), |frames, _| frames.fde(0x2000, 0x1000, &rows));
+    let table = table(&file(frames.finish()));
+    assert!(table.counts().rows <= 2 + 100, "{:?}", table.counts());
 }
 
 #[test]

@@ -6,10 +6,12 @@
 //! counted: remote agents do the same.
 
 mod case;
+mod churn;
 mod load;
 mod proc;
 mod profiler;
 mod report;
+mod unwind;
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -43,6 +45,21 @@ pub(crate) enum Bench {
         #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
         rounds: u32,
     },
+    /// CPU time of the agent and of perf record at the same time, while processes come and go.
+    Churn {
+        /// Measured seconds.
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        seconds: u64,
+        /// Samples per second and CPU.
+        #[arg(long, default_value_t = 19, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        frequency: u32,
+    },
+    /// What stacks cost in the kernel by their depth, and what unwind tables cost.
+    Unwind {
+        /// Measured seconds of each depth.
+        #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
+        seconds: u64,
+    },
 }
 
 /// How long things are measured.
@@ -53,14 +70,33 @@ struct Plan {
 }
 
 pub(crate) fn run(bench: &Bench) -> Result<()> {
-    let Bench::Overhead { seconds, warm_up, rounds } = *bench;
     if !command::is_root() {
         bail!("measuring needs root, as the agent and perf record -a do");
     }
-    tools::need(&[PERF])?;
     testprogs::build()?;
     build_programs()?;
-    overhead(&Plan { warm_up: Duration::from_secs(warm_up), measured: Duration::from_secs(seconds), rounds })
+    match *bench {
+        Bench::Overhead { seconds, warm_up, rounds } => {
+            tools::need(&[PERF])?;
+            let (warm_up, measured) = (Duration::from_secs(warm_up), Duration::from_secs(seconds));
+            overhead(&Plan { warm_up, measured, rounds })
+        }
+        Bench::Churn { seconds, frequency } => {
+            tools::need(&[PERF])?;
+            churn(Duration::from_secs(seconds), frequency)
+        }
+        Bench::Unwind { seconds } => {
+            let folder = Folder::create()?;
+            folder.write("unwind.json", &unwind::run(seconds, &folder.work())?)
+        }
+    }
+}
+
+fn churn(measured: Duration, hz: u32) -> Result<()> {
+    let folder = Folder::create()?;
+    let _counting = BpfStats::enable()?;
+    let backend = Backend::start(&folder.work())?;
+    churn::run(hz, measured, &backend, &folder.work())
 }
 
 fn build_programs() -> Result<()> {

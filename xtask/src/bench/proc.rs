@@ -1,6 +1,12 @@
 //! What `/proc` says about a process, its BPF programs and maps.
 
-use std::{collections::BTreeMap, fs, path::Path, process::Command, sync::OnceLock};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
@@ -120,6 +126,39 @@ fn read(path: &Path) -> Option<String> {
     fs::read_to_string(path).ok()
 }
 
+/// The counters of a process's sampling program, for looking at often.
+pub(super) struct SampleRuns(PathBuf);
+
+/// Runs of a program, and the time in them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Runs {
+    pub(super) runs: u64,
+    pub(super) ns: u64,
+}
+
+impl SampleRuns {
+    pub(super) fn of(pid: u32) -> Result<Self> {
+        let folder = format!("/proc/{pid}/fdinfo");
+        let entries = fs::read_dir(&folder).with_context(|| format!("list {folder}"))?;
+        let is_sampler = |path: &PathBuf| read(path).is_some_and(|text| sample_runs(&text).is_some());
+        let found = entries.flatten().map(|entry| entry.path()).find(is_sampler);
+        found.map(Self).context("no program on perf events")
+    }
+
+    pub(super) fn read(&self) -> Result<Runs> {
+        let path = self.0.display();
+        let text = fs::read_to_string(&self.0).with_context(|| format!("read {path}"))?;
+        sample_runs(&text).with_context(|| format!("{path} is no program"))
+    }
+}
+
+fn sample_runs(text: &str) -> Option<Runs> {
+    if field(text, "prog_type") != Some(PROGRAM_TYPE_PERF_EVENT) {
+        return None;
+    }
+    Some(Runs { runs: field(text, "run_cnt")?, ns: field(text, "run_time_ns")? })
+}
+
 /// Adds up the fdinfo of descriptors; several may be of one program or map.
 fn sum_bpf(descriptors: &[String]) -> Bpf {
     let by_id = |name: &'static str| -> BTreeMap<u64, &String> {
@@ -162,6 +201,8 @@ mod tests {
         let map = "map_type:\t27\nmemlock:\t1000\nmap_id:\t9\n";
         // A link names the program too, but has no times.
         let descriptors = [sampler, exec, map, map, "pos:\t0\n", sampler].map(str::to_owned);
+        assert_eq!(sample_runs(sampler), Some(Runs { runs: 2, ns: 900 }));
+        assert_eq!(sample_runs(exec), None);
         let expected = Bpf { run_ns: 950, sample_ns: 900, sample_runs: 2, map_bytes: 1000 };
         assert_eq!(sum_bpf(&descriptors), expected);
     }

@@ -1,7 +1,6 @@
 //! The committed BPF objects: building them, and proving that they are what the sources give.
 
 mod build;
-mod debian;
 mod inputs;
 mod rust_src;
 mod rustc;

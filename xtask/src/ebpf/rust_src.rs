@@ -8,8 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::debian;
-use crate::{command, project, sha256};
+use crate::{command, debian::Suite, project, sha256};
 
 /// Names an archive with a `library` folder, for a machine that can get rust-src from nowhere else.
 const ARCHIVE_VARIABLE: &str = "PROFILER_RUST_SRC";
@@ -17,6 +16,9 @@ const ARCHIVE_VARIABLE: &str = "PROFILER_RUST_SRC";
 /// Below `library`: all that a build of `core` reads.
 const CORE_SOURCES: [&str; 4] =
     ["core/src", "compiler-builtins", "portable-simd/crates/core_simd/src", "stdarch/crates/core_arch/src"];
+
+/// The suite of Debian that has a rust-src as new as the pinned nightly.
+const DEBIAN_SUITE: &str = "sid";
 
 /// A `library` folder of Rust's sources.
 pub(super) struct RustSrc {
@@ -36,7 +38,7 @@ impl RustSrc {
             ("fetched before", &|| Ok(kept())),
             (ARCHIVE_VARIABLE, &from_archive),
             ("rustup", &|| from_rustup(toolchain).map(|()| own.clone())),
-            ("Debian", &|| fetch(debian::download_rust_src)),
+            ("Debian", &|| fetch(from_debian)),
         ];
         let mut refused = Vec::new();
         for (name, way) in ways {
@@ -74,6 +76,10 @@ fn from_rustup(toolchain: &str) -> Result<()> {
     let arguments = ["component", "add", "rust-src", "--toolchain", toolchain];
     let added = command::probe(Command::new("rustup").args(arguments));
     added.map(drop).with_context(|| format!("`rustup {}` failed", arguments.join(" ")))
+}
+
+fn from_debian(into: &Path) -> Result<()> {
+    Suite::fetch(DEBIAN_SUITE, into)?.unpack("rust-src", into)
 }
 
 /// Lets `source` fill an empty folder, and keeps the `library` folder that is somewhere in it then.

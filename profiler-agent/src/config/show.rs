@@ -1,0 +1,199 @@
+//! The configuration as text: every key, its value and where that comes from, without secrets.
+
+use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
+
+use super::{Config, ConfigError, LogFormat, Origin, Sources, Unwind};
+use crate::{export::Destination, heap::Rule};
+
+/// A key of the file.
+pub(crate) type Key = &'static str;
+
+impl Config {
+    /// Keys as in the file, with their values as TOML; `None` for those that have none. The one place that lists them all.
+    pub(crate) fn values(&self) -> Vec<(Key, Option<toml::Value>)> {
+        let Self {
+            frequency_hz,
+            cpu_budget,
+            memory,
+            window,
+            listen,
+            backend_listen,
+            data_dir,
+            cache_dir,
+            unwind,
+            uploads,
+            node,
+            labels,
+            heap,
+            log,
+            log_format,
+            profiles,
+            enabled,
+            metrics_listen,
+            token,
+            run_dir,
+            instance,
+            allow_kernel,
+        } = self;
+        let labels: toml::Table =
+            labels.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+        let uploads: Vec<_> = uploads.iter().map(Destination::name).collect();
+        let text = |text: String| Some(toml::Value::from(text));
+        vec![
+            ("frequency", Some(i64::from(*frequency_hz).into())),
+            ("cpu_budget", text(cpu_budget.map_or("off".to_owned(), |budget| budget.to_string()))),
+            ("memory_limit", text(format!("{}MiB", memory.limit_bytes >> 20))),
+            ("window", text(duration(*window))),
+            ("listen", text(listen.to_string())),
+            ("backend_listen", text(backend_listen.to_string())),
+            ("data_dir", text(data_dir.display().to_string())),
+            ("cache_dir", text(cache_dir.display().to_string())),
+            ("unwind", text(unwind_name(*unwind).to_owned())),
+            ("upload", Some(uploads.into())),
+            ("node", text(node.clone())),
+            ("labels", Some(labels.into())),
+            ("heap", Some(heap.iter().map(heap_rule).collect::<Vec<_>>().into())),
+            ("log", text(log.clone())),
+            ("log_format", text(log_format_name(*log_format).to_owned())),
+            ("profiles", Some(profiles.clone().into())),
+            ("enabled", Some((*enabled).into())),
+            ("metrics_listen", metrics_listen.map(|address| address.to_string().into())),
+            ("token_file", token.as_ref().map(|token| token.file.display().to_string().into())),
+            ("run_dir", text(run_dir.display().to_string())),
+            ("instance", instance.clone().map(Into::into)),
+            ("allow_kernel", Some((*allow_kernel).into())),
+        ]
+    }
+}
+
+fn heap_rule(rule: &Rule) -> toml::Value {
+    let Rule { name, value, rate } = rule;
+    let keys = [("match", format!("{name}={value}")), ("rate", rate.to_string())];
+    toml::Table::from_iter(keys.map(|(key, value)| (key.to_owned(), value.into()))).into()
+}
+
+fn duration(duration: Duration) -> String {
+    match duration.subsec_millis() {
+        0 => format!("{}s", duration.as_secs()),
+        _ => format!("{}ms", duration.as_millis()),
+    }
+}
+
+fn unwind_name(unwind: Unwind) -> &'static str {
+    match unwind {
+        Unwind::Dwarf => "dwarf",
+        Unwind::FramePointers => "frame-pointers",
+    }
+}
+
+fn log_format_name(format: LogFormat) -> &'static str {
+    match format {
+        LogFormat::Text => "text",
+        LogFormat::Json => "json",
+    }
+}
+
+impl Sources {
+    /// A TOML file with every key. Comments say where the values come from: flag, environment, file, default.
+    pub(crate) fn show(&self, config: &Config) -> Result<String, ConfigError> {
+        let (_, in_file) = self.read_file()?;
+        let mut text = String::new();
+        for (key, value) in config.values() {
+            let origins = self.origins(key, &in_file).join(" and ");
+            let line = match value {
+                Some(value) => writeln!(text, "{key} = {value}  # {origins}"),
+                None => writeln!(text, "# {key} is not set"),
+            };
+            line.expect("a String takes every write");
+        }
+        Ok(text)
+    }
+
+    /// More than one for labels, which are merged name by name, and for rules of heaps, which are put in a row.
+    fn origins(&self, key: Key, in_file: &BTreeSet<String>) -> Vec<&'static str> {
+        let flag = if key == "labels" { "label" } else { key };
+        let file = in_file.contains(key).then_some(Origin::File);
+        let given = self.given.get(flag).copied();
+        let origins: Vec<_> = match (given, file) {
+            (Some(given), file) if key == "labels" || key == "heap" => {
+                [Some(given), file].into_iter().flatten().collect()
+            }
+            (given, file) => vec![given.or(file).unwrap_or(Origin::Default)],
+        };
+        origins.into_iter().map(Origin::name).collect()
+    }
+}
+
+impl Origin {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Flag => "flag",
+            Self::Environment => "environment",
+            Self::File => "file",
+            Self::Default => "default",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use crate::config::tests::sources;
+
+    /// What is printed for these flags and this file.
+    fn shown(args: &[&str], file: &str) -> String {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("agent.toml");
+        fs::write(&path, file).expect("write the file");
+        let path = path.to_str().expect("a plain path");
+        let sources = sources(&[&["--config", path], args].concat());
+        let config = sources.load().expect("valid");
+        sources.show(&config).expect("it was read before")
+    }
+
+    #[track_caller]
+    fn check(args: &[&str], file: &str, line: &str) {
+        let shown = shown(args, file);
+        assert!(shown.lines().any(|found| found == line), "{line:?} in\n{shown}");
+    }
+
+    #[test]
+    fn each_value_says_where_it_comes_from() {
+        check(&["-F", "99"], "frequency = 49\n", "frequency = 99  # flag");
+        check(&[], "frequency = 49\n", "frequency = 49  # file");
+        check(&[], "", "frequency = 19  # default");
+        check(
+            &["--label", "a=b"],
+            "[labels]\nc = \"d\"\n",
+            "labels = { a = \"b\", c = \"d\" }  # flag and file",
+        );
+        check(&[], "", "# instance is not set");
+    }
+
+    #[test]
+    fn what_is_printed_is_a_file_that_gives_the_same_configuration() {
+        let args = [
+            "-F",
+            "7",
+            "--window",
+            "1500ms",
+            "--label",
+            "team=\"x\"",
+            "--instance",
+            "a",
+            "--heap",
+            "exe=x@64KiB",
+        ];
+        let text = shown(&args, "enabled = false\nmetrics_listen = \"0.0.0.0:9\"\n");
+        let again = shown(&[], &text);
+        let values = |text: &str| toml::from_str::<toml::Table>(text).expect("TOML");
+        assert_eq!(values(&again), values(&text), "{text}");
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let shown = shown(&["--upload", "https://user:secret@h/?token=secret"], "");
+        assert!(shown.contains("upload = [\"https://h/\"]") && !shown.contains("secret"), "{shown}");
+    }
+}

@@ -1,0 +1,78 @@
+//! Compares what is written in `docs/` with what is there. Metrics are compared with a running agent, in
+//! `tests/commands.rs`.
+
+use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
+
+use clap::{Args as _, Command};
+
+use crate::{
+    config::{Flags, SAMPLE_LABELS, tests::sources},
+    label::{Labeler, Owner, Subject},
+    reload,
+};
+
+/// The rows of a document's tables that begin with a name in code: their cells, without the backticks.
+fn rows(name: &str) -> Vec<Vec<String>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let cells = |line: &str| line.split('|').skip(1).map(|cell| cell.trim().replace('`', "")).collect();
+    text.lines().filter(|line| line.starts_with("| `")).map(cells).collect()
+}
+
+fn names(rows: &[Vec<String>]) -> BTreeSet<&str> {
+    rows.iter().map(|row| row[0].as_str()).collect()
+}
+
+#[test]
+fn every_key_is_documented_and_every_documented_key_is_there() {
+    let rows = rows("config.md");
+    let config = sources(&[]).load().expect("defaults are valid");
+    let values = config.values();
+    let keys: BTreeSet<_> = values.iter().map(|(key, _)| *key).collect();
+    assert_eq!(names(&rows), keys);
+
+    let command = Flags::augment_args(Command::new("profiler-agent"));
+    for row in &rows {
+        let [key, flag, variable, ..] = &row[..] else { panic!("{row:?}") };
+        let id = if key == "labels" { "label" } else { key };
+        let argument = command.get_arguments().find(|argument| argument.get_id() == id).expect("a flag");
+        assert_eq!(*flag, format!("--{}", argument.get_long().expect("a long flag")), "{key}");
+        assert_eq!(
+            argument.get_env().map(|name| name.to_string_lossy().into_owned()).as_ref(),
+            Some(variable)
+        );
+    }
+}
+
+#[test]
+fn the_documented_defaults_are_the_defaults() {
+    let config = sources(&[]).load().expect("defaults are valid");
+    let values = config.values();
+    for row in rows("config.md") {
+        let value = values.iter().find(|(key, _)| *key == row[0]).and_then(|(_, value)| value.as_ref());
+        let value =
+            value.map(|value| value.as_str().map_or(value.to_string(), str::to_owned)).unwrap_or_default();
+        let depends_on_the_machine = row[3].starts_with("the ") || row[3].contains("cgroup");
+        let documented = row[3].as_str();
+        assert!(depends_on_the_machine || documented == value, "{}: {documented:?} is {value:?}", row[0]);
+    }
+}
+
+#[test]
+fn the_keys_that_are_said_to_change_at_run_time_do() {
+    let said: BTreeSet<_> =
+        rows("config.md").into_iter().filter(|row| row[4] == "yes").map(|row| row[0].clone()).collect();
+    let live: BTreeSet<_> = reload::tests::live_keys().into_iter().map(str::to_owned).collect();
+    assert_eq!(said, live);
+}
+
+#[test]
+fn every_label_is_documented_and_every_documented_label_is_there() {
+    let text = |text: &str| Some(text.to_owned());
+    // In full: a new field has a label, maybe.
+    let owner = Owner { container_id: text("c"), unit: text("u.service"), slice: text("s.slice") };
+    let subject = Subject { exe: "/bin/x", is_kernel_thread: false, comm: "x", owner: Arc::new(owner) };
+    let series = Labeler::new("n", &[]).series(&subject);
+    let there: BTreeSet<_> = series.iter().map(|(name, _)| name).chain(SAMPLE_LABELS).collect();
+    assert_eq!(names(&rows("labels.md")), there);
+}

@@ -1,0 +1,46 @@
+#!/bin/sh
+# First and last program of a virtual machine: mounts what the tests need, runs them, turns the machine off.
+# Parameters come with the kernel's: profiler.cgroup=v1|v2, profiler.tests=NAME,NAME
+export PATH=/bin:/usr/bin HOME=/
+/bin/busybox --install -s /bin
+mkdir -p /proc /sys /dev /tmp /run
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmp /tmp
+mount -t tmpfs shm /dev/shm
+mount -t debugfs debug /sys/kernel/debug
+mount -t tracefs trace /sys/kernel/tracing
+mount -t bpf bpf /sys/fs/bpf
+
+parameter() {
+    tr ' ' '\n' < /proc/cmdline | sed -n "s/^profiler\.$1=//p" | tr ',' ' '
+}
+
+case "$(parameter cgroup)" in
+v1)
+    mount -t tmpfs cgroup /sys/fs/cgroup
+    for controllers in cpu,cpuacct cpuset memory perf_event pids freezer; do
+        mkdir -p "/sys/fs/cgroup/$controllers"
+        mount -t cgroup -o "$controllers" cgroup "/sys/fs/cgroup/$controllers"
+    done
+    mkdir -p /sys/fs/cgroup/systemd
+    mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd
+    ;;
+v2) mount -t cgroup2 cgroup /sys/fs/cgroup ;;
+esac
+
+ip link set lo up
+uname -a
+
+# Emulated processors are slow.
+export PROFILER_TEST_PATIENCE=2
+cd /tmp
+for test in $(parameter tests); do
+    echo "== begin $test"
+    "/tests/$test" --ignored --test-threads=1 --nocapture 2>&1
+    echo "== end $test $?"
+done
+poweroff -f

@@ -1,0 +1,319 @@
+//! `cargo xtask vm`: the root tests on Debian's kernels, each booted by qemu without hardware support.
+//!
+//! A machine is a kernel and an archive of files, which is its root file system: busybox, the agent and the test programs
+//! as cargo has built them, at the same paths as here, each with the libraries it is linked with. Its time is the number
+//! of instructions it has executed (`-icount`), so what a test sees does not depend on how busy the host is.
+
+mod image;
+mod kernel;
+mod qemu;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Args, builder::PossibleValuesParser};
+
+use self::{
+    image::Image,
+    kernel::{KERNELS, Kernel, Version},
+};
+use crate::{
+    command, project,
+    tally::Tally,
+    testprogs,
+    tools::{self, BUSYBOX, GO, QEMU},
+};
+
+/// What the machine runs first.
+const INIT: &[u8] = include_bytes!("init.sh");
+
+/// Where the machine has the test programs of cargo, by their plain names.
+const TESTS: &str = "/tests";
+
+/// Test files that run on every kernel. The others are left out by name: they need programs that the machine lacks, several
+/// processors, or a faster one. `--test` runs any.
+const TESTS_RUN: [&str; 3] = ["backend_away", "cpu_time", "operate"];
+
+/// Programs of the host that tests start.
+const HOST_PROGRAMS: [&str; 1] = ["dd"];
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Kernels, by the version they are known by; all when there is none.
+    #[arg(value_name = "VERSION", value_parser = PossibleValuesParser::new(KERNELS.map(|kernel| kernel.name)))]
+    versions: Vec<String>,
+    /// Only these files of profiler-agent/tests.
+    #[arg(long, value_name = "NAME")]
+    test: Vec<String>,
+    /// Fetch the kernels anew: the newest that Debian has.
+    #[arg(long)]
+    refresh: bool,
+}
+
+/// Runs the tests on the kernels chosen, and prints what came of it by kernel and test.
+pub(crate) fn run(options: &Options) -> Result<Tally> {
+    let Options { versions, test, refresh } = options;
+    let chosen = |kernel: &&Kernel| versions.is_empty() || versions.iter().any(|name| name == kernel.name);
+    run_on(KERNELS.iter().filter(chosen), test, *refresh)
+}
+
+/// The kernel that is most unlike today's.
+pub(crate) fn oldest() -> Result<Tally> {
+    run_on(&KERNELS[..1], &[], false)
+}
+
+fn run_on<'a>(
+    kernels: impl IntoIterator<Item = &'a Kernel>,
+    only: &[String],
+    refresh: bool,
+) -> Result<Tally> {
+    ensure!(cfg!(target_arch = "x86_64"), "the machines are x86-64, and so must be the programs built here");
+    tools::need(&[QEMU, BUSYBOX, GO])?;
+    testprogs::build()?;
+    let mut tests = built_tests()?;
+    let mut total = Tally::default();
+    let wanted = |name: &String| {
+        if only.is_empty() { TESTS_RUN.contains(&name.as_str()) } else { only.contains(name) }
+    };
+    for Program { name, .. } in tests.programs.extract_if(.., |program| !wanted(&program.name)) {
+        if only.is_empty() {
+            println!("SKIP {name}: not for a machine of one emulated processor");
+            total += Tally::SKIPPED;
+        }
+    }
+    ensure!(!tests.programs.is_empty(), "no test is left to run");
+    let archive = pack(&tests)?;
+    let mut rows = Vec::new();
+    for kernel in kernels {
+        let start = Instant::now();
+        let row = match boot(kernel, &archive, &tests, refresh) {
+            Ok((version, ran)) => Row { kernel, version: version.release, ran },
+            Err(error) => {
+                println!("FAILED: {}: {error:#}", kernel.name);
+                Row { kernel, version: String::new(), ran: Vec::new() }
+            }
+        };
+        println!("-- {}: {:.1} s", kernel.name, start.elapsed().as_secs_f64());
+        rows.push(row);
+    }
+    for Program { name, .. } in &tests.programs {
+        rows.iter().for_each(|row| total += row.of(name));
+    }
+    print_table(&tests, &rows);
+    println!("\n{total}");
+    Ok(total)
+}
+
+/// What came of each test file on one kernel.
+struct Row<'a> {
+    kernel: &'a Kernel,
+    version: String,
+    ran: Vec<(String, Tally)>,
+}
+
+impl Row<'_> {
+    /// A test file without a result has failed: the machine ended before it.
+    fn of(&self, test: &str) -> Tally {
+        let found = self.ran.iter().find(|(name, _)| name == test);
+        found.map_or(Tally::FAILED, |&(_, tally)| tally)
+    }
+}
+
+fn boot(
+    kernel: &Kernel,
+    archive: &Path,
+    tests: &Built,
+    refresh: bool,
+) -> Result<(Version, Vec<(String, Tally)>)> {
+    let version = kernel.get(refresh)?;
+    println!("\n-- {}: {}, cgroup {}", kernel.name, version.release, kernel.cgroup);
+    let names: Vec<&str> = tests.programs.iter().map(|program| program.name.as_str()).collect();
+    let ran = qemu::run(&version.image, archive, kernel.cgroup, &names)?;
+    Ok((version, ran))
+}
+
+fn print_table(tests: &Built, rows: &[Row<'_>]) {
+    let width = tests.programs.iter().map(|program| program.name.len()).max().unwrap_or(0).max(4);
+    print!("\n{:<width$}", "test");
+    rows.iter().for_each(|row| print!("  {:>12}", row.kernel.name));
+    println!();
+    for Program { name, .. } in &tests.programs {
+        print!("{name:<width$}");
+        for row in rows {
+            let Tally { passed, failed, skipped } = row.of(name);
+            print!("  {:>12}", format!("{passed}/{failed}/{skipped}"));
+        }
+        println!();
+    }
+    println!("(passed/failed/skipped)");
+    for Row { kernel, version, .. } in rows {
+        println!("{}: {version}, cgroup {}", kernel.name, kernel.cgroup);
+    }
+}
+
+/// What cargo built.
+struct Built {
+    agent: PathBuf,
+    programs: Vec<Program>,
+}
+
+/// One file of profiler-agent/tests.
+struct Program {
+    name: String,
+    file: PathBuf,
+}
+
+/// Builds the agent's tests; says where they are.
+fn built_tests() -> Result<Built> {
+    let mut cargo = command::cargo();
+    cargo.args(["test", "--release", "--locked", "--package", "profiler-agent", "--test", "*", "--no-run"]);
+    let messages = command::output(cargo.args(["--message-format", "json-render-diagnostics"]))?;
+    parse_messages(&messages)
+}
+
+/// Reads cargo's messages about what it has built (cargo book, "External tools").
+fn parse_messages(messages: &str) -> Result<Built> {
+    let (mut agent, mut programs) = (None, Vec::new());
+    for line in messages.lines() {
+        let message: serde_json::Value = serde_json::from_str(line).context("read cargo's message")?;
+        let Some(file) = message["executable"].as_str().map(PathBuf::from) else { continue };
+        let name = message["target"]["name"].as_str().context("an artifact without a name")?;
+        match message["target"]["kind"][0].as_str() {
+            Some("bin") if name == "profiler-agent" => agent = Some(file),
+            Some("test") => programs.push(Program { name: name.to_owned(), file }),
+            _ => {}
+        }
+    }
+    programs.sort_by(|left, right| left.name.cmp(&right.name));
+    Ok(Built { agent: agent.context("cargo has built no agent")?, programs })
+}
+
+/// Writes the archive that is the machines' root file system; gives its path.
+fn pack(tests: &Built) -> Result<PathBuf> {
+    let dir = project::target().join("vm");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let mut image = Image::default();
+    image.bytes("/init", 0o755, INIT.to_vec());
+    image.bytes("/bin/busybox", 0o755, read(&find("busybox")?)?);
+    image.link("/bin/sh", "busybox");
+    // The client refuses to start without any, whether it needs them or not.
+    image.bytes(
+        "/etc/ssl/certs/ca-certificates.crt",
+        0o644,
+        read("/etc/ssl/certs/ca-certificates.crt".as_ref())?,
+    );
+    image.stripped(&tests.agent, &tests.agent)?;
+    for Program { name, file } in &tests.programs {
+        image.stripped(file, &Path::new(TESTS).join(name))?;
+    }
+    for program in HOST_PROGRAMS {
+        image.program(&find(program)?)?;
+    }
+    for file in project::files_under(&project::target().join("testprogs"))? {
+        image.program(&project::target().join("testprogs").join(file))?;
+    }
+    // The tests ask `go tool pprof`, and nothing else of Go.
+    image.program_as(&build_pprof(&dir)?, Path::new("/bin/pprof"))?;
+    image.bytes("/bin/go", 0o755, b"#!/bin/sh\nshift 2\nexec /bin/pprof \"$@\"\n".to_vec());
+    add_python(&mut image)?;
+    add_libc_names(&mut image)?;
+    let archive = dir.join("root.cpio");
+    fs::write(&archive, image.cpio()).with_context(|| format!("write {}", archive.display()))?;
+    println!("{}: {} MiB", archive.display(), fs::metadata(&archive)?.len() >> 20);
+    Ok(archive)
+}
+
+fn build_pprof(dir: &Path) -> Result<PathBuf> {
+    let file = dir.join("pprof");
+    if !file.exists() {
+        let mut go = Command::new("go");
+        go.env("GOTOOLCHAIN", "local").env("GOFLAGS", "");
+        command::run(go.args(["build", "-ldflags=-s -w", "-o"]).arg(&file).arg("cmd/pprof"))?;
+    }
+    Ok(file)
+}
+
+/// Prints the files of all modules that the tests' programs load, and the program itself.
+const PYTHON_FILES: &str = "
+import json, re, site, sys, traceback
+print(*{getattr(module, '__file__', None) or '' for module in sys.modules.values()}, sys.executable, sep='\\n')
+";
+
+/// The host's python with the modules that tests use, where it has one: a large program without frame pointers.
+fn add_python(image: &mut Image) -> Result<()> {
+    let python = Path::new("/usr/bin/python3");
+    let files = command::probe(Command::new(python).args(["-c", PYTHON_FILES]));
+    let Some(files) = files.filter(|files| !files.is_empty()) else {
+        println!("no {}: the tests skip it", python.display());
+        return Ok(());
+    };
+    for file in files.lines().filter(|line| line.starts_with('/')).collect::<BTreeSet<_>>() {
+        image.program(Path::new(file))?;
+    }
+    let real = fs::canonicalize(python).with_context(|| format!("follow {}", python.display()))?;
+    if real != python {
+        image.program(&real)?;
+        image.link("/usr/bin/python3", &real.to_string_lossy());
+    }
+    Ok(())
+}
+
+/// The debug file of libc, where it is installed: only there is the function named that threads begin in.
+fn add_libc_names(image: &mut Image) -> Result<()> {
+    let libc =
+        image.paths().find(|path| path.ends_with("libc.so.6")).context("no program needs libc")?.to_owned();
+    let notes = command::output(Command::new("readelf").arg("--notes").arg(&libc))?;
+    let id = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: "));
+    let (folder, file) = id.and_then(|id| id.split_at_checked(2)).context("libc has no build id")?;
+    let debug = format!("/usr/lib/debug/.build-id/{folder}/{file}.debug");
+    if Path::new(&debug).exists() {
+        image.program(Path::new(&debug))?;
+    } else {
+        println!("no {debug}: libc's own functions have no names in the machine");
+    }
+    Ok(())
+}
+
+fn find(program: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file());
+    match found {
+        Some(file) => fs::canonicalize(&file).with_context(|| format!("follow {}", file.display())),
+        None => bail!("{program} is not in PATH"),
+    }
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    fs::read(file).with_context(|| format!("read {}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_taken_from_the_messages_of_cargo() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"profiler-agent"},"executable":"/t/agent"}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"unwind"},"executable":"/t/unwind-1"}
+{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"other"},"executable":null}
+{"reason":"build-finished","success":true}"#;
+        let Built { agent, programs } = parse_messages(messages).expect("messages");
+        assert_eq!(agent, Path::new("/t/agent"));
+        let programs: Vec<_> = programs.into_iter().map(|program| (program.name, program.file)).collect();
+        assert_eq!(programs, [("unwind".to_owned(), PathBuf::from("/t/unwind-1"))]);
+    }
+
+    #[test]
+    fn a_test_without_a_result_has_failed() {
+        let ran = vec![("names".to_owned(), Tally::PASSED)];
+        let row = Row { kernel: &KERNELS[0], version: String::new(), ran };
+        assert_eq!(row.of("names"), Tally::PASSED);
+        assert_eq!(row.of("unwind"), Tally::FAILED);
+    }
+}
