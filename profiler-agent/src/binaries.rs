@@ -240,7 +240,7 @@ fn binary(location: &Location) -> Option<std::borrow::Cow<'_, str>> {
         Location::Code(LocationKey::Generated { .. }) => Some(GENERATED.into()),
         Location::Unnamed { mapping, .. } if mapping.is_empty() => Some("[unmapped]".into()),
         Location::Unnamed { mapping, .. } => Some((&**mapping).into()),
-        Location::Code(LocationKey::Kernel(_)) | Location::Marker(_) => None,
+        Location::Code(LocationKey::Kernel(_)) | Location::Marker(_) | Location::KernelMarker(_) => None,
     }
 }
 
@@ -248,7 +248,7 @@ fn binary(location: &Location) -> Option<std::borrow::Cow<'_, str>> {
 fn is_named(location: &Location, symbols: &HashMap<LocationId, symbolize::Location>) -> bool {
     match location {
         Location::Code(key) => matches!(symbols.get(&key.id()), Some(symbolize::Location::Resolved(_))),
-        Location::Unnamed { .. } | Location::Marker(_) => false,
+        Location::Unnamed { .. } | Location::Marker(_) | Location::KernelMarker(_) => false,
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use clap::{ArgMatches, Args, parser::ValueSource};
-use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN};
+use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN, USER_FRAMES_LIMIT_MIN, USER_FRAMES_MAX};
 use profiler_pprof::push;
 use serde::Deserialize;
 
@@ -21,6 +21,7 @@ use crate::{
     heap, logs,
     memory::{self, MemoryPlan, TooSmall},
     pipeline,
+    targets::{CommPrefix, Target, Targets},
 };
 pub(crate) use show::Key;
 
@@ -92,6 +93,23 @@ pub(crate) struct Flags {
     /// pointers where there are none) or frame-pointers [default: dwarf]
     #[arg(long, env = "PROFILER_UNWIND", value_name = "HOW")]
     unwind: Option<String>,
+
+    /// User frames of a stack, 127 to 1024; what is cut is marked [default: 1024]
+    #[arg(long, env = "PROFILER_STACK_DEPTH", value_name = "FRAMES")]
+    stack_depth: Option<String>,
+
+    /// Sample this process only; may be given more than once. Each of --pid, --comm and --cgroup adds to what is sampled, ahead
+    /// of the file's targets
+    #[arg(short = 'p', long, env = "PROFILER_PID", value_name = "PID", value_delimiter = ',')]
+    pid: Vec<String>,
+
+    /// Sample processes whose name begins so only; may be given more than once
+    #[arg(long, env = "PROFILER_COMM", value_name = "NAME", value_delimiter = ',')]
+    comm: Vec<String>,
+
+    /// Sample this cgroup (v2), as /proc/PID/cgroup writes it, and those below it only; may be given more than once
+    #[arg(long, env = "PROFILER_CGROUP", value_name = "PATH", value_delimiter = ',')]
+    cgroup: Vec<PathBuf>,
 
     /// Send profiles to a remote backend instead; may be given more than once. KIND is `profiler`
     #[arg(
@@ -167,6 +185,10 @@ struct File {
     data_dir: Option<PathBuf>,
     cache_dir: Option<PathBuf>,
     unwind: Option<String>,
+    stack_depth: Option<u32>,
+    #[serde(default)]
+    target: Vec<FileTarget>,
+    target_default: Option<bool>,
     #[serde(default)]
     upload: Vec<String>,
     node: Option<String>,
@@ -193,6 +215,22 @@ struct HeapRule {
     #[serde(rename = "match")]
     matches: String,
     rate: Option<String>,
+}
+
+/// One `[[target]]` of the file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileTarget {
+    pid: Option<u32>,
+    comm: Option<String>,
+    cgroup: Option<PathBuf>,
+    frequency: Option<u32>,
+    #[serde(default = "is_enabled")]
+    enabled: bool,
+}
+
+fn is_enabled() -> bool {
+    true
 }
 
 /// How log lines look.
@@ -234,6 +272,10 @@ pub(crate) struct Config {
     pub(crate) cache_dir: PathBuf,
     /// How the callers of native code are found.
     pub(crate) unwind: Unwind,
+    /// User frames of a stack, at most.
+    pub(crate) stack_depth: u32,
+    /// What is sampled.
+    pub(crate) targets: Targets,
     /// Remote backends; empty means the embedded one.
     pub(crate) uploads: Vec<Destination>,
     /// Label `node`.
@@ -403,6 +445,10 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         data_dir,
         cache_dir,
         unwind,
+        stack_depth,
+        pid,
+        comm,
+        cgroup,
         upload,
         node,
         label,
@@ -433,6 +479,8 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         cache_dir: cache_dir.or(file.cache_dir).unwrap_or_else(|| data_dir.join("cache")),
         data_dir,
         unwind: parse_unwind(unwind.or(file.unwind))?,
+        stack_depth: parse_stack_depth(stack_depth.or(file.stack_depth.map(|depth| depth.to_string())))?,
+        targets: parse_targets(&[pid, comm], cgroup, file.target, file.target_default)?,
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
@@ -501,6 +549,59 @@ fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
     let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
     let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
     hz.ok_or_else(|| refuse("frequency", text, accepted))
+}
+
+fn parse_stack_depth(value: Option<String>) -> Result<u32, ConfigError> {
+    let max = USER_FRAMES_MAX as u32;
+    let Some(text) = value else { return Ok(max) };
+    let depth = text.parse().ok().filter(|depth| (USER_FRAMES_LIMIT_MIN..=max).contains(depth));
+    let accepted = format!("accepted: {USER_FRAMES_LIMIT_MIN} to {max} frames");
+    depth.ok_or_else(|| refuse("stack-depth", text, accepted))
+}
+
+/// Flags make targets that are sampled, ahead of the file's. Where they do, what matches none is not, unless the file says so.
+fn parse_targets(
+    [pids, comms]: &[Vec<String>; 2],
+    cgroups: Vec<PathBuf>,
+    file: Vec<FileTarget>,
+    default: Option<bool>,
+) -> Result<Targets, ConfigError> {
+    let wanted = Target { is_wanted: true, ..Target::default() };
+    let by_pid = pids.iter().map(|pid| Ok(Target { pid: Some(parse_pid(pid)?), ..wanted.clone() }));
+    let by_comm = comms.iter().map(|comm| Ok(Target { comm: Some(parse_comm(comm)?), ..wanted.clone() }));
+    let by_cgroup = cgroups.into_iter().map(|cgroup| Ok(Target { cgroup: Some(cgroup), ..wanted.clone() }));
+    let flags = by_pid.chain(by_comm).chain(by_cgroup).collect::<Result<Vec<_>, ConfigError>>()?;
+    let is_default_wanted = default.unwrap_or(flags.is_empty());
+    let file = file.into_iter().map(parse_file_target).collect::<Result<Vec<_>, ConfigError>>()?;
+    let list = [flags, file].concat();
+    let count = list.len();
+    Targets::new(list, is_default_wanted)
+        .ok_or_else(|| refuse("target", count, format!("accepted: at most {} targets", Targets::MAX)))
+}
+
+fn parse_file_target(target: FileTarget) -> Result<Target, ConfigError> {
+    let FileTarget { pid, comm, cgroup, frequency, enabled } = target;
+    if pid.is_none() && comm.is_none() && cgroup.is_none() {
+        return Err(refuse(
+            "target",
+            "",
+            "accepted: one or more of pid, comm, cgroup; target_default is for the rest",
+        ));
+    }
+    let frequency_hz = frequency.map(|hz| parse_frequency(Some(hz.to_string()))).transpose()?;
+    let comm = comm.as_deref().map(parse_comm).transpose()?;
+    let pid = pid.map(|pid| parse_pid(&pid.to_string())).transpose()?;
+    Ok(Target { pid, comm, cgroup, frequency_hz, is_wanted: enabled })
+}
+
+fn parse_pid(text: &str) -> Result<u32, ConfigError> {
+    let pid = text.parse().ok().filter(|&pid| pid > 0);
+    pid.ok_or_else(|| refuse("pid", text, "accepted: the id of a process in the machine's own pid namespace"))
+}
+
+fn parse_comm(text: &str) -> Result<CommPrefix, ConfigError> {
+    CommPrefix::new(text)
+        .ok_or_else(|| refuse("comm", text, "accepted: 1 to 15 bytes, the beginning of a process's name"))
 }
 
 fn parse_cpu_budget(value: Option<String>) -> Result<Option<CpuShare>, ConfigError> {
@@ -706,7 +807,32 @@ pub(crate) mod tests {
         assert_eq!(config.data_dir, Path::new("/var/lib/profiler"));
         assert_eq!(config.cache_dir, Path::new("/var/lib/profiler/cache"));
         assert_eq!(config.unwind, Unwind::Dwarf);
+        assert_eq!(config.stack_depth, 1024);
         assert_eq!(config.uploads, []);
+    }
+
+    #[test]
+    fn targets_of_flags_come_before_those_of_the_file() {
+        let file = "[[target]]\ncgroup = \"/a\"\nfrequency = 5\n[[target]]\ncomm = \"b\"\nenabled = false\n";
+        let targets = config(&[], file).expect("valid").targets;
+        assert_eq!((targets.list().len(), targets.is_default_wanted()), (2, true));
+        let targets = config(&["-p", "7,8", "--comm", "x"], file).expect("valid").targets;
+        assert_eq!((targets.list().len(), targets.is_default_wanted()), (5, false));
+        assert_eq!(targets.list()[0], Target { pid: Some(7), is_wanted: true, ..Target::default() });
+        assert_eq!(targets.list()[3].frequency_hz, Some(5));
+        assert!(!targets.list()[4].is_wanted);
+        let targets = config(&["-p", "7"], "target_default = true").expect("valid").targets;
+        assert!(targets.is_default_wanted());
+        assert!(config(&[], "").expect("valid").targets.want_everything());
+    }
+
+    #[test]
+    fn bad_targets_are_refused() {
+        refused(&["-p", "0"], "", &["pid", "\"0\""]);
+        refused(&["--comm", "a name of sixteen"], "", &["comm", "15 bytes"]);
+        refused(&[], "[[target]]\nfrequency = 5\n", &["target", "pid, comm, cgroup"]);
+        refused(&[], "[[target]]\npid = 1\nfrequency = 0\n", &["frequency", "\"0\""]);
+        refused(&[], &"[[target]]\npid = 1\n".repeat(17), &["target", "17", "at most 16"]);
     }
 
     #[test]
@@ -744,6 +870,8 @@ pub(crate) mod tests {
         refused(&["-F", "fast"], "", &["frequency", "\"fast\"", "1 to 1000"]);
         refused(&["--upload", "http://h/,http://h/?tenant=b"], "", &["upload", "twice"]);
         refused(&["--unwind", "lbr"], "", &["unwind", "lbr", "frame-pointers"]);
+        refused(&["--stack-depth", "126"], "", &["stack-depth", "126", "127 to 1024"]);
+        refused(&[], "stack_depth = 1025", &["stack-depth", "1025"]);
         refused(&["--log-format", "xml"], "", &["log-format", "xml", "json"]);
     }
 

@@ -19,7 +19,10 @@ use aya::maps::{MapData, RingBuf};
 use profiler_common::{
     heap::AllocPart,
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
-    wire::{FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
+    wire::{
+        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd,
+        WIRE_VERSION,
+    },
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -44,6 +47,8 @@ pub(crate) struct Batch {
     bytes: Vec<u8>,
     samples: PerType<u64>,
     execs: u64,
+    /// Fork and exit records.
+    lives: u64,
 }
 
 impl Batch {
@@ -59,6 +64,7 @@ impl Batch {
             *self.samples.of_mut(profile_type) += 1;
         }
         self.execs += u64::from(kind(record) == Some(RecordKind::Exec));
+        self.lives += u64::from(matches!(kind(record), Some(RecordKind::Fork | RecordKind::Exit)));
         true
     }
 
@@ -86,7 +92,7 @@ pub(crate) fn sample_type(record: &[u8]) -> Option<ProfileType> {
     match kind(record)? {
         RecordKind::CpuSample => Some(ProfileType::Cpu),
         RecordKind::AllocSample => Some(ProfileType::Allocs),
-        RecordKind::Exec | RecordKind::CgroupMade => None,
+        RecordKind::Exec | RecordKind::Fork | RecordKind::Exit | RecordKind::CgroupMade => None,
     }
 }
 
@@ -172,7 +178,7 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
     if batch.bytes.is_empty() {
         return;
     }
-    let Batch { bytes: _, samples, execs } = batch;
+    let Batch { bytes: _, samples, execs, lives } = batch;
     let accounts = ProfileType::ALL.map(|profile_type| (ledger.of(profile_type), *samples.of(profile_type)));
     for (account, samples) in accounts {
         account.add_drained(samples);
@@ -184,6 +190,7 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
             account.drop_events(Cause::DrainQueueFull, samples);
         }
         ledger.lose_execs(execs);
+        ledger.lose_lives(lives);
     }
 }
 
@@ -201,6 +208,26 @@ pub(crate) enum Record {
         /// Its id.
         id: u64,
     },
+    /// A process has forked another.
+    Fork(Fork),
+    /// The process has ended.
+    Exit {
+        /// Process id.
+        tgid: u32,
+        /// As [`RawSample::start_ns`].
+        start_ns: u64,
+    },
+}
+
+/// A process that was forked, as its parent is until it execs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fork {
+    /// Process id of the parent.
+    pub(crate) parent: u32,
+    /// Process id of the child.
+    pub(crate) child: u32,
+    /// Start of the child, as [`RawSample::start_ns`].
+    pub(crate) start_ns: u64,
 }
 
 /// One sample before normalizing.
@@ -228,6 +255,37 @@ pub(crate) struct RawSample {
     pub(crate) by_tables: bool,
     /// Kernel frames, leaf first: the instruction pointer, then return addresses.
     pub(crate) kernel: Vec<u64>,
+    /// What is missing of the kernel frames.
+    pub(crate) kernel_cut: Option<KernelCut>,
+}
+
+/// Why a kernel stack is not whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum KernelCut {
+    /// As many frames as are ever taken: there may be more.
+    DepthLimit,
+    /// The sample was taken in kernel mode, and the kernel gave no stack.
+    Refused,
+}
+
+impl KernelCut {
+    /// Every way.
+    pub(crate) const ALL: [Self; 2] = [Self::DepthLimit, Self::Refused];
+
+    /// The name used in metrics.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::DepthLimit => "depth_limit",
+            Self::Refused => "refused",
+        }
+    }
+
+    fn of_flags(flags: u8) -> Option<Self> {
+        if flags & FLAG_KERNEL_REFUSED != 0 {
+            return Some(Self::Refused);
+        }
+        (flags & FLAG_KERNEL_CUT != 0).then_some(Self::DepthLimit)
+    }
 }
 
 /// A task's `comm`, as the kernel keeps it.
@@ -250,6 +308,11 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
             let (start_ns, cgroup_id) = (reader.u64()?, reader.u64()?);
             Some(Record::Exec(Exec { pid: tgid, start_ns, cgroup_id }))
         }
+        RecordKind::Fork => {
+            let (start_ns, _cgroup_id, parent) = (reader.u64()?, reader.u64()?, reader.u32()?);
+            Some(Record::Fork(Fork { parent, child: tgid, start_ns }))
+        }
+        RecordKind::Exit => Some(Record::Exit { tgid, start_ns: reader.u64()? }),
         RecordKind::CgroupMade => Some(Record::CgroupMade { id: reader.u64()? }),
         kind @ (RecordKind::CpuSample | RecordKind::AllocSample) => {
             if user_frames > USER_FRAMES_MAX || kernel_frames > KERNEL_FRAMES_MAX {
@@ -274,6 +337,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 user_end: StackEnd::decode(user_end)?,
                 by_tables: flags & FLAG_TABLES != 0,
                 kernel: reader.words(kernel_frames)?.collect(),
+                kernel_cut: KernelCut::of_flags(flags),
             };
             Some(match part {
                 Some(part) => Record::Alloc(sample, part?),
@@ -326,12 +390,13 @@ pub(crate) mod tests {
 
     /// The bytes of a sample as the kernel side writes them.
     pub(crate) fn encode(sample: &RawSample) -> Vec<u8> {
-        let mut bytes = vec![
-            WIRE_VERSION,
-            RecordKind::CpuSample as u8,
-            sample.user_end as u8,
-            u8::from(sample.by_tables),
-        ];
+        let by = if sample.by_tables { FLAG_TABLES } else { 0 };
+        let cut = match sample.kernel_cut {
+            None => 0,
+            Some(KernelCut::DepthLimit) => FLAG_KERNEL_CUT,
+            Some(KernelCut::Refused) => FLAG_KERNEL_REFUSED,
+        };
+        let mut bytes = vec![WIRE_VERSION, RecordKind::CpuSample as u8, sample.user_end as u8, by | cut];
         bytes.extend((sample.user.len() as u16).to_ne_bytes());
         bytes.extend((sample.kernel.len() as u16).to_ne_bytes());
         bytes.extend(sample.tgid.to_ne_bytes());
@@ -374,6 +439,7 @@ pub(crate) mod tests {
             user_end: StackEnd::Root,
             by_tables: true,
             kernel: vec![0xffff_ffff_8100_0000],
+            kernel_cut: None,
         }
     }
 
@@ -399,6 +465,37 @@ pub(crate) mod tests {
     fn a_sample_is_read_back_as_it_was_written() {
         let sample = sample(5);
         assert_eq!(decode(&encode(&sample)), Some(Record::Sample(sample)));
+    }
+
+    #[test]
+    fn a_deep_sample_whose_kernel_stack_is_cut_is_read_back() {
+        let user = (0..USER_FRAMES_MAX as u64).map(|at| Frame::raw(at, true)).collect();
+        let kernel = (0..KERNEL_FRAMES_MAX as u64).collect();
+        let sample = RawSample { user, kernel, kernel_cut: Some(KernelCut::DepthLimit), ..sample(5) };
+        assert_eq!(decode(&encode(&sample)), Some(Record::Sample(sample.clone())));
+        let one_more = RawSample { user: [&sample.user[..], &sample.user[..1]].concat(), ..sample };
+        assert_eq!(decode(&encode(&one_more)), None);
+    }
+
+    /// The bytes of a fork or an exit.
+    fn process_record(kind: RecordKind) -> Vec<u8> {
+        let mut bytes = vec![WIRE_VERSION, kind as u8, 0, 0, 0, 0, 0, 0];
+        bytes.extend(8u32.to_ne_bytes());
+        bytes.extend(8u32.to_ne_bytes());
+        bytes.extend([1u64, 77, 5].map(u64::to_ne_bytes).concat());
+        bytes.extend([7u32, 0].map(u32::to_ne_bytes).concat());
+        bytes
+    }
+
+    #[test]
+    fn forks_and_exits_are_read_back_and_truncated_ones_refused() {
+        let fork = process_record(RecordKind::Fork);
+        let expect = Fork { parent: 7, child: 8, start_ns: 77 };
+        assert_eq!(decode(&fork), Some(Record::Fork(expect)));
+        assert_eq!(decode(&fork[..42]), None);
+        let exit = process_record(RecordKind::Exit);
+        assert_eq!(decode(&exit), Some(Record::Exit { tgid: 8, start_ns: 77 }));
+        assert_eq!(decode(&exit[..30]), None);
     }
 
     #[test]

@@ -139,6 +139,8 @@ pub(crate) struct Ledger {
     types: PerType<Account>,
     execs_lost_in_ring: AtomicU64,
     execs_lost_in_queue: AtomicU64,
+    lives_lost_in_ring: AtomicU64,
+    lives_lost_in_queue: AtomicU64,
 }
 
 /// Counts of one profile type.
@@ -153,6 +155,21 @@ impl Ledger {
     /// The account of one profile type.
     pub(crate) fn of(&self, profile_type: ProfileType) -> &Account {
         self.types.of(profile_type)
+    }
+
+    /// Fork and exit records that the drain had no room for.
+    pub(crate) fn lose_lives(&self, records: u64) {
+        self.lives_lost_in_queue.fetch_add(records, Relaxed);
+    }
+
+    /// Takes over the kernel side's count of fork and exit records that the ring buffer had no room for.
+    pub(crate) fn set_lives_lost_in_ring(&self, records: u64) {
+        self.lives_lost_in_ring.fetch_max(records, Relaxed);
+    }
+
+    /// Fork and exit records lost: children are read from `/proc`, and the dead found by looking for them.
+    pub(crate) fn lives_lost(&self) -> u64 {
+        self.lives_lost_in_ring.load(Relaxed) + self.lives_lost_in_queue.load(Relaxed)
     }
 
     /// Exec records that the drain had no room for.

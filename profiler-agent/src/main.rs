@@ -30,6 +30,7 @@ mod status;
 mod supervise;
 mod symbolize;
 mod sys;
+mod targets;
 mod telemetry;
 mod unwind;
 mod window;

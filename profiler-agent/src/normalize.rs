@@ -6,7 +6,7 @@ use profiler_common::wire::{Frame, StackEnd};
 
 use crate::{
     addr::Addr,
-    drain::RawSample,
+    drain::{KernelCut, RawSample},
     process::{Backing, Process, Processes},
     symbolize::LocationKey,
 };
@@ -25,6 +25,8 @@ pub(crate) enum Location {
     },
     /// Not code: says at the root end why the stack has no further frame.
     Marker(StackEnd),
+    /// Not code: says between the kernel's frames and those of the process why there are no more of the kernel's.
+    KernelMarker(KernelCut),
 }
 
 impl Location {
@@ -38,6 +40,7 @@ impl Location {
 /// is in the table.
 pub(crate) fn stack(raw: &RawSample, processes: &mut Processes) -> Vec<Location> {
     let kernel = raw.kernel.iter().enumerate().map(|(index, &address)| kernel_location(index, address));
+    let kernel = kernel.chain(raw.kernel_cut.map(Location::KernelMarker));
     let mut stack: Vec<_> = kernel.chain(user_locations(raw, processes)).collect();
     if !raw.user_end.is_complete() {
         stack.push(Location::Marker(raw.user_end));

@@ -173,6 +173,18 @@ impl HeapView {
 }
 
 impl View {
+    /// Samples not taken: those that no target wants, and those that another of the same target stands for.
+    pub(crate) fn not_taken(&self) -> [(&'static str, u64); 2] {
+        let counters = [("target", Counter::CpuFiltered), ("frequency", Counter::CpuThinned)];
+        counters.map(|(reason, counter)| (reason, self.kernel.get(counter).unwrap_or(0)))
+    }
+
+    /// Processes that the kernel side had no room for.
+    pub(crate) fn processes_not_kept(&self) -> u64 {
+        let counters = [Counter::CpuProcessNotKept, Counter::ForkProcessNotKept];
+        counters.into_iter().map(|counter| self.kernel.get(counter).unwrap_or(0)).sum()
+    }
+
     /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
     /// the account, never as one that holds by accident.
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -221,6 +233,11 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
         ledger.set_execs_lost_in_ring(records);
     }
+    let lives =
+        [Counter::ForkDroppedRingFull, Counter::ExitDroppedRingFull].map(|counter| kernel.get(counter));
+    if let [Ok(forks), Ok(exits)] = lives {
+        ledger.set_lives_lost_in_ring(forks + exits);
+    }
 }
 
 /// The running stages.
@@ -255,6 +272,9 @@ impl Pipeline {
             ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
             has_heap: !config.heap.is_empty(),
+            processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
+            stack_depth: config.stack_depth,
+            targets: config.targets.clone(),
             period_ns: config.period_ns(),
             cgroups: cgroups.as_ref().map(Hierarchy::version),
             sys_root: "/sys".into(),
@@ -372,6 +392,9 @@ impl Pipeline {
     pub(crate) fn follow_cpus(&mut self) {
         if !self.is_attached {
             return;
+        }
+        if let Err(error) = self.programs.follow_cgroups() {
+            warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for the cgroups of targets");
         }
         if let Err(error) = self.programs.follow_cpus() {
             // Once a second at most, and only while sysfs cannot be read.
@@ -742,6 +765,7 @@ impl Worker {
             self.processes.set_labeler(labeler);
         }
         self.processes.forget_idle();
+        self.processes.forget_exited();
         self.shared.gauges.set_processes(&self.processes);
         self.shared.gauges.set_late(self.windows.late());
         execs_lost
@@ -773,6 +797,8 @@ impl Worker {
                     self.processes.exec(exec, Instant::now());
                 }
                 Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
+                Some(Record::Fork(fork)) => self.processes.fork(fork),
+                Some(Record::Exit { tgid, start_ns }) => self.processes.exit(tgid, start_ns),
                 None => match drain::sample_type(bytes) {
                     Some(profile_type) => {
                         *samples_left.of_mut(profile_type) -= 1;
@@ -808,6 +834,9 @@ impl Worker {
             self.processes.lacks_tables(raw.tgid);
         }
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
+        if let Some(cut) = raw.kernel_cut {
+            self.shared.gauges.count_kernel_cut(cut);
+        }
         (series, SampleLabels { comm, thread_name, pid: raw.tgid }, stack)
     }
 
@@ -968,7 +997,7 @@ impl Encoder {
 fn code_locations(window: &Closed) -> impl Iterator<Item = LocationKey> {
     window.locations.iter().filter_map(|location| match location {
         Location::Code(key) => Some(key.clone()),
-        Location::Unnamed { .. } | Location::Marker(_) => None,
+        Location::Unnamed { .. } | Location::Marker(_) | Location::KernelMarker(_) => None,
     })
 }
 

@@ -179,7 +179,7 @@ pub(crate) mod tests {
         case.check(
             "data_dir = \"/x\"\nlisten = \"127.0.0.1:9\"\n",
             &["frequency", "labels", "log", "enabled"],
-            &["listen", "data_dir"],
+            &["listen", "data_dir", "cache_dir"],
         );
         assert_eq!(case.reloader.running().data_dir, Path::new("/var/lib/profiler"));
         case.check("", &[], &[]);

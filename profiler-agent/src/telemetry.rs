@@ -15,6 +15,7 @@ use profiler_common::{heap::HeapCounter, wire::StackEnd};
 use crate::{
     binaries::Binaries,
     budget::{CpuShare, Sampling},
+    drain::KernelCut,
     export::Quality,
     label::NameCounts,
     ledger::{ProfileType, Snapshot},
@@ -31,6 +32,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub(crate) struct Gauges {
     stacks: [AtomicU64; StackEnd::ALL.len()],
+    kernel_cuts: [AtomicU64; KernelCut::ALL.len()],
     walked_by_tables: AtomicU64,
     walked_by_frame_pointers: AtomicU64,
     processes: AtomicU64,
@@ -53,6 +55,12 @@ impl Gauges {
         walked.fetch_add(u64::from(end != StackEnd::NoUserStack), Relaxed);
         let slot = StackEnd::ALL.iter().position(|&known| known == end).expect("ALL holds every end");
         self.stacks[slot].fetch_add(1, Relaxed);
+    }
+
+    /// A kernel stack that is not whole.
+    pub(crate) fn count_kernel_cut(&self, cut: KernelCut) {
+        let slot = KernelCut::ALL.iter().position(|&known| known == cut).expect("ALL holds every way");
+        self.kernel_cuts[slot].fetch_add(1, Relaxed);
     }
 
     /// The state of the process table.
@@ -157,6 +165,25 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
         "profiler_agent_exec_events_lost_total",
         "Exec events lost; each time all processes are read again.",
         execs_lost,
+    );
+    let metric = "profiler_agent_samples_filtered_total";
+    text.head(
+        metric,
+        "Samples not taken, since no target wants them or another of their target stands for them.",
+        "counter",
+    );
+    for (reason, count) in view.not_taken() {
+        text.line(format_args!("{metric}{{reason=\"{reason}\"}} {count}"));
+    }
+    text.counter(
+        "profiler_agent_fork_exit_events_lost_total",
+        "Fork and exit events lost: such processes are read from /proc, and forgotten when it has them no more.",
+        shared.ledger.lives_lost(),
+    );
+    text.counter(
+        "profiler_agent_processes_not_kept_total",
+        "Times that the kernel's map of known processes had no room for one.",
+        view.processes_not_kept(),
     );
     operation(&mut text, gauges);
     text.gauge("profiler_agent_resident_bytes", "Resident memory of the agent.", usage::resident_bytes());
@@ -350,6 +377,11 @@ fn stacks(text: &mut Text, shared: &Shared) {
     text.head(metric, "User stacks, by why they have no further frame.", "counter");
     for (end, count) in shared.gauges.stacks() {
         text.line(format_args!("{metric}{{end=\"{}\"}} {count}", end.name()));
+    }
+    let metric = "profiler_agent_kernel_stacks_cut_total";
+    text.head(metric, "Kernel stacks that are not whole, by reason.", "counter");
+    for (cut, count) in KernelCut::ALL.iter().zip(&shared.gauges.kernel_cuts) {
+        text.line(format_args!("{metric}{{reason=\"{}\"}} {}", cut.name(), count.load(Relaxed)));
     }
     let metric = "profiler_agent_stacks_walked_total";
     text.head(metric, "User stacks, by what led from frame to caller.", "counter");

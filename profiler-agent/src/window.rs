@@ -13,7 +13,7 @@ use std::{
 use crate::{label::SeriesLabels, ledger::ProfileType, normalize::Location, sys::clock::WallClock};
 
 /// What takes memory in a window, about: a different (series, stack, sample labels); a different stack beside its frames;
-/// a frame of it; a different location, set of sample labels and series. Measured as resident memory of a million of each.
+/// a frame of it; a different location, set of sample labels and series. Estimated from the sizes of the types, with the hash tables half full.
 const ENTRY_BYTES: usize = 100;
 const STACK_BYTES: usize = 64;
 const FRAME_BYTES: usize = size_of::<LocationIndex>();

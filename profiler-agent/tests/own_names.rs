@@ -132,9 +132,9 @@ fn a_program_that_claims_the_build_id_of_another_names_only_itself() {
     // The forger is there first; both have the same code at the same addresses.
     let _forger = claim(directory.path(), "forger", "poison_hot", &build_id);
     let agent = Agent::start(&["-F", "99", "--window", "2s"]);
-    let of_forger = share(&agent, "forger", "poison_hot", "main");
+    let of_forger = share(&agent, "forger", "poison_hot", "");
     let _victim = claim(directory.path(), "victim", "honest_hot", &build_id);
-    let of_victim = share(&agent, "victim", "honest_hot", "main");
+    let of_victim = share(&agent, "victim", "honest_hot", "");
     assert!(of_forger > 0.9 && of_victim > 0.9, "{of_forger:.2}, {of_victim:.2}");
     let others = agent.merge("{exe!=\"forger\"}");
     assert!(!others.mentions("poison_hot"), "{others:#?}");

@@ -19,16 +19,45 @@ pub struct KernelFacts {
     pub task_comm_offset: u32,
     /// Bytes of a kernel stack: THREAD_SIZE.
     pub thread_bytes: u32,
+    /// Byte offset of `task_struct.tgid`.
+    pub task_tgid_offset: u32,
+    /// Byte offset of `task_struct.flags`. Source: include/linux/sched.h, PF_EXITING.
+    pub task_flags_offset: u32,
+    /// Byte offset of `task_struct.signal`.
+    pub task_signal_offset: u32,
+    /// Byte offset of `signal_struct.live`: threads of the process that have not begun to exit.
+    pub signal_live_offset: u32,
     /// Keeps the size a multiple of 8.
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<KernelFacts>() == 32);
+const _: () = assert!(size_of::<KernelFacts>() == 48);
+
+/// What the agent asks of the programs, set before they are loaded.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// User frames of one sample, at most `limits::USER_FRAMES_MAX`.
+    pub user_frames_limit: u32,
+    /// 1 where targets decide what is sampled.
+    pub has_targets: u32,
+}
+
+const _: () = assert!(size_of::<Settings>() == 8);
+
+impl Settings {
+    /// The fields in order, as [`KernelFacts::words`].
+    #[must_use]
+    pub const fn words(self) -> [u32; 2] {
+        let Self { user_frames_limit, has_targets } = self;
+        [user_frames_limit, has_targets]
+    }
+}
 
 impl KernelFacts {
     /// The fields in order: what the agent writes over the programs' read-only value.
     #[must_use]
-    pub const fn words(self) -> [u32; 8] {
+    pub const fn words(self) -> [u32; 12] {
         let Self {
             has_task_pt_regs,
             task_stack_offset,
@@ -37,6 +66,10 @@ impl KernelFacts {
             task_start_boottime_offset,
             task_comm_offset,
             thread_bytes,
+            task_tgid_offset,
+            task_flags_offset,
+            task_signal_offset,
+            signal_live_offset,
             reserved,
         } = self;
         [
@@ -47,6 +80,10 @@ impl KernelFacts {
             task_start_boottime_offset,
             task_comm_offset,
             thread_bytes,
+            task_tgid_offset,
+            task_flags_offset,
+            task_signal_offset,
+            signal_live_offset,
             reserved,
         ]
     }

@@ -208,6 +208,8 @@ pub const POINTS_MAX: u32 = 4096;
 pub const PENDING_MAX: u32 = 8192;
 /// Sampled allocations in use: at a rate of 512 KiB, 64 GiB of memory in use.
 pub const LIVE_MAX: u32 = 1 << 17;
+/// User frames of a sampled allocation. A power of two less one, for the mask the verifier wants.
+pub const HEAP_FRAMES_MAX: usize = 127;
 /// Samples in the making on one CPU: a thread may be preempted in the middle of one.
 pub const SCRATCH_SLOTS: u32 = 4;
 

@@ -15,5 +15,6 @@ pub mod config;
 pub mod heap;
 pub mod limits;
 pub mod stats;
+pub mod targets;
 pub mod unwind;
 pub mod wire;

@@ -1,7 +1,12 @@
 //! Every bound shared by both sides, with its unit and the sketch behind the number.
 
-/// User frames of one sample. 127 is `kernel.perf_event_max_stack`'s default: what users of perf expect at least.
-pub const USER_FRAMES_MAX: usize = 127;
+/// User frames of one sample, at most; the agent may ask for fewer. A power of two, for the mask the verifier wants.
+/// Recursive parsers and deep frameworks stay below some hundreds; what is deeper has recursed without end.
+pub const USER_FRAMES_MAX: usize = 1024;
+
+/// The least bound on user frames that may be asked for: `kernel.perf_event_max_stack`'s default, what users of perf
+/// expect.
+pub const USER_FRAMES_LIMIT_MIN: u32 = 127;
 
 /// Kernel frames of one sample. Kernel stacks are 16 KiB; traces deeper than this were never seen outside recursion bugs.
 pub const KERNEL_FRAMES_MAX: usize = 127;
@@ -32,7 +37,8 @@ pub const UNWIND_LEAF_SHARDS_MAX: u32 = 128;
 /// Directories of pages in the kernel, 2 KiB each: 768 KiB. An executable takes one for every 256 of its pages.
 pub const UNWIND_DIRECTORIES_MAX: u32 = 384;
 
-/// Processes whose mappings the kernel side knows, 4 KiB each: 3 MiB.
+/// Sets of mappings that the kernel side knows, 4 KiB each: 3 MiB. Processes that were forked and have not changed
+/// their mappings share one.
 pub const UNWIND_PROCESSES_MAX: u32 = 768;
 
 /// Distinct unwind rules in the kernel, 12 bytes each. 510 shared libraries have 3,600.

@@ -22,6 +22,22 @@ pub enum Counter {
     CpuTimedNs = 7,
     /// Records of new cgroups dropped: the ring buffer was full.
     CgroupDroppedRingFull = 8,
+    /// Fork records written.
+    ForkSubmitted = 9,
+    /// Fork records dropped: the ring buffer was full.
+    ForkDroppedRingFull = 10,
+    /// Exit records written.
+    ExitSubmitted = 11,
+    /// Exit records dropped: the ring buffer was full.
+    ExitDroppedRingFull = 12,
+    /// Sampled processes that `PROCESSES` had no room for, at each of their samples.
+    CpuProcessNotKept = 13,
+    /// Forked processes that `PROCESSES` had no room for.
+    ForkProcessNotKept = 14,
+    /// Samples that no target wants. Not taken.
+    CpuFiltered = 15,
+    /// Samples that another of the same target stands for. Not taken.
+    CpuThinned = 16,
 }
 
 /// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
@@ -30,7 +46,7 @@ const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 9;
+    pub const COUNT: u32 = 17;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -43,6 +59,14 @@ impl Counter {
         Self::CpuTimed,
         Self::CpuTimedNs,
         Self::CgroupDroppedRingFull,
+        Self::ForkSubmitted,
+        Self::ForkDroppedRingFull,
+        Self::ExitSubmitted,
+        Self::ExitDroppedRingFull,
+        Self::CpuProcessNotKept,
+        Self::ForkProcessNotKept,
+        Self::CpuFiltered,
+        Self::CpuThinned,
     ];
 }
 

@@ -4,7 +4,7 @@
 use crate::limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX};
 
 /// Version of every record. The agent refuses an object whose version differs: both are built from one tree.
-pub const WIRE_VERSION: u8 = 1;
+pub const WIRE_VERSION: u8 = 2;
 
 /// What a record is. Decoded with [`RecordKind::decode`], never cast: ring memory may hold any byte.
 #[repr(u8)]
@@ -14,9 +14,13 @@ pub enum RecordKind {
     CpuSample = 1,
     /// A [`ProcessRecord`]: the process has a new image, everything known of its mappings is void.
     Exec = 2,
+    /// A [`ProcessRecord`]: a process that the kernel side knew has forked this one.
+    Fork = 3,
+    /// A [`ProcessRecord`]: a process that the kernel side knew has ended, with all its threads.
+    Exit = 4,
     /// A [`SampleHeader`] whose value is bytes, an [`AllocPart`](crate::heap::AllocPart), then the user frames: an
     /// allocation that was sampled. The innermost frame is the caller of the allocating function.
-    AllocSample = 3,
+    AllocSample = 5,
     /// A [`CgroupRecord`]: a cgroup was made.
     CgroupMade = 8,
 }
@@ -28,7 +32,9 @@ impl RecordKind {
         match byte {
             1 => Some(Self::CpuSample),
             2 => Some(Self::Exec),
-            3 => Some(Self::AllocSample),
+            3 => Some(Self::Fork),
+            4 => Some(Self::Exit),
+            5 => Some(Self::AllocSample),
             8 => Some(Self::CgroupMade),
             _ => None,
         }
@@ -48,7 +54,7 @@ pub enum StackEnd {
     ReadFailed = 3,
     /// The next frame does not lie above this one: the frame pointer register holds something else.
     NotRising = 4,
-    /// [`USER_FRAMES_MAX`] frames were taken; there are more.
+    /// As many frames were taken as are asked for, at most [`USER_FRAMES_MAX`]; there are more.
     DepthLimit = 5,
     /// User registers of a task sampled in kernel mode could not be found.
     NoRegisters = 6,
@@ -186,6 +192,12 @@ impl Frame {
 /// Flag of a sample: the user stack was walked by the tables of its process, not by frame pointers alone.
 pub const FLAG_TABLES: u8 = 1;
 
+/// Flag of a sample: [`KERNEL_FRAMES_MAX`] kernel frames were taken; there may be more.
+pub const FLAG_KERNEL_CUT: u8 = 2;
+
+/// Flag of a sample: it was taken in kernel mode, and the kernel gave no stack.
+pub const FLAG_KERNEL_REFUSED: u8 = 4;
+
 /// What every record starts with.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,7 +208,7 @@ pub struct RecordHead {
     pub kind: u8,
     /// [`StackEnd`] of the user stack; 0 in records without one.
     pub user_end: u8,
-    /// [`FLAG_TABLES`], or 0.
+    /// [`FLAG_TABLES`], [`FLAG_KERNEL_CUT`], [`FLAG_KERNEL_REFUSED`].
     pub flags: u8,
     /// User frames that follow, leaf first; at most [`USER_FRAMES_MAX`].
     pub user_frames: u16,
@@ -240,6 +252,10 @@ pub struct ProcessRecord {
     pub start_ns: u64,
     /// As in [`SampleHeader::cgroup_id`].
     pub cgroup_id: u64,
+    /// [`RecordKind::Fork`]: id of the process that forked it; 0 in other records.
+    pub parent: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
 /// A new cgroup of the hierarchy whose ids samples carry.
@@ -270,7 +286,7 @@ pub const RECORD_BYTES_MAX: usize = size_of::<SampleBuffer>();
 
 const _: () = assert!(size_of::<RecordHead>() == 24);
 const _: () = assert!(size_of::<SampleHeader>() == 80);
-const _: () = assert!(size_of::<ProcessRecord>() == 40);
+const _: () = assert!(size_of::<ProcessRecord>() == 48);
 const _: () = assert!(size_of::<CgroupRecord>() == 32);
 const _: () = assert!(RECORD_BYTES_MAX == 80 + 8 * FRAMES_MAX);
 

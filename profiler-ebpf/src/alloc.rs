@@ -12,17 +12,16 @@ use aya_ebpf::{
 };
 use profiler_common::{
     heap::{
-        ALLOC_PART_WORDS, AllocPart, Call, EXP, HeapCounter, LiveKey, POINT_NESTS, Pending, Point,
+        ALLOC_PART_WORDS, AllocPart, Call, EXP, HEAP_FRAMES_MAX, HeapCounter, LiveKey, POINT_NESTS, Pending, Point,
         SCRATCH_SLOTS, Target, unsampled,
     },
-    limits::USER_FRAMES_MAX,
     wire::{FLAG_TABLES, Frame, RecordHead, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
 
 use crate::{
     arch,
     helpers::{
-        attach_cookie, boot_time_ns, current_cgroup_id, current_ids, current_thread_name, random_u32,
+        attach_cookie, boot_time_ns, current_ids, current_thread_name, random_u32,
         read_user,
     },
     maps::{EVENTS, NO_CHUNK, Scratch},
@@ -62,7 +61,7 @@ pub static HEAP_STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(HeapCoun
 
 /// Samples in the making. Only this program uses it.
 #[map]
-pub static HEAP_SCRATCH: PerCpuArray<HeapScratch> = PerCpuArray::with_max_entries(SCRATCH_SLOTS, 0);
+pub static HEAP_SCRATCH: PerCpuArray<HeapScratch> = PerCpuArray::with_max_entries(1, 0);
 
 /// A sample in the making.
 #[repr(C)]
@@ -326,7 +325,7 @@ fn fill(ctx: *mut c_void, slot: u32, scratch: &mut Scratch, part: &AllocPart, si
         time_ns: boot_time_ns(),
     };
     header.value = size;
-    header.cgroup_id = current_cgroup_id();
+    header.cgroup_id = task::cgroup_id();
     header.start_ns = start_ns;
     header.thread_name = current_thread_name();
     task::read_comm(leader, &raw mut header.comm);
@@ -346,7 +345,7 @@ fn walk(ctx: *mut c_void, slot: u32, scratch: &mut Scratch, tgid: u32, start_ns:
     scratch.frames = 1;
     scratch.end = 0;
     let mut i = 1;
-    while i < USER_FRAMES_MAX as u32 {
+    while i < HEAP_FRAMES_MAX as u32 {
         if heap_step(i, slot) != 0 {
             return;
         }
@@ -384,7 +383,7 @@ extern "C" fn heap_step(frame: u32, slot: u32) -> u32 {
 #[inline(always)]
 fn submit(scratch: &Scratch, part: &AllocPart, size: u64) {
     const FIXED_BYTES: u64 = (size_of::<SampleHeader>() + size_of::<AllocPart>()) as u64;
-    const { assert!(FIXED_BYTES + 8 * (USER_FRAMES_MAX as u64) < 2048, "the mask below lets every size through") };
+    const { assert!(FIXED_BYTES + 8 * (HEAP_FRAMES_MAX as u64) < 2048, "the mask below lets every size through") };
     let bytes = mask!(FIXED_BYTES + 8 * scratch.frames, 2047);
     // SAFETY: `bytes` is below 2048, and the sample is larger.
     let record =

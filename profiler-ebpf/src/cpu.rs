@@ -7,14 +7,17 @@ use aya_log_ebpf::error;
 use profiler_common::{
     limits::KERNEL_FRAMES_MAX,
     stats::Counter,
-    wire::{FLAG_TABLES, FRAMES_MAX, RecordHead, RecordKind, SampleHeader, WIRE_VERSION},
+    wire::{
+        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, FRAMES_MAX, RecordHead, RecordKind, SampleHeader,
+        WIRE_VERSION,
+    },
 };
 
 use crate::{
     helpers::{boot_time_ns, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, Scratch, add, count},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, add, count, setting},
     stack::{mask, walk_user},
-    task, timing,
+    targets, task, timing,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no sample pays for a wake-up.
@@ -23,14 +26,25 @@ const NO_WAKEUP: u64 = 1;
 /// Counts a sample, takes it, and measures now and then how long that takes.
 #[inline(always)]
 pub fn sample(ctx: &PerfEventContext) {
+    let weight = if setting!(has_targets) == 1 { targets::weight(period_ns(ctx)) } else { 1 };
+    if weight == 0 {
+        return;
+    }
     let began_ns = timing::begin(add(Counter::CpuTaken, 1));
-    take(ctx);
+    take(ctx, weight);
     timing::end(began_ns);
+}
+
+/// Nanoseconds of CPU time that a sample stands for.
+#[inline(always)]
+fn period_ns(ctx: &PerfEventContext) -> u64 {
+    let context = ctx.as_ptr();
+    crate::arch::context_period!(context)
 }
 
 /// Takes one sample and writes it to the ring buffer.
 #[inline(always)]
-fn take(ctx: &PerfEventContext) {
+fn take(ctx: &PerfEventContext, weight: u32) {
     let Some(scratch) = CPU_SCRATCH.get_ptr_mut(0) else {
         count(Counter::CpuDroppedNoScratch);
         error!(ctx, "no scratch value on this CPU: sample dropped");
@@ -42,6 +56,7 @@ fn take(ctx: &PerfEventContext) {
     walk_user(ctx, scratch, task.tgid, task.start_ns);
     let user_frames = scratch.frames;
     let kernel_frames = append_kernel_stack(ctx, scratch, user_frames);
+    scratch.sample.header.value = period_ns(ctx).wrapping_mul(u64::from(weight));
     write_header(ctx, scratch, &task, user_frames, kernel_frames);
     submit(scratch, user_frames + kernel_frames);
 }
@@ -67,14 +82,14 @@ impl Task {
 #[inline(always)]
 fn append_kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch, user_frames: u64) -> u64 {
     const BYTES: u32 = 8 * KERNEL_FRAMES_MAX as u32;
-    let index = mask!(user_frames, 127) as usize;
+    let index = mask!(user_frames, 2047) as usize;
     let frames = (&raw mut scratch.sample.frames).cast::<u64>();
-    // SAFETY: index is at most 127, and FRAMES_MAX more slots lie behind the array.
+    // SAFETY: index is below 2 * USER_FRAMES_MAX, and so much room with KERNEL_FRAMES_MAX more slots is there, in slack.
     let behind_user = unsafe { frames.add(index) };
     kernel_stack(ctx, behind_user, BYTES).map_or(0, |bytes| bytes >> 3)
 }
 
-/// Fills in everything but the frames.
+/// Fills in everything but the frames and the value.
 #[inline(always)]
 fn write_header(
     ctx: &PerfEventContext,
@@ -84,8 +99,10 @@ fn write_header(
     kernel_frames: u64,
 ) {
     let &Task { leader, start_ns, tgid, tid } = task;
-    let flags = if scratch.chunk == NO_CHUNK { 0 } else { FLAG_TABLES };
     let context = ctx.as_ptr();
+    let in_kernel = !crate::arch::is_user_address(crate::arch::context_ip!(context));
+    let by = if scratch.chunk == NO_CHUNK { 0 } else { FLAG_TABLES };
+    let flags = by | kernel_flags(in_kernel, kernel_frames);
     let header = &mut scratch.sample.header;
     header.head = RecordHead {
         version: WIRE_VERSION,
@@ -98,11 +115,20 @@ fn write_header(
         tid,
         time_ns: boot_time_ns(),
     };
-    header.value = crate::arch::context_period!(context);
     header.cgroup_id = task::cgroup_id();
     header.start_ns = start_ns;
     header.thread_name = current_thread_name();
     task::read_comm(leader, &raw mut header.comm);
+}
+
+/// What is missing of the kernel stack.
+#[inline(always)]
+fn kernel_flags(in_kernel: bool, frames: u64) -> u8 {
+    match frames {
+        0 if in_kernel => FLAG_KERNEL_REFUSED,
+        frames if frames >= KERNEL_FRAMES_MAX as u64 => FLAG_KERNEL_CUT,
+        _ => 0,
+    }
 }
 
 /// Writes the header and the frames in use to the ring buffer.
@@ -110,9 +136,9 @@ fn write_header(
 fn submit(scratch: &Scratch, frames: u64) {
     const HEADER_BYTES: u64 = size_of::<SampleHeader>() as u64;
     const BYTES_MAX: u64 = HEADER_BYTES + 8 * FRAMES_MAX as u64;
-    const { assert!(BYTES_MAX < 4096, "the mask below lets every size through") };
-    let bytes = mask!(HEADER_BYTES + 8 * frames, 4095);
-    // SAFETY: `bytes` is below 4096, and sample and slack together are larger.
+    const { assert!(BYTES_MAX <= RECORD_MASK && RECORD_MASK == 16_383, "the mask below lets every size through") };
+    let bytes = mask!(HEADER_BYTES + 8 * frames, 16383);
+    // SAFETY: `bytes` is at most RECORD_MASK, and sample and slack together are larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
     match EVENTS.output::<[u8]>(record, NO_WAKEUP) {

@@ -35,6 +35,21 @@ pub fn current_cgroup_id() -> u64 {
     unsafe { raw::bpf_get_current_cgroup_id() }
 }
 
+/// Id of the ancestor at a depth of the current task's cgroup in the v2 hierarchy, itself included; 0 where there is none
+/// (kernel 5.7).
+#[inline(always)]
+pub fn ancestor_cgroup_id(level: u32) -> u64 {
+    // SAFETY: takes a number and has no effect.
+    unsafe { raw::bpf_get_current_ancestor_cgroup_id(level as i32) }
+}
+
+/// A random number.
+#[inline(always)]
+pub fn random() -> u32 {
+    // SAFETY: takes nothing; its effect is on the kernel's random state.
+    unsafe { raw::bpf_get_prandom_u32() }
+}
+
 /// Name of the current thread; zeros when the kernel refuses.
 #[inline(always)]
 pub fn current_thread_name() -> [u8; COMM_BYTES] {

@@ -20,6 +20,7 @@ mod maps;
 mod process;
 mod stack;
 mod table;
+mod targets;
 mod task;
 mod timing;
 
@@ -34,6 +35,20 @@ pub fn cpu_sample(ctx: PerfEventContext) -> u32 {
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub fn process_exec(ctx: RawTracePointContext) -> i32 {
     process::exec(&ctx);
+    0
+}
+
+/// A task was made.
+#[raw_tracepoint(tracepoint = "sched_process_fork")]
+pub fn process_fork(ctx: RawTracePointContext) -> i32 {
+    process::fork(&ctx);
+    0
+}
+
+/// A task exits.
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub fn process_exit(ctx: RawTracePointContext) -> i32 {
+    process::exit(&ctx);
     0
 }
 

@@ -6,14 +6,15 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use profiler_common::{
-    config::{CgroupFacts, KernelFacts},
-    limits::{EVENTS_BYTES, UNWIND_LEAF_SHARDS_MAX, UNWIND_SHARD_LEAVES},
+    config::{CgroupFacts, KernelFacts, Settings},
+    limits::{EVENTS_BYTES, UNWIND_LEAF_SHARDS_MAX, UNWIND_SHARD_LEAVES, USER_FRAMES_MAX},
     stats::Counter,
+    targets::{TARGETS_MAX, Targets, Turn},
     unwind::{
         Block, Directory, Leaf, UnwindRule,
         mappings::{MappingChunk, ProcessEntry},
     },
-    wire::{FRAMES_MAX, SampleBuffer},
+    wire::SampleBuffer,
 };
 
 use crate::arch::Regs;
@@ -27,8 +28,10 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
 
-/// Processes whose mappings are known: key process id, value [`ProcessEntry`]. Written by the agent, which counts those it
-/// has no room for; an entry is deleted by `process_exec`. Without an entry a process is walked by frame pointers.
+/// Processes that are known: key process id, value [`ProcessEntry`]. Written by the agent when it has tables for one, by
+/// `cpu_sample` at a process's first sample, by `process_fork` for children of known ones; deleted by `process_exec` and
+/// `process_exit`. When it is full, that is counted; a process without an entry is walked by frame pointers, and its
+/// children and its end are not told.
 ///
 /// This and the maps below have one entry, or no shard, unless the agent sizes them before loading (`profiler_common::limits`).
 #[map]
@@ -38,6 +41,11 @@ pub static PROCESSES: HashMap<u32, ProcessEntry> = HashMap::with_max_entries(1, 
 /// a second after the last entry named it, so that no program in flight sees a change.
 #[map]
 pub static CHUNKS: Array<MappingChunk> = Array::with_max_entries(1, 0);
+
+/// Generation of each chunk: key as [`CHUNKS`], value what `ProcessEntry::generation` must be. Written by the agent when it
+/// gives a chunk up, before the chunk's rest begins: entries that it does not know of, copied at a fork, end with that.
+#[map]
+pub static GENERATIONS: Array<u32> = Array::with_max_entries(1, 0);
 
 /// Directories of unwind tables: key `MappingRecord::directory`. Written as [`CHUNKS`] are.
 #[map]
@@ -73,7 +81,7 @@ pub static CPU_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 
 pub struct Scratch {
     /// Registers of the frame being walked.
     pub regs: Regs,
-    /// Frames written so far, user then kernel; at most `FRAMES_MAX`.
+    /// User frames written so far; at most `USER_FRAMES_MAX`.
     pub frames: u64,
     /// `StackEnd` once the walk has ended, 0 before.
     pub end: u64,
@@ -87,12 +95,42 @@ pub struct Scratch {
     pub user_regs: [u64; crate::arch::PT_REGS_WORDS],
     /// The record.
     pub sample: SampleBuffer,
-    /// Room behind the frames, so that a kernel stack of constant size may be asked for wherever the user frames end.
-    pub slack: [u64; FRAMES_MAX],
+    /// Room behind the frames, so that the verifier accepts all that the masks in `cpu.rs` let through: a kernel stack of
+    /// constant size behind 2 * `USER_FRAMES_MAX` - 1 user frames, records of [`RECORD_MASK`] bytes.
+    pub slack: [u64; USER_FRAMES_MAX],
 }
 
+/// Lengths of records are below this power of two less one, which is the mask that proves it.
+pub const RECORD_MASK: u64 = 16_383;
+
+const _: () = assert!(RECORD_MASK < 8 * USER_FRAMES_MAX as u64 + size_of::<SampleBuffer>() as u64);
+/// Source: mm/percpu-internal.h, PCPU_MIN_UNIT_SIZE: values of per-CPU maps are not larger.
+const _: () = assert!(size_of::<Scratch>() <= 32 << 10);
+
 /// The process has no tables: it is walked by frame pointers.
-pub const NO_CHUNK: u64 = u32::MAX as u64;
+pub const NO_CHUNK: u64 = profiler_common::unwind::mappings::NO_CHUNK as u64;
+
+/// What is to be sampled: one value. Written by the agent, read by `cpu_sample` where [`SETTINGS`] say that there are
+/// targets.
+#[map]
+pub static TARGETS: Array<Targets> = Array::with_max_entries(1, 0);
+
+/// Which sample of each target is kept next: key position of the target, value of this CPU. Only `cpu_sample` uses it.
+#[map]
+pub static TARGET_TURNS: PerCpuArray<Turn> = PerCpuArray::with_max_entries(TARGETS_MAX as u32, 0);
+
+/// Set by the agent before loading, frozen by the kernel, as [`KERNEL_FACTS`].
+#[unsafe(no_mangle)]
+pub static SETTINGS: Settings = Settings { user_frames_limit: USER_FRAMES_MAX as u32, has_targets: 0 };
+
+/// Reads one field of [`SETTINGS`], as [`kernel_fact`] does.
+macro_rules! setting {
+    ($field:ident) => {{
+        // SAFETY: a read-only static that is valid for ever; volatile only keeps the load in place.
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::SETTINGS.$field) }
+    }};
+}
+pub(crate) use setting;
 
 /// Set by the agent before loading, frozen by the kernel: the verifier follows only the branches it takes.
 #[unsafe(no_mangle)]
@@ -104,6 +142,10 @@ pub static KERNEL_FACTS: KernelFacts = KernelFacts {
     task_start_boottime_offset: 0,
     task_comm_offset: 0,
     thread_bytes: 0,
+    task_tgid_offset: 0,
+    task_flags_offset: 0,
+    task_signal_offset: 0,
+    signal_live_offset: 0,
     reserved: 0,
 };
 

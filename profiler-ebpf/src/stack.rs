@@ -12,7 +12,7 @@ use profiler_common::{
 use crate::{
     arch::{self, Regs},
     helpers::{current_user_regs, read_kernel, read_user},
-    maps::{CPU_SCRATCH, NO_CHUNK, Scratch, kernel_fact},
+    maps::{CPU_SCRATCH, NO_CHUNK, Scratch, kernel_fact, setting},
     table, task,
 };
 
@@ -61,14 +61,33 @@ pub fn walk_user(ctx: &PerfEventContext, scratch: &mut Scratch, tgid: u32, start
     let first = Frame::raw(scratch.regs.ip, false).0;
     scratch.sample.frames[0] = first;
     scratch.frames = 1;
-    let mut i = 1;
-    while i < USER_FRAMES_MAX as u32 {
-        if step(i) != 0 {
+    let mut turn = 0;
+    while turn < TURNS_MAX {
+        if walk_on() != 0 {
             return;
         }
-        i += 1;
+        turn += 1;
     }
     scratch.end = StackEnd::DepthLimit as u64;
+}
+
+/// Steps of one turn. The verifier follows a loop from start to end once: two loops of 8 and 128 turns instead of one
+/// of 1,024, the inner one in a function that it checks by itself.
+const TURN_STEPS: u32 = 128;
+const TURNS_MAX: u32 = USER_FRAMES_MAX as u32 / TURN_STEPS;
+
+/// Walks on for one turn; 0 while there may be more frames, 1 at the end.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_on() -> u32 {
+    let mut taken = 0;
+    while taken < TURN_STEPS {
+        if step() != 0 {
+            return 1;
+        }
+        taken += 1;
+    }
+    0
 }
 
 /// User registers at the sample: the context's own in user mode, else those saved on entry to the kernel.
@@ -91,29 +110,37 @@ fn read_user_registers(ctx: &PerfEventContext, scratch: &mut Scratch) -> Option<
 
 /// Walks from one frame to its caller; 0 while there may be another, 1 at the end.
 ///
-/// A global function, so that the verifier checks it once by itself and not once per turn of the loop. It takes only the
-/// number of the frame and finds the state in this CPU's scratch value.
+/// A global function, so that the verifier checks it once by itself and not once per turn of the loop. It finds the state
+/// in this CPU's scratch value.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn step(frame: u32) -> u32 {
+extern "C" fn step() -> u32 {
     let Some(scratch) = CPU_SCRATCH.get_ptr_mut(0) else { return 1 };
     // SAFETY: the look-up gave this CPU's value, and nothing else on this CPU uses it while the program runs.
     let scratch = unsafe { &mut *scratch };
-    match go_to_caller(scratch) {
-        Ok(()) => {
-            let Regs { ip, exact, .. } = scratch.regs;
-            let index = mask!(u64::from(frame), 127) as usize;
-            let frames = (&raw mut scratch.sample.frames).cast::<u64>();
-            // SAFETY: index is at most 127, and the array has FRAMES_MAX slots.
-            unsafe { frames.add(index).write(Frame::raw(ip, exact == 0).0) };
-            scratch.frames = u64::from(frame) + 1;
-            0
-        }
+    match go_to_caller(scratch).and_then(|()| push_frame(scratch)) {
+        Ok(()) => 0,
         Err(end) => {
             scratch.end = end as u64;
             1
         }
     }
+}
+
+/// Appends the frame that the registers are of, unless as many were taken as are asked for.
+#[inline(always)]
+fn push_frame(scratch: &mut Scratch) -> Result<(), StackEnd> {
+    let taken = scratch.frames;
+    if taken >= u64::from(setting!(user_frames_limit)) {
+        return Err(StackEnd::DepthLimit);
+    }
+    let Regs { ip, exact, .. } = scratch.regs;
+    let index = mask!(taken, 1023) as usize;
+    let frames = (&raw mut scratch.sample.frames).cast::<u64>();
+    // SAFETY: index is at most 1023, and the array has FRAMES_MAX slots.
+    unsafe { frames.add(index).write(Frame::raw(ip, exact == 0).0) };
+    scratch.frames = taken + 1;
+    Ok(())
 }
 
 /// Makes `scratch.regs` the caller's.

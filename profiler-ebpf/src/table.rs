@@ -5,26 +5,50 @@ use core::arch::asm;
 use profiler_common::{
     unwind::{
         Directory, Leaf, RowTable, UnwindRule, find_row,
-        mappings::{MappingChunk, MappingRecord, MappingTable, NS_PER_TICK, find_mapping},
+        mappings::{MappingChunk, MappingRecord, MappingTable, NS_PER_TICK, ProcessEntry, find_mapping},
     },
+    stats::Counter,
     wire::StackEnd,
 };
 
 use crate::{
     arch,
-    maps::{CHUNKS, DIRECTORIES, NO_CHUNK, PROCESSES, RULES, leaf},
+    maps::{CHUNKS, DIRECTORIES, GENERATIONS, NO_CHUNK, PROCESSES, RULES, count, leaf},
+    task,
 };
 
-/// Chunk of a process, or [`NO_CHUNK`]. A start of 0 is unknown and equals any.
+/// The process's entry; an entry of an earlier process of the same id is none. A start of 0 is unknown and equals any.
+#[inline(always)]
+pub fn entry_of(tgid: u32, start_ns: u64) -> Option<&'static ProcessEntry> {
+    let entry = PROCESSES.get_ptr(tgid)?;
+    // SAFETY: the look-up gave a value of a preallocated map, which stays readable; others write it only as a whole.
+    let entry = unsafe { &*entry };
+    entry.is_of(start_ns).then_some(entry)
+}
+
+/// Chunk of the current process, or [`NO_CHUNK`]. A process that was not known is from now on.
 #[inline(always)]
 pub fn chunk_of(tgid: u32, start_ns: u64) -> u64 {
-    let Some(entry) = PROCESSES.get_ptr(tgid) else { return NO_CHUNK };
-    // SAFETY: the look-up gave a value of a preallocated map, which stays readable.
-    let entry = unsafe { entry.read() };
-    if start_ns != 0 && start_ns / NS_PER_TICK != entry.start_ticks {
+    let Some(entry) = entry_of(tgid, start_ns) else {
+        keep(tgid, start_ns);
         return NO_CHUNK;
+    };
+    match GENERATIONS.get(entry.chunk) {
+        Some(&generation) if generation == entry.generation => u64::from(entry.chunk),
+        _ => NO_CHUNK,
     }
-    u64::from(entry.chunk)
+}
+
+/// Makes a sampled process known, so that its children and its end are told; unless its end has been told already.
+#[inline(always)]
+fn keep(tgid: u32, start_ns: u64) {
+    if task::is_exiting() {
+        return;
+    }
+    let entry = ProcessEntry::without_tables(start_ns / NS_PER_TICK);
+    if PROCESSES.insert(tgid, entry, 0).is_err() {
+        count(Counter::CpuProcessNotKept);
+    }
 }
 
 /// The rule for an address; where there is none, why.

@@ -1,6 +1,6 @@
 //! Fields of the current `task_struct`, read at offsets that the agent took from the kernel's BTF.
 
-use core::num::NonZeroU64;
+use core::num::{NonZeroU32, NonZeroU64};
 
 use profiler_common::limits::COMM_BYTES;
 
@@ -18,6 +18,39 @@ fn read_field(task: u64, offset: u32) -> Option<u64> {
     let mut value = 0u64;
     read_kernel(task.wrapping_add(u64::from(offset)), &raw mut value)?;
     Some(value)
+}
+
+/// Reads the 4 bytes at `task + offset`; `None` when the offset is unknown.
+#[inline(always)]
+fn read_word(task: u64, offset: u32) -> Option<u32> {
+    if offset == 0 {
+        return None;
+    }
+    let mut value = 0u32;
+    read_kernel(task.wrapping_add(u64::from(offset)), &raw mut value)?;
+    Some(value)
+}
+
+/// Id of the process that a task belongs to.
+#[inline(always)]
+pub fn tgid_of(task: u64) -> Option<NonZeroU32> {
+    read_word(task, kernel_fact!(task_tgid_offset)).and_then(NonZeroU32::new)
+}
+
+/// Whether the current task has begun to exit. Unknown counts as yes.
+#[inline(always)]
+pub fn is_exiting() -> bool {
+    const PF_EXITING: u32 = 4;
+    read_word(current_task(), kernel_fact!(task_flags_offset)).is_none_or(|flags| flags & PF_EXITING != 0)
+}
+
+/// Whether threads of the current process are left that have not begun to exit. Unknown counts as yes.
+///
+/// The count goes down before `sched_process_exit` (kernel/exit.c: do_exit), so the last thread sees 0 there.
+#[inline(always)]
+pub fn has_live_threads() -> bool {
+    let Some(signal) = read_field(current_task(), kernel_fact!(task_signal_offset)) else { return true };
+    read_word(signal, kernel_fact!(signal_live_offset)) != Some(0)
 }
 
 /// Whether the current task has user memory. Unknown counts as yes: the walk then ends at its first read.

@@ -45,9 +45,11 @@ struct Unframed {
 }
 
 /// Those whose compiler is not installed are skipped.
-const UNFRAMED: [Unframed; 12] = [
+const UNFRAMED: [Unframed; 14] = [
     Unframed { name: "deep_gcc", compiler: "gcc", source: "deep.c", flags: &[] },
     Unframed { name: "deep_clang", compiler: "clang", source: "deep.c", flags: &[] },
+    Unframed { name: "recurse", compiler: "gcc", source: "recurse.c", flags: &[] },
+    Unframed { name: "fork_storm_unframed", compiler: "gcc", source: "fork_storm.c", flags: &[] },
     Unframed { name: "deep_static", compiler: "gcc", source: "deep.c", flags: &["-static"] },
     Unframed { name: "deep_static_pie", compiler: "gcc", source: "deep.c", flags: &["-static-pie"] },
     Unframed { name: "deep_musl", compiler: "musl-gcc", source: "deep.c", flags: &["-static", "-DOWN_SORT"] },

@@ -15,20 +15,21 @@ use aya::{
 };
 use aya_obj::{Object, btf::BtfError, obj::ParseError, relocation::EbpfRelocationError};
 use profiler_common::heap::{
-    HeapCounter, LIVE_MAX, LiveKey, PENDING_MAX, POINTS_MAX, Point, TARGETS_MAX, Target,
+    HeapCounter, LIVE_MAX, LiveKey, PENDING_MAX, POINTS_MAX, Point, SCRATCH_SLOTS, TARGETS_MAX, Target,
 };
 
 use super::load::BpfError;
 use crate::sys::bpf::{self, Code, Probe, Records};
 
 /// Sizes of the maps of heap profiling. Preallocated: 64 KiB of points, 2 KiB of targets, 0.9 MiB of threads; live
-/// allocations take about 100 bytes each as they come.
-pub(super) const HEAP_MAPS: [(&str, u32); 5] = [
+/// allocations take about 100 bytes each as they come; 100 KiB a CPU of samples in the making.
+pub(super) const HEAP_MAPS: [(&str, u32); 6] = [
     ("HEAP_POINTS", POINTS_MAX),
     ("HEAP_TARGETS", TARGETS_MAX),
     ("HEAP_HITS", TARGETS_MAX),
     ("HEAP_PENDING", PENDING_MAX),
     ("HEAP_LIVE", LIVE_MAX),
+    ("HEAP_SCRATCH", SCRATCH_SLOTS),
 ];
 
 const PROGRAM: &str = "heap_probe";
@@ -201,9 +202,11 @@ fn link(object: &mut Object, ebpf: &Ebpf) -> Result<(), HeapLoadError> {
 /// Of the kinds of maps that the programs have.
 fn descriptor(map: &Map) -> Option<BorrowedFd<'_>> {
     match map {
-        Map::Array(map) | Map::PerCpuArray(map) | Map::HashMap(map) | Map::RingBuf(map) => {
-            Some(map.fd().as_fd())
-        }
+        Map::Array(map)
+        | Map::ArrayOfMaps(map)
+        | Map::PerCpuArray(map)
+        | Map::HashMap(map)
+        | Map::RingBuf(map) => Some(map.fd().as_fd()),
         _ => None,
     }
 }

@@ -13,12 +13,14 @@ use aya::{
     programs::{PerfEvent, Program, ProgramError, RawTracePoint, raw_trace_point::RawTracePointLink},
 };
 use aya_log::EbpfLogger;
+use profiler_common::config::Settings;
 use tracing::{info, warn};
 
 use super::{
     heap::{HEAP_MAPS, HeapCounts, HeapLoadError, HeapProgram, LiveMap},
     probe::{cgroup_facts, kernel_facts},
     stats::KernelCounts,
+    targets::TargetMap,
     unwind::UnwindMaps,
 };
 use crate::{
@@ -28,6 +30,7 @@ use crate::{
         cgroup, cpu,
         perf_event::CpuClock,
     },
+    targets::Targets,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -58,6 +61,8 @@ pub(crate) enum BpfError {
     },
     #[error(transparent)]
     Heap(#[from] HeapLoadError),
+    #[error("the programs were loaded to sample everything")]
+    NoTargets,
     #[error("list the online CPUs")]
     Cpus(#[source] io::Error),
     #[error("open the clock event of CPU {cpu}")]
@@ -68,12 +73,12 @@ pub(crate) enum BpfError {
     },
 }
 
-/// Entries of the maps of unwind tables.
+/// Entries of the maps of unwind tables. As many sets of mappings as processes: children share their parent's.
 ///
 /// Leaves come in shards, as they are needed.
 fn table_maps(sizes: UnwindSizes) -> [(&'static str, u32); 4] {
     let UnwindSizes { leaves: _, directories, processes, rules } = sizes;
-    [("PROCESSES", processes), ("CHUNKS", processes), ("DIRECTORIES", directories), ("RULES", rules)]
+    [("CHUNKS", processes), ("GENERATIONS", processes), ("DIRECTORIES", directories), ("RULES", rules)]
 }
 
 /// What may be chosen before loading.
@@ -85,6 +90,13 @@ pub(crate) struct LoadOptions {
     pub(crate) tables: Option<UnwindSizes>,
     /// Whether to load what samples heaps.
     pub(crate) has_heap: bool,
+    /// Processes that the kernel side knows, about 90 bytes each.
+    pub(crate) processes: u32,
+    /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
+    pub(crate) stack_depth: u32,
+    /// What is sampled at first. Others can be set later unless these want everything: asking costs each sample some 50 ns,
+    /// and is left out then.
+    pub(crate) targets: Targets,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
     /// The hierarchy whose cgroup ids samples carry.
@@ -104,6 +116,7 @@ pub(crate) struct Programs {
     process_events: Vec<RawTracePointLink>,
     /// CPUs that are online but whose event could not be opened when they came.
     refused: BTreeSet<u32>,
+    targets: Option<TargetMap>,
     period_ns: u64,
     sys_root: PathBuf,
 }
@@ -112,9 +125,14 @@ pub(crate) struct Programs {
 pub(crate) type Heap = (HeapProgram, LiveMap, HeapCounts);
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
-/// Programs that follow processes, and the raw tracepoints they are attached to.
-const PROCESS_PROGRAMS: [(&str, &str); 2] =
-    [("process_exec", "sched_process_exec"), ("cgroup_made", "cgroup_mkdir")];
+/// Programs that follow processes, and the raw tracepoints they are attached to. The end of a process before its
+/// beginning, so that none is known whose end is not seen.
+const PROCESS_PROGRAMS: [(&str, &str); 4] = [
+    ("process_exit", "sched_process_exit"),
+    ("process_exec", "sched_process_exec"),
+    ("process_fork", "sched_process_fork"),
+    ("cgroup_made", "cgroup_mkdir"),
+];
 
 impl Programs {
     /// Loads everything; nothing is attached before [`Self::start`].
@@ -122,9 +140,17 @@ impl Programs {
         let btf = Btf::of_kernel(&options.sys_root)?;
         let (facts, cgroups) = (kernel_facts(&btf).words(), cgroup_facts(&btf, options.cgroups).words());
         drop(btf);
+        let settings = Settings {
+            user_frames_limit: options.stack_depth,
+            has_targets: (!options.targets.want_everything()).into(),
+        }
+        .words();
         let mut loader = EbpfLoader::new();
         loader.override_global("KERNEL_FACTS", &facts, true).override_global("CGROUP_FACTS", &cgroups, true);
-        loader.map_max_entries("EVENTS", options.ring_bytes);
+        loader
+            .override_global("SETTINGS", &settings, true)
+            .map_max_entries("EVENTS", options.ring_bytes)
+            .map_max_entries("PROCESSES", options.processes);
         for (map, entries) in options.tables.into_iter().flat_map(table_maps) {
             loader.map_max_entries(map, entries);
         }
@@ -137,9 +163,14 @@ impl Programs {
             raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
         }
         sample_program(&mut ebpf)?.load().map_err(sample_failed)?;
+        let targets = match options.targets.want_everything() {
+            true => None,
+            false => Some(TargetMap::new(&mut ebpf, options.targets.clone())?),
+        };
         Ok(Self {
             ebpf,
             heap,
+            targets,
             clocks: BTreeMap::new(),
             process_events: Vec::new(),
             refused: BTreeSet::new(),
@@ -242,6 +273,19 @@ impl Programs {
             }
         }
         Ok(())
+    }
+
+    /// Samples other targets from now on.
+    #[expect(dead_code, reason = "for the commands that record one process")]
+    pub(crate) fn set_targets(&mut self, targets: Targets) -> Result<(), BpfError> {
+        let map = self.targets.as_mut().ok_or(BpfError::NoTargets)?;
+        map.wanted = targets;
+        map.follow_cgroups()
+    }
+
+    /// Looks for cgroups of targets that were not there before.
+    pub(crate) fn follow_cgroups(&mut self) -> Result<(), BpfError> {
+        self.targets.as_mut().map_or(Ok(()), TargetMap::follow_cgroups)
     }
 
     /// Stops sampling and detaches everything; what is in the ring buffer stays there to be drained.
@@ -385,6 +429,9 @@ mod tests {
             has_heap: false,
             ring_bytes: 1 << 20,
             tables: None,
+            processes: 1024,
+            stack_depth: 127,
+            targets: Targets::new(Vec::new(), true).expect("none"),
             period_ns: PERIODS_NS[0],
             cgroups: None,
             sys_root: "/sys".into(),

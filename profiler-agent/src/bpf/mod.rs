@@ -4,6 +4,7 @@ mod heap;
 mod load;
 mod probe;
 mod stats;
+mod targets;
 mod unwind;
 
 pub(crate) use heap::{HeapCounts, HeapProgram, LiveMap};

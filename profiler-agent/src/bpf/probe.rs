@@ -14,8 +14,10 @@ const THREAD_BYTES: u32 = 16 << 10;
 
 /// Finds the facts the programs are compiled to ask for.
 pub(super) fn kernel_facts(btf: &Btf) -> KernelFacts {
-    let task = btf.structs(&["task_struct"]).get("task_struct").copied();
-    let offset = |member| task.and_then(|task| btf.member_offset(task, member)).unwrap_or(0);
+    let structs = btf.structs(&["task_struct", "signal_struct"]);
+    let offset_in =
+        |name, member| structs.get(name).and_then(|&found| btf.member_offset(found, member)).unwrap_or(0);
+    let offset = |member| offset_in("task_struct", member);
     KernelFacts {
         has_task_pt_regs: u32::from(has_task_pt_regs()),
         task_stack_offset: offset("stack"),
@@ -27,6 +29,10 @@ pub(super) fn kernel_facts(btf: &Btf) -> KernelFacts {
         },
         task_comm_offset: offset("comm"),
         thread_bytes: THREAD_BYTES,
+        task_tgid_offset: offset("tgid"),
+        task_flags_offset: offset("flags"),
+        task_signal_offset: offset("signal"),
+        signal_live_offset: offset_in("signal_struct", "live"),
         reserved: 0,
     }
 }

@@ -18,6 +18,7 @@ use super::load::BpfError;
 pub(crate) struct UnwindMaps {
     processes: HashMap<MapData, u32, Value<ProcessEntry>>,
     chunks: Array<MapData, Value<MappingChunk>>,
+    generations: Array<MapData, u32>,
     directories: Array<MapData, Value<Directory>>,
     leaves: LeafShards,
     rules: Array<MapData, Value<UnwindRule>>,
@@ -67,6 +68,7 @@ impl UnwindMaps {
         Ok(Self {
             processes: take("PROCESSES")?.try_into().map_err(failed("PROCESSES"))?,
             chunks: take("CHUNKS")?.try_into().map_err(failed("CHUNKS"))?,
+            generations: take("GENERATIONS")?.try_into().map_err(failed("GENERATIONS"))?,
             directories: take("DIRECTORIES")?.try_into().map_err(failed("DIRECTORIES"))?,
             leaves: LeafShards {
                 outer: take("LEAVES")?.try_into().map_err(failed("LEAVES"))?,
@@ -92,20 +94,44 @@ impl UnwindMaps {
         self.chunks.set(id, Value(*chunk), 0)
     }
 
+    /// Ends every entry that was made when the chunk was of another generation.
+    pub(crate) fn set_generation(&mut self, chunk: u32, generation: u32) -> Result<(), MapError> {
+        self.generations.set(chunk, generation, 0)
+    }
+
+    /// What the kernel side knows of a process.
+    pub(crate) fn entry(&self, pid: u32) -> Result<Option<ProcessEntry>, MapError> {
+        match self.processes.get(&pid, 0) {
+            Ok(Value(entry)) => Ok(Some(entry)),
+            Err(error) if is_not_found(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Every process that the kernel side knows.
+    pub(crate) fn known(&self) -> impl Iterator<Item = u32> {
+        self.processes.keys().flatten()
+    }
+
     /// Makes a chunk the process's own, in one step.
     pub(crate) fn publish(&mut self, pid: u32, entry: ProcessEntry) -> Result<(), MapError> {
         self.processes.insert(pid, Value(entry), 0)
     }
 
-    /// Sends the process back to frame pointers.
-    pub(crate) fn withdraw(&mut self, pid: u32) -> Result<(), MapError> {
+    /// The kernel side knows the process no more.
+    pub(crate) fn forget(&mut self, pid: u32) -> Result<(), MapError> {
         match self.processes.remove(&pid) {
-            // The kernel side deletes entries too, at exec.
-            Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
-                Ok(())
-            }
+            // The kernel side deletes entries too, at exec and exit.
+            Err(error) if is_not_found(&error) => Ok(()),
             result => result,
         }
+    }
+}
+
+fn is_not_found(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(error) => error.io_error.raw_os_error() == Some(libc::ENOENT),
+        _ => false,
     }
 }

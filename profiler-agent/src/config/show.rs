@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
 use super::{Config, ConfigError, LogFormat, Origin, Sources, Unwind};
-use crate::{export::Destination, heap::Rule};
+use crate::{export::Destination, heap::Rule, targets::Target};
 
 /// A key of the file.
 pub(crate) type Key = &'static str;
@@ -21,6 +21,8 @@ impl Config {
             data_dir,
             cache_dir,
             unwind,
+            stack_depth,
+            targets,
             uploads,
             node,
             labels,
@@ -49,6 +51,9 @@ impl Config {
             ("data_dir", text(data_dir.display().to_string())),
             ("cache_dir", text(cache_dir.display().to_string())),
             ("unwind", text(unwind_name(*unwind).to_owned())),
+            ("stack_depth", Some(i64::from(*stack_depth).into())),
+            ("target", Some(targets.list().iter().map(target).collect::<Vec<_>>().into())),
+            ("target_default", Some(targets.is_default_wanted().into())),
             ("upload", Some(uploads.into())),
             ("node", text(node.clone())),
             ("labels", Some(labels.into())),
@@ -70,6 +75,19 @@ fn heap_rule(rule: &Rule) -> toml::Value {
     let Rule { name, value, rate } = rule;
     let keys = [("match", format!("{name}={value}")), ("rate", rate.to_string())];
     toml::Table::from_iter(keys.map(|(key, value)| (key.to_owned(), value.into()))).into()
+}
+
+fn target(target: &Target) -> toml::Value {
+    let Target { pid, comm, cgroup, frequency_hz, is_wanted } = target;
+    let fields: [(&str, Option<toml::Value>); 5] = [
+        ("pid", pid.map(|pid| i64::from(pid).into())),
+        ("comm", comm.as_ref().map(|comm| comm.as_str().into())),
+        ("cgroup", cgroup.as_ref().map(|path| path.display().to_string().into())),
+        ("frequency", frequency_hz.map(|hz| i64::from(hz).into())),
+        ("enabled", Some((*is_wanted).into())),
+    ];
+    let given = fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
+    toml::Value::Table(given.collect())
 }
 
 fn duration(duration: Duration) -> String {

@@ -12,6 +12,7 @@ use profiler_pprof::{
 
 use super::queue::Batch;
 use crate::{
+    drain::KernelCut,
     executable::Executable,
     ledger::{PerType, ProfileType},
     normalize::Location,
@@ -79,7 +80,7 @@ fn quality(window: &Closed, symbols: &HashMap<symbolize::LocationId, symbolize::
     let mut quality = Quality::default();
     for location in &window.locations {
         match location {
-            Location::Marker(_) => {}
+            Location::Marker(_) | Location::KernelMarker(_) => {}
             Location::Code(key)
                 if matches!(symbols.get(&key.id()), Some(symbolize::Location::Resolved(_))) =>
             {
@@ -200,6 +201,7 @@ impl<'a> SeriesEncoder<'a> {
             Location::Code(key) => self.code(key),
             Location::Unnamed { mapping, addr } => self.unnamed(mapping, addr.0),
             Location::Marker(end) => self.named(None, 0, FrameKind::Marker, marker(*end)),
+            Location::KernelMarker(cut) => self.named(None, 0, FrameKind::Marker, kernel_marker(*cut)),
         };
         self.locations.insert(index, id);
         id
@@ -363,6 +365,13 @@ fn native_line(frame: &symbolize::Frame) -> LineSpec<'_> {
 }
 
 /// The frame at the root end that says why there is no further one.
+fn kernel_marker(cut: KernelCut) -> &'static str {
+    match cut {
+        KernelCut::DepthLimit => "[truncated: kernel stack too deep]",
+        KernelCut::Refused => "[truncated: no kernel stack]",
+    }
+}
+
 fn marker(end: StackEnd) -> &'static str {
     match end {
         StackEnd::Root | StackEnd::NoUserStack | StackEnd::FramePointerZero => "[complete]",

@@ -7,7 +7,7 @@ pub(crate) mod maps;
 mod stat;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs,
     sync::Arc,
     time::{Duration, Instant},
@@ -22,6 +22,7 @@ use stat::Stat;
 
 use crate::{
     addr::Addr,
+    drain::Fork,
     label::{CgroupNames, Labeler, NameCounts, Owner, SeriesLabels, Subject, owner},
     unwind::TableRequests,
 };
@@ -43,6 +44,8 @@ const LABELS_INTERVAL: Duration = Duration::from_secs(10);
 const MOVED_INTERVAL: Duration = Duration::from_millis(100);
 /// Time between two requests for one process's unwind tables, while its samples come without.
 const TABLES_INTERVAL: Duration = Duration::from_secs(5);
+/// A process that has ended is forgotten after this long: the last samples of its end come behind the event.
+const EXITED_MAX: Duration = Duration::from_secs(2);
 
 /// One process.
 #[derive(Debug)]
@@ -52,7 +55,7 @@ pub(crate) struct Process {
     pub(crate) series: SeriesLabels,
     program: Program,
     /// Ascending and disjoint.
-    mappings: Vec<Mapping>,
+    mappings: Arc<[Mapping]>,
     /// Code without a file.
     pub(crate) generated: Arc<GeneratedCode>,
     /// It could be looked at; else its labels are made from its name.
@@ -102,6 +105,25 @@ impl Process {
         }
         let is_old = !self.is_labeled_by_id && now - self.labels_read >= LABELS_INTERVAL;
         if self.is_read && is_old { Known::OldLabels } else { Known::Yes }
+    }
+
+    /// A child of this process, as it is at the fork.
+    fn forked(&self, start_ns: u64, now: Instant) -> Self {
+        Self {
+            start_ns,
+            series: self.series.clone(),
+            program: self.program.clone(),
+            mappings: Arc::clone(&self.mappings),
+            generated: Arc::clone(&self.generated),
+            is_read: true,
+            is_labeled_by_id: self.is_labeled_by_id,
+            cgroup_id: self.cgroup_id,
+            mappings_read: self.mappings_read,
+            reread_interval: self.reread_interval,
+            labels_read: self.labels_read,
+            tables_requested: now,
+            last_sampled: now,
+        }
     }
 
     /// The range that holds an address.
@@ -159,6 +181,8 @@ pub(crate) struct Processes {
     fresh: Fresh,
     /// `None` where frame pointers are to be used.
     tables: Option<TableRequests>,
+    /// Processes that have ended, by when that was told.
+    exited: VecDeque<(Instant, u32, u64)>,
     counts: ProcessCounts,
     /// A process takes about 2 KiB here.
     processes_max: usize,
@@ -173,8 +197,8 @@ impl Processes {
         tables: Option<TableRequests>,
         processes_max: usize,
     ) -> Self {
-        let (by_pid, fresh, counts) = Default::default();
-        Self { by_pid, images, labeler, names, fresh, tables, counts, processes_max }
+        let (by_pid, fresh, exited, counts) = Default::default();
+        Self { by_pid, images, labeler, names, fresh, tables, exited, counts, processes_max }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -229,7 +253,7 @@ impl Processes {
         let mappings = self.images.mappings(pid);
         let process = self.by_pid.get_mut(&pid)?;
         if !mappings.is_empty() {
-            process.mappings = mappings;
+            process.mappings = mappings.into();
         }
         process.mappings_read = Instant::now();
         process.reread_interval = (process.reread_interval * 2).min(REREAD_INTERVAL);
@@ -244,6 +268,49 @@ impl Processes {
         // Others get theirs with their first sample: most programs end before.
         if self.by_pid.remove(&pid).is_some() {
             self.request_tables(pid);
+        }
+    }
+
+    /// A process was forked: until it execs it is as its parent, so that its samples have their labels and mappings
+    /// however soon it ends.
+    pub(crate) fn fork(&mut self, fork: Fork) {
+        let Fork { parent, child, start_ns } = fork;
+        if let Some(tables) = &self.tables {
+            tables.forked(child);
+        }
+        // What is known of the parent is of the parent's present image; children do not push others out.
+        let Some(parent) = self.by_pid.get(&parent).filter(|parent| parent.is_read) else { return };
+        if self.by_pid.len() < self.processes_max {
+            let child_process = parent.forked(start_ns, Instant::now());
+            self.by_pid.insert(child, child_process);
+        }
+    }
+
+    /// The process has ended.
+    pub(crate) fn exit(&mut self, pid: u32, start_ns: u64) {
+        if let Some(tables) = &self.tables {
+            tables.exited(pid, start_ns);
+        }
+        if self.exited.len() >= self.processes_max {
+            self.forget_first_exited();
+        }
+        if self.by_pid.contains_key(&pid) {
+            self.exited.push_back((Instant::now(), pid, start_ns));
+        }
+    }
+
+    /// Forgets processes that have ended and whose last samples have come.
+    pub(crate) fn forget_exited(&mut self) {
+        while self.exited.front().is_some_and(|(since, ..)| since.elapsed() >= EXITED_MAX) {
+            self.forget_first_exited();
+        }
+    }
+
+    fn forget_first_exited(&mut self) {
+        let Some((_, pid, start_ns)) = self.exited.pop_front() else { return };
+        // The pid may be another process's by now.
+        if self.by_pid.get(&pid).is_some_and(|process| process.start_ns == start_ns) {
+            self.by_pid.remove(&pid);
         }
     }
 
@@ -364,7 +431,15 @@ impl Processes {
         let series = self.series(&program, sampled.comm, owner);
         let exe = series.get("exe").unwrap_or_default();
         let generated = Arc::new(GeneratedCode::new(sampled.pid, sampled.start_ns, exe));
-        Process { series, program, mappings, generated, is_read: true, is_labeled_by_id: is_by_id, ..unread }
+        Process {
+            series,
+            program,
+            mappings: mappings.into(),
+            generated,
+            is_read: true,
+            is_labeled_by_id: is_by_id,
+            ..unread
+        }
     }
 
     /// Reads what a process runs and whose it is, and then whether it is still the one that was sampled.
@@ -402,7 +477,7 @@ impl Processes {
             start_ns,
             series: self.series(&program, comm, owner),
             program,
-            mappings: Vec::new(),
+            mappings: Arc::default(),
             generated: Arc::new(GeneratedCode::new(pid, start_ns, comm)),
             is_read: false,
             is_labeled_by_id: false,
@@ -557,5 +632,37 @@ mod tests {
         processes.get(sampled(pid, 1, "earlier process of this pid"));
         assert_eq!(processes.counts().gone, 1, "the pid now belongs to another process");
         assert_eq!(processes.len(), 1);
+    }
+
+    #[test]
+    fn a_child_that_is_gone_at_once_has_its_parents_labels_and_mappings() {
+        let mut processes = processes();
+        let (parent, child) = (std::process::id(), u32::MAX - 1);
+        let here =
+            Addr(a_child_that_is_gone_at_once_has_its_parents_labels_and_mappings as fn() as usize as u64);
+        let expect = processes.get(sampled(parent, 0, "parent")).series.clone();
+        processes.fork(Fork { parent, child, start_ns: 9 });
+        processes.exit(child, 9);
+        processes.forget_exited();
+        let process = processes.get(sampled(child, 9, "child"));
+        assert_eq!(process.series, expect);
+        assert!(process.mapping(here).is_some(), "it has the code of its parent");
+        assert_eq!(processes.counts().gone, 0);
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_forgotten_unless_its_pid_is_anothers() {
+        let mut processes = processes();
+        let (parent, child) = (std::process::id(), u32::MAX - 1);
+        processes.get(sampled(parent, 0, "parent"));
+        processes.fork(Fork { parent, child, start_ns: 9 });
+        processes.exit(child, 9);
+        processes.fork(Fork { parent, child, start_ns: 10 });
+        processes.forget_first_exited();
+        assert!(processes.known(child).is_some(), "the pid is another's by now");
+        processes.exit(child, 10);
+        processes.forget_first_exited();
+        assert!(processes.known(child).is_none());
+        assert!(processes.exited.is_empty());
     }
 }

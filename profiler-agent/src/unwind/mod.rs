@@ -7,11 +7,13 @@
 //!                                                                      ELF files ─▶ rules, leaves, directories
 //!                                                                      a free chunk ─▶ the process's entry
 //! ```
-//! A request may be lost: the worker asks again for as long as samples come without tables.
+//! A request may be lost: the worker asks again for as long as samples come without tables. A child has its parent's
+//! tables from its first instruction: the kernel side copies the entry, and the fork's record makes it known here.
 
 mod chunk;
 mod ids;
 mod make;
+mod sharing;
 mod tables;
 
 use std::{
@@ -25,15 +27,15 @@ use std::{
 };
 
 use aya::maps::MapError;
-use profiler_common::unwind::mappings::ProcessEntry;
+use profiler_common::unwind::mappings::{NS_PER_TICK, ProcessEntry};
 use profiler_unwind::{Architecture, Source};
 use tracing::{debug, warn};
 
 pub(crate) use self::make::{Reason, VDSO};
 use self::{
     chunk::{CodeRange, MappedTable, Part, Record},
-    ids::Ids,
     make::MakeError,
+    sharing::{ChunkRef, Chunks, GivenUp},
     tables::{Owner, PlaceError, Tables, Write},
 };
 use crate::{
@@ -50,7 +52,7 @@ const ARCHITECTURE: Architecture = Architecture::X86_64;
 #[cfg(target_arch = "aarch64")]
 const ARCHITECTURE: Architecture = Architecture::Aarch64;
 
-/// Requests between worker and unwind thread, 4 bytes each. A machine that starts more processes at a time asks again.
+/// Requests between worker and unwind thread, 16 bytes each. A machine that starts more processes at a time asks again.
 const REQUESTS_MAX: usize = 4096;
 /// Time between two looks for processes that have exited.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
@@ -90,23 +92,48 @@ impl UnwindCounts {
 /// Where the worker asks for tables. The unwind thread ends when all of these are gone.
 #[derive(Clone, Debug)]
 pub(crate) struct TableRequests {
-    pids: SyncSender<u32>,
+    requests: SyncSender<Request>,
     counts: Arc<UnwindCounts>,
+}
+
+/// What the worker has learned of a process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Request {
+    /// It may have other mappings than before.
+    Read(u32),
+    /// It was forked from a process that was known.
+    Forked(u32),
+    /// It has ended. With its start on the boot clock, in nanoseconds.
+    Exited(u32, u64),
 }
 
 impl TableRequests {
     /// Asks for the tables of a process as it is now. Never waits.
     pub(crate) fn request(&self, pid: u32) {
-        if self.pids.try_send(pid).is_err() {
+        self.send(Request::Read(pid));
+    }
+
+    /// Tells of a fork. Where that is lost, the child's first sample without tables asks for them.
+    pub(crate) fn forked(&self, pid: u32) {
+        self.send(Request::Forked(pid));
+    }
+
+    /// Tells of an end. Where that is lost, the next look for processes that are gone finds it.
+    pub(crate) fn exited(&self, pid: u32, start_ns: u64) {
+        self.send(Request::Exited(pid, start_ns));
+    }
+
+    fn send(&self, request: Request) {
+        if self.requests.try_send(request).is_err() {
             self.counts.requests_dropped.fetch_add(1, Relaxed);
         }
     }
 }
 
 /// The channel that requests go through.
-pub(crate) fn requests(counts: Arc<UnwindCounts>) -> (TableRequests, Receiver<u32>) {
-    let (pids, received) = sync_channel(REQUESTS_MAX);
-    (TableRequests { pids, counts }, received)
+pub(crate) fn requests(counts: Arc<UnwindCounts>) -> (TableRequests, Receiver<Request>) {
+    let (requests, received) = sync_channel(REQUESTS_MAX);
+    (TableRequests { requests, counts }, received)
 }
 
 /// Makes tables and gives them to the kernel side. The only writer of its maps.
@@ -115,7 +142,7 @@ pub(crate) struct Unwinder {
     images: ImageReader,
     counts: Arc<UnwindCounts>,
     tables: Tables,
-    chunks: Ids,
+    chunks: Chunks,
     processes: HashMap<u32, Published>,
     /// Executables that have no table, and will not have one on another try.
     refused: HashSet<Owner>,
@@ -131,9 +158,14 @@ pub(crate) struct Unwinder {
 /// A process that has an entry.
 struct Published {
     start_ticks: u64,
-    chunk: u32,
-    records: Vec<Record>,
-    owners: HashSet<Owner>,
+    chunk: ChunkRef,
+}
+
+impl Published {
+    fn entry(&self) -> ProcessEntry {
+        let &Self { start_ticks, chunk: ChunkRef { chunk, generation } } = self;
+        ProcessEntry { start_ticks, chunk, generation }
+    }
 }
 
 /// A process as it is to be published. Its tables are held.
@@ -156,7 +188,7 @@ impl Unwinder {
             images,
             counts,
             tables: Tables::new(ARCHITECTURE, sizes.leaves, sizes.directories),
-            chunks: Ids::new(sizes.processes),
+            chunks: Chunks::new(sizes.processes),
             processes: HashMap::new(),
             refused: HashSet::new(),
             crowded_out: HashMap::new(),
@@ -167,7 +199,7 @@ impl Unwinder {
     }
 
     /// Looks at every process there is, then at those asked for, until nobody can ask any more.
-    pub(crate) fn run(mut self, requests: &Receiver<u32>) {
+    pub(crate) fn run(mut self, requests: &Receiver<Request>) {
         self.waiting = self.images.pids().into();
         let (mut swept, mut retried) = (Instant::now(), Instant::now());
         while self.receive(requests).is_some() {
@@ -192,23 +224,64 @@ impl Unwinder {
     }
 
     /// Takes what has been asked for; waits only while there is nothing to do. `None` at the end.
-    fn receive(&mut self, requests: &Receiver<u32>) -> Option<()> {
+    fn receive(&mut self, requests: &Receiver<Request>) -> Option<()> {
         if self.waiting.is_empty() {
             match requests.recv_timeout(SWEEP_INTERVAL) {
-                Ok(pid) => self.waiting.push_back(pid),
+                Ok(request) => self.take(request),
                 Err(RecvTimeoutError::Timeout) => return Some(()),
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
         }
         while self.waiting.len() < REQUESTS_MAX {
             match requests.try_recv() {
-                Ok(pid) if self.waiting.contains(&pid) => {}
-                Ok(pid) => self.waiting.push_back(pid),
+                Ok(request) => self.take(request),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return None,
             }
         }
         Some(())
+    }
+
+    /// Forks and ends are a look-up each and done at once, in their order; readings wait for their turn.
+    fn take(&mut self, request: Request) {
+        match request {
+            Request::Read(pid) if self.waiting.contains(&pid) => {}
+            Request::Read(pid) => self.waiting.push_back(pid),
+            Request::Forked(pid) => self.adopt(pid),
+            Request::Exited(pid, start_ns) => self.bury(pid, start_ns),
+        }
+    }
+
+    /// The child is one more user of the chunk that the kernel side gave it.
+    fn adopt(&mut self, pid: u32) {
+        let now = Instant::now();
+        let entry = match self.maps.entry(pid) {
+            Ok(Some(entry)) => entry,
+            // It has ended, or has a new image by now.
+            Ok(None) => return,
+            Err(error) => return self.counts.count_error(map_failed(&error)),
+        };
+        let ProcessEntry { start_ticks, chunk, generation } = entry;
+        let published = Published { start_ticks, chunk: ChunkRef { chunk, generation } };
+        let is_known = self.processes.get(&pid).is_some_and(|known| known.entry() == entry);
+        if !is_known && self.chunks.join(published.chunk) {
+            let before = self.processes.insert(pid, published);
+            self.give_up(before, now);
+        }
+    }
+
+    /// Forgets a process that has ended. The kernel side has done so, unless its entry was written while it ended.
+    fn bury(&mut self, pid: u32, start_ns: u64) {
+        let is_it = |start_ticks: u64| start_ns == 0 || start_ticks == start_ns / NS_PER_TICK;
+        if self.processes.get(&pid).is_some_and(|known| is_it(known.start_ticks)) {
+            let before = self.processes.remove(&pid);
+            self.give_up(before, Instant::now());
+        }
+        if let Ok(Some(entry)) = self.maps.entry(pid)
+            && is_it(entry.start_ticks)
+        {
+            self.forget(pid);
+        }
     }
 
     /// Files were read: their rows are in the kernel now.
@@ -225,8 +298,10 @@ impl Unwinder {
             self.withdraw(pid, now);
             return;
         };
-        let is_known =
-            |known: &Published| (known.start_ticks, &known.records) == (image.start_ticks, &image.records);
+        let is_known = |known: &Published| {
+            known.start_ticks == image.start_ticks
+                && self.chunks.records(known.chunk) == Some(image.records.as_slice())
+        };
         if self.processes.get(&pid).is_some_and(is_known) {
             self.release(image.owners, now);
             self.renew(pid);
@@ -356,26 +431,29 @@ impl Unwinder {
     /// Writes the image to a free chunk and makes that the process's, then gives up what it had.
     fn publish(&mut self, pid: u32, image: Image, now: Instant) -> Result<(), Reason> {
         let Image { start_ticks, records, owners } = image;
-        let Some(chunk) = self.chunks.take(1, now).and_then(|ids| ids.first().copied()) else {
-            self.release(owners, now);
-            return Err(Reason::TooManyProcesses);
+        let value = chunk::chunk(&records);
+        let chunk = match self.chunks.take(records, owners, now) {
+            Ok(chunk) => chunk,
+            Err(owners) => {
+                self.release(owners, now);
+                return Err(Reason::TooManyProcesses);
+            }
         };
-        let entry = ProcessEntry { start_ticks, chunk, reserved: 0 };
-        let written = self.maps.set_chunk(chunk, &chunk::chunk(&records));
-        if let Err(error) = written.and_then(|()| self.maps.publish(pid, entry)) {
-            self.chunks.give_back(vec![chunk], now);
-            self.release(owners, now);
+        let published = Published { start_ticks, chunk };
+        let written = self.maps.set_chunk(chunk.chunk, &value);
+        if let Err(error) = written.and_then(|()| self.maps.publish(pid, published.entry())) {
+            self.give_up(Some(published), now);
             return Err(map_failed(&error));
         }
-        let before = self.processes.insert(pid, Published { start_ticks, chunk, records, owners });
+        let before = self.processes.insert(pid, published);
         self.give_up(before, now);
         Ok(())
     }
 
     /// Writes the entry again: the kernel side deletes it at exec, also when the new image is as the old one.
     fn renew(&mut self, pid: u32) {
-        let Some(&Published { start_ticks, chunk, .. }) = self.processes.get(&pid) else { return };
-        if let Err(error) = self.maps.publish(pid, ProcessEntry { start_ticks, chunk, reserved: 0 }) {
+        let Some(entry) = self.processes.get(&pid).map(Published::entry) else { return };
+        if let Err(error) = self.maps.publish(pid, entry) {
             self.counts.count_error(map_failed(&error));
         }
     }
@@ -383,15 +461,23 @@ impl Unwinder {
     /// The process goes back to frame pointers.
     fn withdraw(&mut self, pid: u32, now: Instant) {
         let Some(before) = self.processes.remove(&pid) else { return };
-        if let Err(error) = self.maps.withdraw(pid) {
-            self.counts.count_error(map_failed(&error));
-        }
+        self.forget(pid);
         self.give_up(Some(before), now);
     }
 
+    fn forget(&mut self, pid: u32) {
+        if let Err(error) = self.maps.forget(pid) {
+            self.counts.count_error(map_failed(&error));
+        }
+    }
+
+    /// The process uses its chunk no more. The last one ends all entries that name it, also those not known here.
     fn give_up(&mut self, before: Option<Published>, now: Instant) {
-        let Some(Published { chunk, owners, .. }) = before else { return };
-        self.chunks.give_back(vec![chunk], now);
+        let Some(Published { chunk, .. }) = before else { return };
+        let Some(GivenUp { now: of, owners }) = self.chunks.leave(chunk, now) else { return };
+        if let Err(error) = self.maps.set_generation(of.chunk, of.generation) {
+            self.counts.count_error(map_failed(&error));
+        }
         self.release(owners, now);
     }
 
@@ -399,12 +485,14 @@ impl Unwinder {
         owners.into_iter().for_each(|owner| self.tables.release(owner, now));
     }
 
-    /// Forgets processes that are gone.
+    /// Forgets processes that are gone and whose end was not told.
     fn sweep(&mut self) {
         let now = Instant::now();
-        let is_gone = |&pid: &u32| !self.images.directory(pid).exists();
-        let gone: Vec<u32> = self.processes.keys().copied().filter(is_gone).collect();
-        gone.into_iter().for_each(|pid| self.withdraw(pid, now));
+        let known: HashSet<u32> = self.processes.keys().copied().chain(self.maps.known()).collect();
+        for pid in known.into_iter().filter(|&pid| !self.images.directory(pid).exists()).collect::<Vec<_>>() {
+            self.withdraw(pid, now);
+            self.forget(pid);
+        }
     }
 
     fn update_counts(&self) {

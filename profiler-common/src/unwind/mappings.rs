@@ -27,11 +27,38 @@ pub const NO_DIRECTORY: u32 = u32::MAX;
 pub struct ProcessEntry {
     /// Start of the process on CLOCK_BOOTTIME in units of [`NS_PER_TICK`]: tells it from a later one of the same id.
     pub start_ticks: u64,
-    /// Its chunk.
+    /// Its chunk, or [`NO_CHUNK`].
     pub chunk: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    /// The chunk's generation when the entry was made. A chunk of another one belongs to somebody else by now: entries
+    /// are copied at a fork, and a copy must not outlive what it names.
+    pub generation: u32,
 }
+
+impl ProcessEntry {
+    /// A process that has no tables, known all the same.
+    #[inline(always)]
+    #[must_use]
+    pub const fn without_tables(start_ticks: u64) -> Self {
+        Self { start_ticks, chunk: NO_CHUNK, generation: 0 }
+    }
+
+    /// The entry of a child that was forked from this process: it has the same mappings.
+    #[inline(always)]
+    #[must_use]
+    pub const fn inherited(self, start_ticks: u64) -> Self {
+        Self { start_ticks, ..self }
+    }
+
+    /// Whether the entry is that of the process which started at a boot time. A start of 0 is unknown and equals any.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_of(&self, start_ns: u64) -> bool {
+        start_ns == 0 || start_ns / NS_PER_TICK == self.start_ticks
+    }
+}
+
+/// No chunk: the process is walked by frame pointers.
+pub const NO_CHUNK: u32 = u32::MAX;
 
 /// Nanoseconds of the unit that `/proc/<pid>/stat` states a start time in. Source: sysconf(3), _SC_CLK_TCK, 100 on every
 /// architecture Linux runs on.
@@ -143,6 +170,14 @@ mod tests {
         for address in [0, 0xfff, 0x2000, 0x2fff, 0x4000, UNUSED_START, u64::MAX] {
             check(&ranges, address, None);
         }
+    }
+
+    #[test]
+    fn a_child_has_its_parents_chunk_and_its_own_start() {
+        let parent = ProcessEntry { start_ticks: 5, chunk: 7, generation: 3 };
+        let child = parent.inherited(9);
+        assert_eq!(child, ProcessEntry { start_ticks: 9, chunk: 7, generation: 3 });
+        assert!(child.is_of(9 * NS_PER_TICK) && child.is_of(0) && !child.is_of(5 * NS_PER_TICK));
     }
 
     #[test]

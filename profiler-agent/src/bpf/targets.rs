@@ -1,0 +1,57 @@
+//! The map of targets.
+
+use std::path::PathBuf;
+
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, MapData},
+};
+use profiler_common::targets::Targets as WireList;
+
+use super::load::BpfError;
+use crate::targets::{Targets, cgroup2_mount};
+
+const MAP: &str = "TARGETS";
+
+/// The map, and what is to be in it.
+pub(super) struct TargetMap {
+    map: Array<MapData, Value>,
+    pub(super) wanted: Targets,
+    written: Box<WireList>,
+    hierarchy: Option<PathBuf>,
+}
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Value(WireList);
+
+// SAFETY: integers without padding, as `profiler_common` asserts: all bytes may be copied out, and any bytes are a value.
+unsafe impl Pod for Value {}
+
+impl TargetMap {
+    /// Takes the map and writes the targets to it.
+    pub(super) fn new(ebpf: &mut Ebpf, wanted: Targets) -> Result<Self, BpfError> {
+        let map = ebpf.take_map(MAP).ok_or(BpfError::Missing { what: MAP })?;
+        let map = map.try_into().map_err(|source| BpfError::Map { map: MAP, source })?;
+        let hierarchy = cgroup2_mount("/proc".as_ref());
+        let written = wanted.to_wire(hierarchy.as_deref());
+        let mut targets = Self { map, wanted, written, hierarchy };
+        targets.write()?;
+        Ok(targets)
+    }
+
+    /// Writes the targets when they, or the cgroups they name, have changed.
+    pub(super) fn follow_cgroups(&mut self) -> Result<(), BpfError> {
+        let wanted = self.wanted.to_wire(self.hierarchy.as_deref());
+        if wanted == self.written {
+            return Ok(());
+        }
+        self.written = wanted;
+        self.write()
+    }
+
+    fn write(&mut self) -> Result<(), BpfError> {
+        let written = self.map.set(0, Value(*self.written), 0);
+        written.map_err(|source| BpfError::Map { map: MAP, source })
+    }
+}

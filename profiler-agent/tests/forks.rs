@@ -1,0 +1,42 @@
+//! A process that is forked is known from its first instruction, and forgotten when it ends.
+
+mod support;
+
+use std::time::{Duration, SystemTime};
+
+use support::{Agent, Program};
+
+/// Where threads begin.
+const ROOTS: [&str; 2] = ["_start", "__libc_start_call_main"];
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn children_that_live_for_a_millisecond_have_whole_named_stacks() {
+    let agent = Agent::start(&["-F", "199", "--cpu-budget", "off", "--window", "2s"]);
+    agent.wait_for("tables of the running programs", || {
+        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
+    });
+    let before = agent.metric("profiler_agent_unwind_processes").expect("metrics");
+    let storm = Program::start("fork_storm_unframed", &["300", "20"]);
+    // The storm itself gets its tables at its first sample; its children have them from their first on.
+    let from = SystemTime::now() + Duration::from_secs(6);
+    let output: serde_json::Value = serde_json::from_str(&storm.output()).expect("JSON");
+    let ended = SystemTime::now();
+    agent.wait_for_window_after(ended);
+
+    let merged = agent.merge_since("{exe=\"fork_storm_unframed\"}", from);
+    let children = merged.share_below("child_work", "main");
+    let whole = merged.share_from(&ROOTS);
+    eprintln!("{output}: {:.1} % in children, {:.1} % reach the root", children * 100.0, whole * 100.0);
+    assert!(merged.total > 300_000_000, "{} ns", merged.total);
+    assert!(children > 0.25, "children are not named: {merged:#?}");
+    assert!(whole > 0.98, "{:?}", merged.roots());
+
+    agent.wait_for("the children are forgotten", || {
+        let now = agent.metric("profiler_agent_unwind_processes")?;
+        (now < before + 50.0).then_some(())
+    });
+    let lost = agent.metric("profiler_agent_fork_exit_events_lost_total").expect("metrics");
+    assert_eq!(lost, 0.0);
+    agent.stop();
+}

@@ -1,0 +1,96 @@
+//! Whether the current task is one that is to be sampled. Nothing of this runs, nor is verified, without targets.
+
+use profiler_common::{
+    stats::Counter,
+    targets::{BY_CGROUP, TARGETS_MAX, Target, Targets, Turn},
+};
+
+use crate::{
+    helpers::{ancestor_cgroup_id, current_ids, random},
+    maps::{CPU_SCRATCH, TARGETS, TARGET_TURNS, count},
+    stack::mask,
+    task,
+};
+
+/// Whether this sample is to be taken, of so many samples each `period_ns`; 0 where it is not, else for how many samples
+/// it stands. What is not taken is counted.
+#[inline(always)]
+pub fn weight(period_ns: u64) -> u32 {
+    let Some(list) = list() else { return 1 };
+    remember_process();
+    let mut at = 0;
+    while at < TARGETS_MAX as u32 {
+        if at >= list.count {
+            break;
+        }
+        if matches(at) != 0 {
+            return weight_by(target(list, at), at, period_ns);
+        }
+        at += 1;
+    }
+    if list.is_default_wanted == 0 {
+        count(Counter::CpuFiltered);
+        return 0;
+    }
+    1
+}
+
+#[inline(always)]
+fn list() -> Option<&'static Targets> {
+    let list = TARGETS.get_ptr(0)?;
+    // SAFETY: a live map value; the agent writes it as a whole, and each field by itself is one it has written.
+    Some(unsafe { &*list })
+}
+
+#[inline(always)]
+fn target(list: &'static Targets, at: u32) -> &'static Target {
+    let index = mask!(u64::from(at), 15) as usize;
+    // SAFETY: the index is below TARGETS_MAX. By pointer, since indexing would bring the code of a panic.
+    unsafe { &*(&raw const list.targets).cast::<Target>().add(index) }
+}
+
+/// Puts the name of the process where [`matches`] finds it.
+#[inline(always)]
+fn remember_process() {
+    let Some(scratch) = CPU_SCRATCH.get_ptr_mut(0) else { return };
+    // SAFETY: this CPU's value, which nothing else uses while the program runs.
+    let comm = unsafe { &raw mut (*scratch).sample.header.comm };
+    task::read_comm(task::group_leader(), comm);
+}
+
+#[inline(always)]
+fn weight_by(target: &Target, at: u32, period_ns: u64) -> u32 {
+    if target.is_wanted == 0 {
+        count(Counter::CpuFiltered);
+        return 0;
+    }
+    let n = target.one_in(period_ns);
+    if n.get() == 1 {
+        return 1;
+    }
+    let Some(turn) = TARGET_TURNS.get_ptr_mut(at) else { return 1 };
+    // SAFETY: this CPU's value, which nothing else uses while the program runs.
+    let turn: &mut Turn = unsafe { &mut *turn };
+    if turn.keeps_next(n, random()) {
+        return n.get();
+    }
+    count(Counter::CpuThinned);
+    0
+}
+
+/// Whether the current task matches a target: 1 or 0. A global function, as [`crate::stack`]'s are.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn matches(at: u32) -> u32 {
+    let (Some(list), Some(scratch)) = (list(), CPU_SCRATCH.get_ptr_mut(0)) else { return 0 };
+    let target = target(list, at);
+    // SAFETY: this CPU's value; two words of 16 bytes that lie at a multiple of 8.
+    let comm = unsafe { (&raw const (*scratch).sample.header.comm).cast::<[u64; 2]>().read() };
+    let (tgid, _) = current_ids();
+    if !target.matches_process(tgid, comm) {
+        return 0;
+    }
+    let is_in = target.conditions & BY_CGROUP == 0
+        || target.cgroup_id != 0 && ancestor_cgroup_id(target.cgroup_level) == target.cgroup_id;
+    u32::from(is_in)
+}
