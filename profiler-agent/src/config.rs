@@ -544,7 +544,7 @@ fn read_token(file: PathBuf) -> Result<Token, ConfigError> {
     Ok(Token { text, file })
 }
 
-fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
+pub(crate) fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
     let Some(text) = value else { return Ok(DEFAULT_FREQUENCY_HZ) };
     let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
     let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
@@ -654,7 +654,7 @@ fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
 }
 
 /// `10s`, `1500ms`, `2m`.
-fn parse_duration(text: &str) -> Option<Duration> {
+pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
     let (number, unit) = text.split_at(digits);
     let number: u64 = number.parse().ok()?;

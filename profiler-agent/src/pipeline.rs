@@ -34,7 +34,7 @@ use crate::{
     drain::{self, Progress, RawSample, Record},
     embedded,
     executable::ExecutableCache,
-    export::{self, Batch, Destination, Losses, Queue, UploadCounts},
+    export::{self, Batch, Collector, Destination, Losses, Queue, UploadCounts},
     heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Orders, Targets},
     label::{CgroupNames, Labeler, SeriesLabels, fold_kworker, task_name},
     ledger::{Account, Balance, Cause, KernelTotals, Ledger, PerType, Place, ProfileType, Snapshot},
@@ -58,6 +58,8 @@ use crate::{
 const CLOSED_MAX: usize = 8;
 /// How long a closed window waits for names. What is late leaves as an address; the next window has its name.
 const SYMBOLS_DEADLINE: Duration = Duration::from_secs(2);
+/// The same for a recording, which has no next window.
+const RECORD_SYMBOLS_DEADLINE: Duration = Duration::from_secs(30);
 /// How long the uploads have to finish at the end.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a stage has to finish at the end. One that reads from a file system that hangs would keep the agent for ever.
@@ -68,6 +70,30 @@ const TICK: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
+
+/// Where closed windows go.
+pub(crate) enum Sink {
+    /// To a backend.
+    Upload(Destination),
+    /// Into one profile in this process.
+    Collect(Arc<Collector>),
+}
+
+impl Sink {
+    fn name(&self) -> String {
+        match self {
+            Self::Upload(destination) => destination.name(),
+            Self::Collect(_) => "recording".to_owned(),
+        }
+    }
+
+    fn symbols_deadline(&self) -> Duration {
+        match self {
+            Self::Upload(_) => SYMBOLS_DEADLINE,
+            Self::Collect(_) => RECORD_SYMBOLS_DEADLINE,
+        }
+    }
+}
 
 /// One destination and its queue.
 pub(crate) struct Exporter {
@@ -263,7 +289,7 @@ impl Pipeline {
     /// Loads the programs and starts every stage; sampling begins with [`Self::resume`].
     pub(crate) fn start(
         config: &Config,
-        destinations: Vec<Destination>,
+        sinks: Vec<Sink>,
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
@@ -285,10 +311,11 @@ impl Pipeline {
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
-        let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
+        let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
+        let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
         let shared = Shared::new(exporters.collect(), config.memory, names(config))?;
-        let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
+        let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
+        let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
         let progress = Arc::<Progress>::default();
@@ -321,7 +348,7 @@ impl Pipeline {
             closed: closed_sender,
             new_labelers,
         };
-        let encoder = Encoder { shared: shared.clone(), reported: Default::default() };
+        let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Default::default() };
         shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
         shared.sampling.set_budget(config.cpu_budget);
         let encoder_view = view.clone();
@@ -345,6 +372,12 @@ impl Pipeline {
             stop_uploads,
         };
         Ok(pipeline)
+    }
+
+    /// Whether the processes that ran at the start have their unwind tables, where there are any.
+    pub(crate) fn has_scanned(&self) -> bool {
+        self.unwinder.is_none()
+            || self.view.shared.unwind.has_scanned.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Attaches everything and samples.
@@ -679,18 +712,23 @@ fn forward_messages(programs: &mut Programs, runtime: &runtime::Handle) {
 }
 
 fn start_uploads(
-    destinations: Vec<Destination>,
+    sinks: Vec<Sink>,
     exporters: &[Exporter],
     runtime: &runtime::Handle,
     stop: &watch::Receiver<Option<tokio::time::Instant>>,
 ) -> anyhow::Result<Vec<Task<()>>> {
-    let start = |(destination, exporter): (Destination, &Exporter)| {
+    let start = |(sink, exporter): (Sink, &Exporter)| {
         let Exporter { name: _, queue, counts } = exporter;
-        let client = destination.client().context("set up the HTTP client")?;
-        let upload = export::upload(client, destination, Arc::clone(queue), Arc::clone(counts), stop.clone());
-        Ok(runtime.spawn(upload))
+        let (queue, counts) = (Arc::clone(queue), Arc::clone(counts));
+        match sink {
+            Sink::Upload(destination) => {
+                let client = destination.client().context("set up the HTTP client")?;
+                Ok(runtime.spawn(export::upload(client, destination, queue, counts, stop.clone())))
+            }
+            Sink::Collect(collector) => Ok(runtime.spawn(export::collect(collector, queue))),
+        }
     };
-    destinations.into_iter().zip(exporters).map(start).collect()
+    sinks.into_iter().zip(exporters).map(start).collect()
 }
 
 /// Normalizes, labels and counts. The only owner of the process table and the open windows.
@@ -943,6 +981,8 @@ struct Encoder {
     shared: Shared,
     /// Losses already told in a profile, by type.
     reported: PerType<Losses>,
+    /// How long a window waits for names.
+    symbols_deadline: Duration,
 }
 
 impl Encoder {
@@ -956,7 +996,7 @@ impl Encoder {
 
     fn export(&self, window: &Closed, losses: &Losses) {
         let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
-        let resolved = symbols.resolve(code_locations(window), Instant::now() + SYMBOLS_DEADLINE);
+        let resolved = symbols.resolve(code_locations(window), Instant::now() + self.symbols_deadline);
         let encoded = export::encode(window, &resolved, losses);
         let account = ledger.of(window.measure.profile_type());
         account.leave(Place::EncodeQueue, window.samples);
@@ -1032,7 +1072,8 @@ mod tests {
             closed: closed_sender,
             new_labelers,
         };
-        let encoder = Encoder { shared: shared.clone(), reported: Default::default() };
+        let symbols_deadline = SYMBOLS_DEADLINE;
+        let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Default::default() };
 
         drain::send(batch(records), &drain_sender, &shared.ledger);
         let passed_on = between(drained.recv().expect("the batch that was sent"));

@@ -41,16 +41,20 @@ pub struct Settings {
     pub user_frames_limit: u32,
     /// 1 where targets decide what is sampled.
     pub has_targets: u32,
+    /// 1 where some of them are families (`targets::BY_FAMILY`).
+    pub has_families: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<Settings>() == 8);
+const _: () = assert!(size_of::<Settings>() == 16);
 
 impl Settings {
     /// The fields in order, as [`KernelFacts::words`].
     #[must_use]
-    pub const fn words(self) -> [u32; 2] {
-        let Self { user_frames_limit, has_targets } = self;
-        [user_frames_limit, has_targets]
+    pub const fn words(self) -> [u32; 4] {
+        let Self { user_frames_limit, has_targets, has_families, reserved } = self;
+        [user_frames_limit, has_targets, has_families, reserved]
     }
 }
 

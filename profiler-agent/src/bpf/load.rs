@@ -13,7 +13,7 @@ use aya::{
     programs::{PerfEvent, Program, ProgramError, RawTracePoint, raw_trace_point::RawTracePointLink},
 };
 use aya_log::EbpfLogger;
-use profiler_common::config::Settings;
+use profiler_common::{config::Settings, limits};
 use tracing::{info, warn};
 
 use super::{
@@ -140,9 +140,12 @@ impl Programs {
         let btf = Btf::of_kernel(&options.sys_root)?;
         let (facts, cgroups) = (kernel_facts(&btf).words(), cgroup_facts(&btf, options.cgroups).words());
         drop(btf);
+        let has_families = !options.targets.families().is_empty();
         let settings = Settings {
             user_frames_limit: options.stack_depth,
             has_targets: (!options.targets.want_everything()).into(),
+            has_families: has_families.into(),
+            reserved: 0,
         }
         .words();
         let mut loader = EbpfLoader::new();
@@ -156,6 +159,9 @@ impl Programs {
         }
         for (map, entries) in HEAP_MAPS.into_iter().filter(|_| options.has_heap) {
             loader.map_max_entries(map, entries);
+        }
+        if has_families {
+            loader.map_max_entries("FAMILY", limits::FAMILY_MAX);
         }
         let mut ebpf = loader.load(OBJECT)?;
         let heap = options.has_heap.then(|| HeapProgram::load(OBJECT, &mut ebpf));

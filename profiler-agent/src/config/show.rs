@@ -127,18 +127,26 @@ impl Sources {
         Ok(text)
     }
 
-    /// More than one for labels, which are merged name by name, and for rules of heaps, which are put in a row.
+    /// More than one for labels, targets and rules of heaps only, which are merged.
     fn origins(&self, key: Key, in_file: &BTreeSet<String>) -> Vec<&'static str> {
-        let flag = if key == "labels" { "label" } else { key };
         let file = in_file.contains(key).then_some(Origin::File);
-        let given = self.given.get(flag).copied();
+        let given = flags(&key).iter().find_map(|flag| self.given.get(*flag).copied());
         let origins: Vec<_> = match (given, file) {
-            (Some(given), file) if key == "labels" || key == "heap" => {
+            (Some(given), file) if matches!(key, "labels" | "target" | "heap") => {
                 [Some(given), file].into_iter().flatten().collect()
             }
             (given, file) => vec![given.or(file).unwrap_or(Origin::Default)],
         };
         origins.into_iter().map(Origin::name).collect()
+    }
+}
+
+/// The flags that say the same as a key of the file.
+fn flags(key: &Key) -> &[Key] {
+    match *key {
+        "labels" => &["label"],
+        "target" => &["pid", "comm", "cgroup"],
+        _ => std::slice::from_ref(key),
     }
 }
 
@@ -187,6 +195,12 @@ mod tests {
             "labels = { a = \"b\", c = \"d\" }  # flag and file",
         );
         check(&[], "", "# instance is not set");
+        check(&["--pid", "7"], "", "target_default = false  # default");
+        let shown = shown(&["--pid", "7"], "");
+        assert!(
+            shown.lines().any(|line| line.starts_with("target = ") && line.ends_with("  # flag")),
+            "{shown}"
+        );
     }
 
     #[test]
