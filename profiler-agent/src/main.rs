@@ -14,6 +14,7 @@ mod drain;
 mod embedded;
 mod executable;
 mod export;
+mod heap;
 mod http;
 mod instance;
 mod label;

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::wire::StackEnd;
+use profiler_common::{heap::HeapCounter, wire::StackEnd};
 
 use crate::{
     binaries::Binaries,
@@ -20,7 +20,7 @@ use crate::{
     label::NameCounts,
     ledger::{ProfileType, Snapshot},
     memory::MemoryPlan,
-    pipeline::{Exporter, Shared, View},
+    pipeline::{Exporter, HeapView, Shared, View},
     process::{ProcessCounts, Processes},
     status::Health,
     symbolize,
@@ -154,6 +154,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     names_on_disk(&mut text, shared.symbols.store_counts());
     debuginfod(&mut text, shared.symbols.debuginfod());
     uploads(&mut text, shared);
+    heap(&mut text, view.heap.as_ref());
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
@@ -309,6 +310,67 @@ fn samples(text: &mut Text, snapshot: &Snapshot) {
     for (labels, terms) in &types {
         text.line(format_args!("{drained}{{{labels}}} {}", terms.drained));
     }
+}
+
+/// Heap profiling; zeros where it is off.
+fn heap(text: &mut Text, heap: Option<&HeapView>) {
+    let counter = |counter| heap.map_or(0, |heap| heap.count(counter));
+    let gauge = |of: fn(&HeapView) -> &AtomicU64| heap.map_or(0, |heap| of(heap).load(Relaxed));
+    text.gauge(
+        "profiler_agent_heap_targets",
+        "Processes whose heap is profiled.",
+        gauge(|heap| &heap.gauges.targets),
+    );
+    text.gauge(
+        "profiler_agent_heap_live_samples",
+        "Sampled allocations in the last snapshot.",
+        gauge(|heap| &heap.live.samples),
+    );
+    text.counter(
+        "profiler_agent_heap_refused_total",
+        "Times that a process's heap was to be profiled and could not.",
+        gauge(|heap| &heap.gauges.refused),
+    );
+    text.counter(
+        "profiler_agent_heap_hits_total",
+        "Entries of allocator functions that were probed.",
+        gauge(|heap| &heap.gauges.hits),
+    );
+    text.counter(
+        "profiler_agent_heap_freed_total",
+        "Sampled allocations that were freed.",
+        counter(HeapCounter::Freed),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_total",
+        "Samples missing from snapshots: too many in use.",
+        counter(HeapCounter::LiveFull),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_bytes_total",
+        "Bytes of the allocations missing from snapshots.",
+        counter(HeapCounter::LiveFullBytes),
+    );
+    text.counter(
+        "profiler_agent_heap_live_dropped_total",
+        "Samples missing from snapshots: too many to remember.",
+        gauge(|heap| &heap.live.dropped),
+    );
+    text.counter(
+        "profiler_agent_heap_snapshots_failed_total",
+        "Snapshots that could not be read.",
+        gauge(|heap| &heap.live.failed),
+    );
+    text.counter(
+        "profiler_agent_heap_unreturned_total",
+        "Calls of allocator functions that were left otherwise than by returning.",
+        counter(HeapCounter::Unreturned),
+    );
+    text.counter(
+        "profiler_agent_heap_stray_total",
+        "Probes hit that belong to no call known.",
+        counter(HeapCounter::Stray),
+    );
 }
 
 fn stacks(text: &mut Text, shared: &Shared) {
