@@ -17,7 +17,7 @@ use reqwest::Url;
 use serde::Deserialize;
 
 use crate::{
-    budget::CpuShare,
+    budget::{self, CpuShare},
     export::Destination,
     heap, logs,
     memory::{self, MemoryPlan, TooSmall},
@@ -64,6 +64,10 @@ pub(crate) struct Flags {
     /// until it fits [default: 1%]
     #[arg(long, env = "PROFILER_CPU_BUDGET", value_name = "SHARE")]
     cpu_budget: Option<String>,
+
+    /// For tests alone: seconds that a frequency is kept before its use is judged
+    #[arg(long, hide = true, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    test_budget_term: Option<u64>,
 
     /// What the agent may take of the machine's memory, its maps in the kernel included, as 128MiB or 1GiB [default: 90% of
     /// the limit of the agent's own cgroup, else 256MiB]
@@ -271,6 +275,8 @@ pub(crate) struct Config {
     pub(crate) frequency_hz: u32,
     /// What profiling may take of the node's CPU time; `None` for all of it.
     pub(crate) cpu_budget: Option<CpuShare>,
+    /// How long a frequency is kept before its use is judged.
+    pub(crate) budget_term: Duration,
     /// The bound of every map, table, cache and queue.
     pub(crate) memory: MemoryPlan,
     /// Length of a window.
@@ -453,6 +459,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         print_config: _,
         frequency,
         cpu_budget,
+        test_budget_term,
         memory_limit,
         window,
         listen,
@@ -486,6 +493,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     let config = Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
         cpu_budget: parse_cpu_budget(cpu_budget.or(file.cpu_budget))?,
+        budget_term: test_budget_term.map_or(budget::TERM, Duration::from_secs),
         memory: parse_memory(memory_limit.or(file.memory_limit), upload.is_empty())?,
         window: parse_window(window.or(file.window))?,
         listen: parse_address("listen", listen.or(file.listen).as_deref().unwrap_or(DEFAULT_LISTEN))?,

@@ -1,6 +1,7 @@
 //! An eBPF continuous profiling agent with an embedded backend.
 
 mod addr;
+mod background;
 mod binaries;
 mod bpf;
 mod budget;

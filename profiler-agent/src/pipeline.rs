@@ -27,9 +27,10 @@ use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, info, warn};
 
 use crate::{
+    background::{Background, Payer, Task as Work},
     binaries::Binaries,
     bpf::{BpfError, HeapCounts, KernelCounts, LoadOptions, Programs},
-    budget::{BpfTime, Direction, Governor, Sampling, Step, TERM, Use},
+    budget::{BpfTime, CpuShare, Direction, Governor, Sampling, Step, Use},
     config::{Config, Unwind},
     drain::{self, Progress, RawSample, Record},
     embedded,
@@ -125,6 +126,8 @@ pub(crate) struct Shared {
     pub(crate) unwind: Arc<UnwindCounts>,
     /// The sampling frequency, and what profiling takes.
     pub(crate) sampling: Arc<Sampling>,
+    /// What work that does not follow the frequency may take.
+    pub(crate) background: Arc<Background>,
     /// The bound of everything.
     pub(crate) memory: MemoryPlan,
     /// How well each binary unwinds and is named.
@@ -138,12 +141,14 @@ impl Shared {
         exporters: Arc<[Exporter]>,
         memory: MemoryPlan,
         names: symbolize::Sources,
+        background: Background,
     ) -> anyhow::Result<Self> {
-        let symbols =
-            Symbols::start("/proc".as_ref(), memory.symbols_bytes, names).context("start the symbolizer")?;
+        let background = Arc::new(background);
+        let symbols = Symbols::start("/proc".as_ref(), memory.symbols_bytes, names, &background)
+            .context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
         let (ledger, gauges, unwind, sampling, binaries) = Default::default();
-        Ok(Self { ledger, gauges, symbols, unwind, sampling, memory, binaries, exporters })
+        Ok(Self { ledger, gauges, symbols, unwind, sampling, background, memory, binaries, exporters })
     }
 
     /// Reads every term of the account.
@@ -313,7 +318,9 @@ impl Pipeline {
         let (stop_uploads, upload_stop) = watch::channel(None);
         let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
         let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
-        let shared = Shared::new(exporters.collect(), config.memory, names(config, runtime))?;
+        let background = Background::new(config.budget_term, Instant::now());
+        let shared = Shared::new(exporters.collect(), config.memory, names(config, runtime), background)?;
+        shared.background.allow(cpu_seconds(config.cpu_budget, cpus), Instant::now());
         let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
         let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
@@ -347,6 +354,7 @@ impl Pipeline {
             periods: new_periods,
             closed: closed_sender,
             new_labelers,
+            reads_ahead: Payer::new(&shared.background, Work::Processes),
         };
         let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Default::default() };
         shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
@@ -363,7 +371,7 @@ impl Pipeline {
             unwinder,
             heap,
             programs,
-            governor: Governor::new(config.cpu_budget, config.frequency_hz, TERM),
+            governor: Governor::new(config.cpu_budget, config.frequency_hz, config.budget_term),
             meter: Meter::new(),
             periods,
             view,
@@ -456,8 +464,11 @@ impl Pipeline {
 
     /// Looks at what profiling takes of the CPUs, and lowers or restores the frequency. To be called about once a second.
     pub(crate) fn keep_to_budget(&mut self) {
-        let sampling = &self.view.shared.sampling;
-        let Some((used, elapsed)) = self.meter.read(&self.view.kernel, self.programs.cpus(), sampling) else {
+        let Shared { sampling, background, .. } = &self.view.shared;
+        let cpus = self.programs.cpus();
+        background.allow(cpu_seconds(sampling.budget(), cpus.max(1)), Instant::now());
+        let taken = background.taken();
+        let Some((used, elapsed)) = self.meter.read(&self.view.kernel, cpus, sampling, taken) else {
             return;
         };
         // Without CPUs that are sampled nothing is to be learned: sampling is paused.
@@ -519,6 +530,11 @@ pub(crate) fn period_ns(hz: u32) -> u64 {
     1_000_000_000 / u64::from(hz.max(1))
 }
 
+/// A share of so many CPUs, in seconds of CPU time a second.
+fn cpu_seconds(budget: Option<CpuShare>, cpus: usize) -> Option<f64> {
+    budget.map(|budget| budget.ratio() * cpus as f64)
+}
+
 /// From `at_ns` of the boot clock on, samples are taken with another period.
 #[derive(Clone, Copy, Debug)]
 struct NewPeriod {
@@ -536,6 +552,7 @@ struct Meter {
     bpf: BpfTime,
     at: Instant,
     taken: Duration,
+    background: Duration,
     recent: VecDeque<Use>,
 }
 
@@ -549,20 +566,31 @@ impl Meter {
             bpf: BpfTime::default(),
             at: Instant::now(),
             taken: Duration::ZERO,
+            background: Duration::ZERO,
             recent: VecDeque::new(),
         }
     }
 
     /// What was used since the last call. `None` where the counters cannot be read, which the next call makes up for.
-    fn read(&mut self, kernel: &KernelCounts, cpus: usize, sampling: &Sampling) -> Option<(Use, Duration)> {
+    fn read(
+        &mut self,
+        kernel: &KernelCounts,
+        cpus: usize,
+        sampling: &Sampling,
+        background: Duration,
+    ) -> Option<(Use, Duration)> {
         let count = |counter| kernel.get(counter).ok();
         self.bpf.update(count(Counter::CpuTaken)?, count(Counter::CpuTimed)?, count(Counter::CpuTimedNs)?);
         let backend = self.backend.cpu_time();
         let taken = usage::cpu_time().saturating_sub(backend) + self.bpf.total();
         let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
         let elapsed = now - self.at;
-        let used = Use { taken: taken.saturating_sub(self.taken), available: elapsed.saturating_mul(cpus) };
-        (self.at, self.taken) = (now, taken);
+        let used = Use {
+            taken: taken.saturating_sub(self.taken),
+            background: background.saturating_sub(self.background),
+            available: elapsed.saturating_mul(cpus),
+        };
+        (self.at, self.taken, self.background) = (now, taken, background);
         if self.recent.len() == Self::RECENT_MAX {
             self.recent.pop_front();
         }
@@ -665,7 +693,8 @@ fn start_unwinder(
 ) -> anyhow::Result<(TableRequests, JoinHandle<()>)> {
     let maps = programs.take_unwind_maps()?;
     let images = ImageReader::new("/proc".into(), Arc::clone(executables));
-    let unwinder = Unwinder::new(maps, shared.memory.unwind, images, Arc::clone(&shared.unwind));
+    let payer = Payer::new(&shared.background, Work::Tables);
+    let unwinder = Unwinder::new(maps, shared.memory.unwind, images, Arc::clone(&shared.unwind), payer);
     let (tables, requests) = unwind::requests(Arc::clone(&shared.unwind));
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
@@ -749,6 +778,8 @@ struct Worker {
     closed: SyncSender<Closed>,
     /// Labelers that are to be used from now on.
     new_labelers: Receiver<Labeler>,
+    /// For processes read ahead of their first sample.
+    reads_ahead: Payer,
 }
 
 impl Worker {
@@ -767,7 +798,7 @@ impl Worker {
             // Read before the channel is emptied: what the drain had come to by then has been taken below.
             let complete_ns = progress.get();
             batches.try_iter().for_each(|batch| self.take(&batch));
-            self.processes.read_fresh(Instant::now());
+            self.read_ahead();
             for window in self.close_due(complete_ns) {
                 self.hand_on(window);
             }
@@ -791,6 +822,21 @@ impl Worker {
             closed.extend(heap.close_due(complete_ns, now));
         }
         closed
+    }
+
+    /// Reads processes with a new image; those there is no CPU time for are left to their first sample.
+    fn read_ahead(&mut self) {
+        let now = Instant::now();
+        if self.processes.next_fresh().is_none_or(|due| due > now) {
+            return;
+        }
+        if self.reads_ahead.wait(now).is_some() {
+            self.processes.skip_fresh(now);
+            return;
+        }
+        self.reads_ahead.begin();
+        self.processes.read_fresh(now);
+        self.reads_ahead.pay();
     }
 
     /// Keeps the process table true and small. Gives the exec records lost so far.
@@ -1004,7 +1050,12 @@ impl Encoder {
 
     fn export(&self, window: &Closed, losses: &Losses) {
         let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
-        let resolved = symbols.resolve(code_locations(window), Instant::now() + self.symbols_deadline);
+        // Names that wait for CPU time come late in every window: the encoder must keep up all the same. A recording has
+        // nothing behind it.
+        let half = Duration::from_nanos(window.duration_ns / 2);
+        let longest = self.symbols_deadline;
+        let patience = if longest > SYMBOLS_DEADLINE { longest } else { longest.min(half) };
+        let resolved = symbols.resolve(code_locations(window), Instant::now() + patience);
         let encoded = export::encode(window, &resolved, losses);
         let account = ledger.of(window.measure.profile_type());
         account.leave(Place::EncodeQueue, window.samples);
@@ -1060,7 +1111,9 @@ mod tests {
         let shared = {
             let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
             let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
-            Shared::new([nobody].into(), memory, symbolize::Sources::default()).expect("threads can be had")
+            let background = Background::new(crate::budget::TERM, Instant::now());
+            Shared::new([nobody].into(), memory, symbolize::Sources::default(), background)
+                .expect("threads can be had")
         };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
         let (drain_sender, drained) = sync_channel(shared.memory.drain_batches);
@@ -1079,6 +1132,7 @@ mod tests {
             periods,
             closed: closed_sender,
             new_labelers,
+            reads_ahead: Payer::new(&shared.background, Work::Processes),
         };
         let symbols_deadline = SYMBOLS_DEADLINE;
         let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Default::default() };

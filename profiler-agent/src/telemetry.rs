@@ -13,6 +13,7 @@ use std::{
 use profiler_common::{heap::HeapCounter, wire::StackEnd};
 
 use crate::{
+    background::Background,
     binaries::Binaries,
     budget::{CpuShare, Sampling},
     drain::KernelCut,
@@ -146,6 +147,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
         late,
     );
     sampling(&mut text, &shared.sampling);
+    background(&mut text, &shared.background);
     stacks(&mut text, shared);
     memory(&mut text, &shared.memory);
     binaries(&mut text, &shared.binaries);
@@ -205,6 +207,24 @@ fn operation(text: &mut Text, gauges: &Gauges) {
     for (result, count) in [("accepted", &gauges.reloads_accepted), ("refused", &gauges.reloads_refused)] {
         text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
     }
+}
+
+fn background(text: &mut Text, background: &Background) {
+    let metric = "profiler_agent_background_waits_total";
+    let help = "Times that work had to wait for CPU time of its share of the budget, by task.";
+    text.head(metric, help, "counter");
+    for (task, waits) in background.waits() {
+        text.line(format_args!("{metric}{{task=\"{}\"}} {}", task.as_str(), waits.count));
+    }
+    let metric = "profiler_agent_background_wait_seconds_total";
+    text.head(metric, "How long such work waited, of all threads that do it, by task.", "counter");
+    for (task, waits) in background.waits() {
+        let seconds = waits.time.as_secs_f64();
+        text.line(format_args!("{metric}{{task=\"{}\"}} {seconds:.3}", task.as_str()));
+    }
+    let metric = "profiler_agent_background_cpu_seconds_total";
+    text.head(metric, "CPU time of unwind tables, names, and processes read ahead.", "counter");
+    text.line(format_args!("{metric} {:.3}", background.taken().as_secs_f64()));
 }
 
 fn sampling(text: &mut Text, sampling: &Sampling) {

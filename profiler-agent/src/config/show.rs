@@ -14,6 +14,8 @@ impl Config {
         let Self {
             frequency_hz,
             cpu_budget,
+            // For tests, and no key.
+            budget_term: _,
             memory,
             window,
             listen,

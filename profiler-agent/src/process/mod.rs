@@ -341,6 +341,11 @@ impl Processes {
         }
     }
 
+    /// Leaves those that are due to their first sample.
+    pub(crate) fn skip_fresh(&mut self, now: Instant) {
+        self.fresh.skip(now);
+    }
+
     /// A sample of the process lacked tables: asks for them, unless that was done of late.
     pub(crate) fn lacks_tables(&mut self, pid: u32) {
         let Some(process) = self.by_pid.get_mut(&pid) else { return };
