@@ -216,6 +216,11 @@ impl View {
         counters.into_iter().map(|counter| self.kernel.get(counter).unwrap_or(0)).sum()
     }
 
+    /// Records of new cgroups that the ring had no room for.
+    pub(crate) fn cgroup_events_lost(&self) -> u64 {
+        self.kernel.get(Counter::CgroupDroppedRingFull).unwrap_or(0)
+    }
+
     /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
     /// the account, never as one that holds by accident.
     pub(crate) fn snapshot(&self) -> Snapshot {
