@@ -27,8 +27,8 @@ pub struct KernelFacts {
     pub task_signal_offset: u32,
     /// Byte offset of `signal_struct.live`: threads of the process that have not begun to exit.
     pub signal_live_offset: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    /// 1 where sampling programs may call `bpf_get_current_ancestor_cgroup_id`: not yet in 5.10.
+    pub has_ancestor_cgroup_id: u32,
 }
 
 const _: () = assert!(size_of::<KernelFacts>() == 48);
@@ -74,7 +74,7 @@ impl KernelFacts {
             task_flags_offset,
             task_signal_offset,
             signal_live_offset,
-            reserved,
+            has_ancestor_cgroup_id,
         } = self;
         [
             has_task_pt_regs,
@@ -88,7 +88,7 @@ impl KernelFacts {
             task_flags_offset,
             task_signal_offset,
             signal_live_offset,
-            reserved,
+            has_ancestor_cgroup_id,
         ]
     }
 }

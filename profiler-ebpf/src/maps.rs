@@ -152,7 +152,7 @@ pub static KERNEL_FACTS: KernelFacts = KernelFacts {
     task_flags_offset: 0,
     task_signal_offset: 0,
     signal_live_offset: 0,
-    reserved: 0,
+    has_ancestor_cgroup_id: 0,
 };
 
 /// Reads one field of [`KERNEL_FACTS`]; a volatile load, since LLVM must not fold in the zeros above.

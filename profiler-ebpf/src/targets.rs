@@ -6,8 +6,8 @@ use profiler_common::{
 };
 
 use crate::{
-    helpers::{ancestor_cgroup_id, current_ids, random},
-    maps::{CPU_SCRATCH, FAMILY, TARGETS, TARGET_TURNS, count, setting},
+    helpers::{ancestor_cgroup_id, current_cgroup_id, current_ids, random},
+    maps::{CPU_SCRATCH, FAMILY, TARGETS, TARGET_TURNS, count, kernel_fact, setting},
     stack::mask,
     task,
 };
@@ -114,6 +114,13 @@ extern "C" fn matches(at: u32) -> u32 {
         return 0;
     }
     let is_in = target.conditions & BY_CGROUP == 0
-        || target.cgroup_id != 0 && ancestor_cgroup_id(target.cgroup_level) == target.cgroup_id;
+        || target.cgroup_id != 0 && cgroup_id_at(target.cgroup_level) == target.cgroup_id;
     u32::from(is_in)
+}
+
+/// Id of the current task's cgroup or of its ancestor at a depth. Where the kernel does not tell of ancestors, of the cgroup
+/// itself: those below a target's cgroup are not found there.
+#[inline(always)]
+fn cgroup_id_at(level: u32) -> u64 {
+    if kernel_fact!(has_ancestor_cgroup_id) == 1 { ancestor_cgroup_id(level) } else { current_cgroup_id() }
 }

@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn folded_stacks_are_root_first_under_their_process() {
-        assert_eq!(folded(&profile()), ["app;main;inner: leaf 30", "app;main;other 10"]);
+        assert_eq!(folded(&profile()), ["app;main;inner: leaf 30", "app;main;main;other 10"]);
     }
 
     #[test]
