@@ -880,38 +880,6 @@ pub(super) mod tests {
         assert_eq!((saved(), symbols.entries.len()), (1, 0), "nothing new to save");
     }
 
-    /// Prints what an address costs: symbolized, and from a store that has its name.
-    #[test]
-    #[ignore = "measures time: run alone, optimized, with --nocapture"]
-    fn cost_of_an_address() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
-        let executable = read("/proc/self/exe".as_ref()).unwrap();
-        let (code, _) = executable.code_range().unwrap();
-        let step = (code.end.0 - code.start.0) / 4096;
-        let addrs: Vec<u64> = (0..4096).map(|index| code.start.0 + index * step).collect();
-        let ask = |symbols: &mut NativeSymbols, what: &str| {
-            let begin = Instant::now();
-            let named = addrs
-                .chunks(64)
-                .map(|chunk| {
-                    symbols.symbolize(&executable, chunk).iter().filter(|found| found.is_ok()).count()
-                })
-                .sum::<usize>();
-            let ns = begin.elapsed().as_nanos() / addrs.len() as u128;
-            println!("{what}: {ns} ns an address, {named} of {} named", addrs.len());
-        };
-        let mut symbols = NativeSymbols::new(store(), None);
-        ask(&mut symbols, "file never read");
-        ask(&mut symbols, "names in memory");
-        symbols.save();
-        let mut symbols = NativeSymbols::new(store(), None);
-        ask(&mut symbols, "names on disk");
-        let mut symbols = NativeSymbols::new(None, None);
-        ask(&mut symbols, "no store");
-        ask(&mut symbols, "no store, file read");
-    }
-
     #[test]
     fn a_debug_link_is_not_followed_even_when_opening_it_would_block() {
         let dir = tempfile::tempdir().unwrap();
