@@ -64,7 +64,7 @@ fn used_without_a_budget() -> f64 {
     let later = agent.wait_for("a reading", || read(&agent));
     assert_eq!(agent.metric("profiler_agent_frequency_changes_total"), Some(0.0));
     assert_eq!(agent.metric("profiler_agent_background_waits_total"), Some(0.0));
-    agent.stop();
+    agent.kill();
     used(warm, later)
 }
 

@@ -11,6 +11,7 @@ mod kernel;
 mod names;
 mod native;
 mod nesting;
+mod packed;
 mod pclntab;
 mod perf_map;
 mod queue;
