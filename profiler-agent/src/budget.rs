@@ -4,8 +4,9 @@
 //! each second   use of the CPU ─▶ term of 30 s ─▶ judged: halve, double or keep ─▶ a new term
 //! ```
 //! The frequency halves when the mean use of a whole term and that of its last third are both above the budget: a burst
-//! that is over, such as the tables of all programs at the start, changes nothing. It doubles when twice the mean use of
-//! both is below [`RESTORE_SHARE`] of the budget: what a doubled frequency takes is at most twice as much.
+//! that is over, such as the tables of all programs at the start, changes nothing. It doubles when what both
+//! would come to then is below [`RESTORE_SHARE`] of the budget: twice as much at most, but for the work in the background,
+//! which has its own allowance ([`crate::background`]).
 
 use std::{
     fmt, iter,
@@ -62,6 +63,8 @@ impl fmt::Display for CpuShare {
 pub(crate) struct Use {
     /// Taken, by the agent and by its programs in the kernel.
     pub(crate) taken: Duration,
+    /// Of that, by work that has an allowance of its own, at every frequency.
+    pub(crate) background: Duration,
     /// Of all online CPUs.
     pub(crate) available: Duration,
 }
@@ -69,10 +72,19 @@ pub(crate) struct Use {
 impl Use {
     /// Taken of what there was; 0 where there was none.
     pub(crate) fn ratio(self) -> f64 {
+        self.share(self.taken)
+    }
+
+    /// What it would come to at twice the frequency, at most.
+    fn ratio_if_doubled(self) -> f64 {
+        self.share(2 * self.taken - self.background.min(self.taken))
+    }
+
+    fn share(self, time: Duration) -> f64 {
         if self.available.is_zero() {
             return 0.0;
         }
-        self.taken.as_secs_f64() / self.available.as_secs_f64()
+        time.as_secs_f64() / self.available.as_secs_f64()
     }
 
     fn add(&mut self, more: Self) {
@@ -84,6 +96,7 @@ impl iter::Sum for Use {
     fn sum<I: Iterator<Item = Self>>(uses: I) -> Self {
         uses.fold(Self::default(), |sum, more| Self {
             taken: sum.taken + more.taken,
+            background: sum.background + more.background,
             available: sum.available + more.available,
         })
     }
@@ -169,12 +182,13 @@ impl Governor {
     fn judge(&self) -> Option<Step> {
         let budget = self.budget?.ratio();
         let (whole, last) = (self.whole.ratio(), self.last_third.ratio());
-        let (least, most) = (whole.min(last), whole.max(last));
+        let least = whole.min(last);
+        let most_if_doubled = self.whole.ratio_if_doubled().max(self.last_third.ratio_if_doubled());
         let halved = (self.hz / 2).max(FREQUENCY_HZ_MIN);
         let doubled = self.hz.saturating_mul(2).min(self.wanted_hz);
         if least > budget && halved < self.hz {
             Some(Step { hz: halved, direction: Direction::Down, used: whole })
-        } else if 2.0 * most < RESTORE_SHARE * budget && doubled > self.hz {
+        } else if most_if_doubled < RESTORE_SHARE * budget && doubled > self.hz {
             Some(Step { hz: doubled, direction: Direction::Up, used: whole })
         } else {
             None
@@ -329,7 +343,11 @@ mod tests {
     /// each second.
     fn run(governor: &mut Governor, seconds: u32, used: impl Fn(u32, u32) -> f64) -> Vec<u32> {
         let frequencies = (0..seconds).map(|second| {
-            let used = Use { taken: S.mul_f64(2.0 * used(governor.hz(), second)), available: 2 * S };
+            let used = Use {
+                taken: S.mul_f64(2.0 * used(governor.hz(), second)),
+                background: Duration::ZERO,
+                available: 2 * S,
+            };
             governor.observe(used, S);
             governor.hz()
         });
@@ -395,6 +413,19 @@ mod tests {
         let mut governor = Governor::new(share("1%"), 19, TERM);
         let frequencies = run(&mut governor, 60, |_, second| if second < 3 { 0.5 } else { 0.002 });
         assert!(frequencies.iter().all(|&hz| hz == 19), "{frequencies:?}");
+    }
+
+    #[test]
+    fn work_in_the_background_is_not_thought_to_double() {
+        let mut governor = Governor::new(share("1%"), 19, TERM);
+        let observe = |governor: &mut Governor, taken_ms: u32, background_ms: u32| {
+            let ms = Duration::from_millis(1);
+            let used = Use { taken: taken_ms * ms, background: background_ms * ms, available: 2 * S };
+            (0..30).filter_map(|_| governor.observe(used, S)).map(|step| step.hz).last()
+        };
+        assert_eq!(observe(&mut governor, 30, 10), Some(9), "all of it counts");
+        assert_eq!(observe(&mut governor, 12, 8), None, "8 + 2 * 4 are all that may be");
+        assert_eq!(observe(&mut governor, 11, 8), Some(18), "8 + 2 * 3 are less");
     }
 
     #[test]

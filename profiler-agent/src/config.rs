@@ -17,9 +17,9 @@ use reqwest::Url;
 use serde::Deserialize;
 
 use crate::{
-    budget::CpuShare,
+    budget::{self, CpuShare},
     export::Destination,
-    logs,
+    heap, logs,
     memory::{self, MemoryPlan, TooSmall},
     pipeline,
     targets::{CommPrefix, Target, Targets},
@@ -64,6 +64,10 @@ pub(crate) struct Flags {
     /// until it fits [default: 1%]
     #[arg(long, env = "PROFILER_CPU_BUDGET", value_name = "SHARE")]
     cpu_budget: Option<String>,
+
+    /// For tests alone: seconds that a frequency is kept before its use is judged
+    #[arg(long, hide = true, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    test_budget_term: Option<u64>,
 
     /// What the agent may take of the machine's memory, its maps in the kernel included, as 128MiB or 1GiB [default: 90% of
     /// the limit of the agent's own cgroup, else 256MiB]
@@ -140,6 +144,12 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LABEL", value_name = "NAME=VALUE", value_delimiter = ',')]
     label: Vec<String>,
 
+    /// Profile the heap of processes with a label: NAME=VALUE[@RATE], as exe=postgres@64KiB. NAME is a label of their
+    /// profiles or pid, RATE the mean bytes between samples, 0 for none [default: 512KiB]; may be given more than once, the
+    /// first that matches counts. x86-64, Linux 6.13
+    #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]
+    heap: Vec<String>,
+
     /// What to log: error, warn, info, debug, trace, or a tracing filter [default: info]
     #[arg(long, env = "PROFILER_LOG", value_name = "FILTER")]
     log: Option<String>,
@@ -201,6 +211,8 @@ struct File {
     node: Option<String>,
     #[serde(default)]
     labels: BTreeMap<String, String>,
+    #[serde(default)]
+    heap: Vec<HeapRule>,
     log: Option<String>,
     log_format: Option<String>,
     #[serde(default)]
@@ -211,6 +223,15 @@ struct File {
     run_dir: Option<PathBuf>,
     instance: Option<String>,
     allow_kernel: Option<bool>,
+}
+
+/// `{ match = "exe=postgres", rate = "64KiB" }`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeapRule {
+    #[serde(rename = "match")]
+    matches: String,
+    rate: Option<String>,
 }
 
 /// One `[[target]]` of the file.
@@ -254,6 +275,8 @@ pub(crate) struct Config {
     pub(crate) frequency_hz: u32,
     /// What profiling may take of the node's CPU time; `None` for all of it.
     pub(crate) cpu_budget: Option<CpuShare>,
+    /// How long a frequency is kept before its use is judged.
+    pub(crate) budget_term: Duration,
     /// The bound of every map, table, cache and queue.
     pub(crate) memory: MemoryPlan,
     /// Length of a window.
@@ -280,6 +303,8 @@ pub(crate) struct Config {
     pub(crate) node: String,
     /// Labels of every profile.
     pub(crate) labels: Vec<(String, String)>,
+    /// Whose heap is profiled; empty means nobody's.
+    pub(crate) heap: Vec<heap::Rule>,
     /// Filter of log lines.
     pub(crate) log: String,
     /// Form of log lines.
@@ -434,6 +459,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         print_config: _,
         frequency,
         cpu_budget,
+        test_budget_term,
         memory_limit,
         window,
         listen,
@@ -449,6 +475,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         upload,
         node,
         label,
+        heap,
         log,
         log_format,
         profiles,
@@ -466,6 +493,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     let config = Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
         cpu_budget: parse_cpu_budget(cpu_budget.or(file.cpu_budget))?,
+        budget_term: test_budget_term.map_or(budget::TERM, Duration::from_secs),
         memory: parse_memory(memory_limit.or(file.memory_limit), upload.is_empty())?,
         window: parse_window(window.or(file.window))?,
         listen: parse_address("listen", listen.or(file.listen).as_deref().unwrap_or(DEFAULT_LISTEN))?,
@@ -485,6 +513,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
+        heap: parse_heap(&file.heap, &heap)?,
         log: parse_log(log.or(file.log))?,
         log_format: parse_log_format(log_format.or(file.log_format))?,
         profiles: parse_profiles(profiles)?,
@@ -747,6 +776,17 @@ pub(crate) const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
     push::is_label_name(name) && !name.starts_with("__")
+}
+
+/// Rules of flags come before those of the file, and the first that matches decides.
+fn parse_heap(file: &[HeapRule], flags: &[String]) -> Result<Vec<heap::Rule>, ConfigError> {
+    let file = file.iter().map(|rule| match &rule.rate {
+        Some(rate) => format!("{}@{rate}", rule.matches),
+        None => rule.matches.clone(),
+    });
+    let accepted = "accepted: NAME=VALUE or NAME=VALUE@RATE, NAME a label or pid, RATE in bytes, KiB or MiB, below 4 GiB";
+    let rule = |text: String| heap::parse(&text).ok_or_else(|| refuse("heap", &text, accepted));
+    flags.iter().cloned().chain(file).map(rule).collect()
 }
 
 fn parse_unwind(value: Option<String>) -> Result<Unwind, ConfigError> {

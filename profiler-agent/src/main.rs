@@ -1,6 +1,7 @@
 //! An eBPF continuous profiling agent with an embedded backend.
 
 mod addr;
+mod background;
 mod binaries;
 mod bpf;
 mod budget;
@@ -14,6 +15,7 @@ mod drain;
 mod embedded;
 mod executable;
 mod export;
+mod heap;
 mod http;
 mod instance;
 mod label;

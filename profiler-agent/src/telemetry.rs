@@ -10,9 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::wire::StackEnd;
+use profiler_common::{heap::HeapCounter, wire::StackEnd};
 
 use crate::{
+    background::Background,
     binaries::Binaries,
     budget::{CpuShare, Sampling},
     drain::KernelCut,
@@ -20,7 +21,7 @@ use crate::{
     label::NameCounts,
     ledger::{ProfileType, Snapshot},
     memory::MemoryPlan,
-    pipeline::{Exporter, Shared, View},
+    pipeline::{Exporter, HeapView, Shared, View},
     process::{ProcessCounts, Processes},
     status::Health,
     symbolize,
@@ -146,6 +147,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
         late,
     );
     sampling(&mut text, &shared.sampling);
+    background(&mut text, &shared.background);
     stacks(&mut text, shared);
     memory(&mut text, &shared.memory);
     binaries(&mut text, &shared.binaries);
@@ -154,6 +156,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     names_on_disk(&mut text, shared.symbols.store_counts());
     debuginfod(&mut text, shared.symbols.debuginfod());
     uploads(&mut text, shared);
+    heap(&mut text, view.heap.as_ref());
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
@@ -181,6 +184,11 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
         shared.ledger.lives_lost(),
     );
     text.counter(
+        "profiler_agent_cgroup_events_lost_total",
+        "Events of new cgroups lost: such cgroups are looked up with their first exec or sample.",
+        view.cgroup_events_lost(),
+    );
+    text.counter(
         "profiler_agent_processes_not_kept_total",
         "Times that the kernel's map of known processes had no room for one.",
         view.processes_not_kept(),
@@ -204,6 +212,24 @@ fn operation(text: &mut Text, gauges: &Gauges) {
     for (result, count) in [("accepted", &gauges.reloads_accepted), ("refused", &gauges.reloads_refused)] {
         text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
     }
+}
+
+fn background(text: &mut Text, background: &Background) {
+    let metric = "profiler_agent_background_waits_total";
+    let help = "Times that work had to wait for CPU time of its share of the budget, by task.";
+    text.head(metric, help, "counter");
+    for (task, waits) in background.waits() {
+        text.line(format_args!("{metric}{{task=\"{}\"}} {}", task.as_str(), waits.count));
+    }
+    let metric = "profiler_agent_background_wait_seconds_total";
+    text.head(metric, "How long such work waited, of all threads that do it, by task.", "counter");
+    for (task, waits) in background.waits() {
+        let seconds = waits.time.as_secs_f64();
+        text.line(format_args!("{metric}{{task=\"{}\"}} {seconds:.3}", task.as_str()));
+    }
+    let metric = "profiler_agent_background_cpu_seconds_total";
+    text.head(metric, "CPU time of unwind tables, names, and processes read ahead.", "counter");
+    text.line(format_args!("{metric} {:.3}", background.taken().as_secs_f64()));
 }
 
 fn sampling(text: &mut Text, sampling: &Sampling) {
@@ -309,6 +335,67 @@ fn samples(text: &mut Text, snapshot: &Snapshot) {
     for (labels, terms) in &types {
         text.line(format_args!("{drained}{{{labels}}} {}", terms.drained));
     }
+}
+
+/// Heap profiling; zeros where it is off.
+fn heap(text: &mut Text, heap: Option<&HeapView>) {
+    let counter = |counter| heap.map_or(0, |heap| heap.count(counter));
+    let gauge = |of: fn(&HeapView) -> &AtomicU64| heap.map_or(0, |heap| of(heap).load(Relaxed));
+    text.gauge(
+        "profiler_agent_heap_targets",
+        "Processes whose heap is profiled.",
+        gauge(|heap| &heap.gauges.targets),
+    );
+    text.gauge(
+        "profiler_agent_heap_live_samples",
+        "Sampled allocations in the last snapshot.",
+        gauge(|heap| &heap.live.samples),
+    );
+    text.counter(
+        "profiler_agent_heap_refused_total",
+        "Times that a process's heap was to be profiled and could not.",
+        gauge(|heap| &heap.gauges.refused),
+    );
+    text.counter(
+        "profiler_agent_heap_hits_total",
+        "Entries of allocator functions that were probed.",
+        gauge(|heap| &heap.gauges.hits),
+    );
+    text.counter(
+        "profiler_agent_heap_freed_total",
+        "Sampled allocations that were freed.",
+        counter(HeapCounter::Freed),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_total",
+        "Samples missing from snapshots: too many in use.",
+        counter(HeapCounter::LiveFull),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_bytes_total",
+        "Bytes of the allocations missing from snapshots.",
+        counter(HeapCounter::LiveFullBytes),
+    );
+    text.counter(
+        "profiler_agent_heap_live_dropped_total",
+        "Samples missing from snapshots: too many to remember.",
+        gauge(|heap| &heap.live.dropped),
+    );
+    text.counter(
+        "profiler_agent_heap_snapshots_failed_total",
+        "Snapshots that could not be read.",
+        gauge(|heap| &heap.live.failed),
+    );
+    text.counter(
+        "profiler_agent_heap_unreturned_total",
+        "Calls of allocator functions that were left otherwise than by returning.",
+        counter(HeapCounter::Unreturned),
+    );
+    text.counter(
+        "profiler_agent_heap_stray_total",
+        "Probes hit that belong to no call known.",
+        counter(HeapCounter::Stray),
+    );
 }
 
 fn stacks(text: &mut Text, shared: &Shared) {

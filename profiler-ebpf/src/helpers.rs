@@ -92,6 +92,22 @@ pub fn current_user_regs() -> u64 {
     regs as u64
 }
 
+/// The number that the agent gave the probe that was hit (kernel 5.15).
+#[cfg(bpf_target_arch = "x86_64")]
+#[inline(always)]
+pub fn attach_cookie(ctx: *mut c_void) -> u64 {
+    // SAFETY: `ctx` is the context of a running program.
+    unsafe { raw::bpf_get_attach_cookie(ctx) }
+}
+
+/// 32 random bits.
+#[cfg(bpf_target_arch = "x86_64")]
+#[inline(always)]
+pub fn random_u32() -> u32 {
+    // SAFETY: takes nothing and has no effect.
+    unsafe { raw::bpf_get_prandom_u32() }
+}
+
 /// Writes the kernel stack of the sample, leaf first, to `to`, which has room for `bytes`; gives the bytes written.
 /// `None` when the sample was not in kernel mode or the kernel refused.
 #[inline(always)]

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
 use super::{Config, ConfigError, LogFormat, Origin, Sources, Unwind};
-use crate::{export::Destination, targets::Target};
+use crate::{export::Destination, heap::Rule, targets::Target};
 
 /// A key of the file.
 pub(crate) type Key = &'static str;
@@ -14,6 +14,8 @@ impl Config {
         let Self {
             frequency_hz,
             cpu_budget,
+            // For tests, and no key.
+            budget_term: _,
             memory,
             window,
             listen,
@@ -27,6 +29,7 @@ impl Config {
             uploads,
             node,
             labels,
+            heap,
             log,
             log_format,
             profiles,
@@ -59,6 +62,7 @@ impl Config {
             ("upload", Some(uploads.into())),
             ("node", text(node.clone())),
             ("labels", Some(labels.into())),
+            ("heap", Some(heap.iter().map(heap_rule).collect::<Vec<_>>().into())),
             ("log", text(log.clone())),
             ("log_format", text(log_format_name(*log_format).to_owned())),
             ("profiles", Some(profiles.clone().into())),
@@ -70,6 +74,12 @@ impl Config {
             ("allow_kernel", Some((*allow_kernel).into())),
         ]
     }
+}
+
+fn heap_rule(rule: &Rule) -> toml::Value {
+    let Rule { name, value, rate } = rule;
+    let keys = [("match", format!("{name}={value}")), ("rate", rate.to_string())];
+    toml::Table::from_iter(keys.map(|(key, value)| (key.to_owned(), value.into()))).into()
 }
 
 fn target(target: &Target) -> toml::Value {
@@ -122,12 +132,12 @@ impl Sources {
         Ok(text)
     }
 
-    /// More than one for labels and targets only, which are merged.
+    /// More than one for labels, targets and rules of heaps only, which are merged.
     fn origins(&self, key: Key, in_file: &BTreeSet<String>) -> Vec<&'static str> {
         let file = in_file.contains(key).then_some(Origin::File);
         let given = flags(&key).iter().find_map(|flag| self.given.get(*flag).copied());
         let origins: Vec<_> = match (given, file) {
-            (Some(given), file) if matches!(key, "labels" | "target") => {
+            (Some(given), file) if matches!(key, "labels" | "target" | "heap") => {
                 [Some(given), file].into_iter().flatten().collect()
             }
             (given, file) => vec![given.or(file).unwrap_or(Origin::Default)],
@@ -200,7 +210,18 @@ mod tests {
 
     #[test]
     fn what_is_printed_is_a_file_that_gives_the_same_configuration() {
-        let args = ["-F", "7", "--window", "1500ms", "--label", "team=\"x\"", "--instance", "a"];
+        let args = [
+            "-F",
+            "7",
+            "--window",
+            "1500ms",
+            "--label",
+            "team=\"x\"",
+            "--instance",
+            "a",
+            "--heap",
+            "exe=x@64KiB",
+        ];
         let text = shown(&args, "enabled = false\nmetrics_listen = \"0.0.0.0:9\"\n");
         let again = shown(&[], &text);
         let values = |text: &str| toml::from_str::<toml::Table>(text).expect("TOML");

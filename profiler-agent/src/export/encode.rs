@@ -17,7 +17,7 @@ use crate::{
     ledger::{PerType, ProfileType},
     normalize::Location,
     symbolize::{self, KERNEL, LocationKey},
-    window::{Closed, SampleLabels, Series},
+    window::{Closed, Measure, OBJECT, SampleLabels, Series},
 };
 
 /// Bytes of pprof in one request: a request is retried as a whole, and other backends take 2 MiB at most.
@@ -113,12 +113,20 @@ impl Request {
 
     fn push(&mut self, window: &Closed, series: &Series, pprof: Vec<u8>) {
         self.bytes += pprof.len();
-        *self.events.of_mut(ProfileType::Cpu) +=
-            series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
+        // A snapshot's samples have been accounted for where they were taken.
+        if !matches!(window.measure, Measure::InUse { .. }) {
+            *self.events.of_mut(window.measure.profile_type()) +=
+                series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
+        }
+        let (profile_type, temporality) = match window.measure {
+            Measure::Cpu => (ProfileType::Cpu.name(), Temporality::Delta),
+            Measure::Allocs { .. } => (ProfileType::Allocs.name(), Temporality::Delta),
+            Measure::InUse { .. } => ("heap", Temporality::Snapshot),
+        };
         self.series.push(push::Series {
             labels: push::labels(series.labels.iter()),
-            profile_type: ProfileType::Cpu.name().to_owned(),
-            temporality: Temporality::Delta.to_wire(),
+            profile_type: profile_type.to_owned(),
+            temporality: temporality.to_wire(),
             start_unix_ns: window.start_unix_ns.cast_signed(),
             duration_ns: window.duration_ns,
             pprof,
@@ -162,13 +170,13 @@ impl<'a> SeriesEncoder<'a> {
         symbols: &'a HashMap<symbolize::LocationId, symbolize::Location>,
         losses: &Losses,
     ) -> Self {
-        let cpu = TypeSpec::new("cpu", "nanoseconds");
-        let samples = TypeSpec::new("samples", "count");
-        let mut builder = ProfileBuilder::new(&[samples, cpu], cpu, window.period_ns.cast_signed());
-        builder.default_sample_type("cpu");
+        let mut builder = match window.measure {
+            Measure::Cpu => cpu_builder(window.period_ns),
+            Measure::Allocs { rate } => heap_builder(["alloc_objects", "alloc_space"], rate),
+            Measure::InUse { rate } => heap_builder(["inuse_objects", "inuse_space"], rate),
+        };
         builder.time_ns(window.start_unix_ns.cast_signed());
         builder.duration_ns(window.duration_ns.cast_signed());
-        builder.comment(&format!("sampled every {} ns of CPU time", window.period_ns));
         if let Some(comment) = loss_comment(window, losses) {
             builder.comment(&comment);
         }
@@ -187,7 +195,13 @@ impl<'a> SeriesEncoder<'a> {
                 LabelSpec::number("pid", i64::from(*pid)),
             ];
             let counts = entry.counts;
-            let values = [counts.samples, counts.value].map(|value| i64::try_from(value).unwrap_or(i64::MAX));
+            let count = match window.measure {
+                Measure::Cpu => counts.samples,
+                Measure::Allocs { .. } | Measure::InUse { .. } => {
+                    counts.objects.saturating_add(OBJECT / 2) / OBJECT
+                }
+            };
+            let values = [count, counts.value].map(|value| i64::try_from(value).unwrap_or(i64::MAX));
             self.builder.sample(&stack, &values, labels.as_slice());
         }
         if self.python.runs && !self.python.is_named {
@@ -315,6 +329,27 @@ impl<'a> SeriesEncoder<'a> {
     }
 }
 
+fn cpu_builder(period_ns: u64) -> ProfileBuilder {
+    let cpu = TypeSpec::new("cpu", "nanoseconds");
+    let samples = TypeSpec::new("samples", "count");
+    let mut builder = ProfileBuilder::new(&[samples, cpu], cpu, period_ns.cast_signed());
+    builder.default_sample_type("cpu");
+    builder.comment(&format!("sampled every {period_ns} ns of CPU time"));
+    builder
+}
+
+/// `types` are those of objects and of bytes, named as in Go's profiles.
+fn heap_builder(types: [&'static str; 2], rate: u32) -> ProfileBuilder {
+    let [objects, space] = types;
+    let types = [TypeSpec::new(objects, "count"), TypeSpec::new(space, "bytes")];
+    let mut builder = ProfileBuilder::new(&types, TypeSpec::new("space", "bytes"), rate.into());
+    builder.default_sample_type(space);
+    builder.comment(&format!(
+        "one sample per {rate} bytes allocated, each scaled by the inverse of its probability"
+    ));
+    builder
+}
+
 /// `lost on this node in the window from .. to ..: 3 samples (ring_full), ..`; `None` when nothing was lost.
 ///
 /// The window's time makes it one comment of all the window's profiles, and another than the next window's.
@@ -391,11 +426,13 @@ mod tests {
     fn window(locations: Vec<Location>) -> Closed {
         let stack = (0..u32::try_from(locations.len()).expect("few")).collect();
         let labels = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
-        let samples = vec![Entry { stack: 0, labels: 0, counts: Counts { samples: 1, value: 10 } }];
+        let samples =
+            vec![Entry { stack: 0, labels: 0, counts: Counts { samples: 1, value: 10, objects: 0 } }];
         Closed {
             start_unix_ns: 1_795_255_200_000_000_000,
             duration_ns: 10_000_000_000,
             period_ns: 10,
+            measure: Measure::Cpu,
             samples: 1,
             series: vec![Series { labels, samples }],
             locations,

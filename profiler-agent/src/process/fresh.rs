@@ -45,7 +45,14 @@ impl Fresh {
         Some(exec)
     }
 
-    /// New images that are not read here, there being too many.
+    /// Gives up those that are due.
+    pub(super) fn skip(&mut self, now: Instant) {
+        while self.take(now).is_some() {
+            self.skipped += 1;
+        }
+    }
+
+    /// New images that are not read here, there being too many, or no CPU time for them.
     pub(super) fn skipped(&self) -> u64 {
         self.skipped
     }
@@ -76,6 +83,15 @@ mod tests {
         assert_eq!(fresh.take(now + DELAY), Some(exec(1)));
         assert_eq!(fresh.take(now + DELAY), None);
         assert_eq!(fresh.next(), Some(now + 2 * DELAY));
+    }
+
+    #[test]
+    fn those_that_are_due_and_skipped_are_counted() {
+        let (mut fresh, now) = (Fresh::default(), Instant::now());
+        fresh.add(exec(1), now);
+        fresh.add(exec(2), now + DELAY);
+        fresh.skip(now + DELAY);
+        assert_eq!((fresh.next(), fresh.skipped()), (Some(now + 2 * DELAY), 1));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::io::{self, BufRead, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::packed::PackedNames;
 use super::{NewFrame, Reason};
 use crate::addr::Addr;
 
@@ -35,14 +36,25 @@ pub(crate) const BUILT_IN: &str = "kernel";
 /// The module of all BPF programs. Each lies by itself, somewhere.
 const BPF: &str = "bpf";
 
-/// The kernel's functions, sorted by address.
+/// The kernel's functions, sorted by address: kernels have 60 to 300 thousand of them.
 #[derive(Debug, Default)]
 struct Table {
-    functions: Vec<Function>,
-    names: String,
+    addrs: Vec<u64>,
+    /// Of each function, in `modules`.
+    module_of: Vec<u16>,
+    /// Of each function.
+    names: PackedNames,
     modules: Vec<Module>,
     /// Lines with an address of 0, which is what kptr_restrict shows.
     hidden: usize,
+}
+
+/// The functions as they are listed.
+#[derive(Default)]
+struct Listed {
+    functions: Vec<Function>,
+    /// Each ended by a NUL.
+    names: String,
 }
 
 #[derive(Debug)]
@@ -52,11 +64,10 @@ struct Module {
     start: u64,
 }
 
-/// 16 bytes: kernels have 60 to 200 thousand of them.
 #[derive(Clone, Copy, Debug)]
 struct Function {
     addr: u64,
-    /// In `Table::names`; the name ends where a NUL is.
+    /// In `Listed::names`.
     name_at: u32,
     module: u16,
     rank: Rank,
@@ -70,11 +81,11 @@ enum Rank {
     Weak,
 }
 
-/// A function, and how far behind its start and behind that of its module the address lies.
+/// A function by its number, and how far behind its start and behind that of its module the address lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Found<'a> {
     module: &'a str,
-    name: &'a str,
+    function: usize,
     offset: u64,
     module_offset: u64,
 }
@@ -114,24 +125,27 @@ impl<'a> Line<'a> {
 
 impl Table {
     fn read(kallsyms: impl BufRead) -> io::Result<Self> {
-        let mut table = Self::default();
+        let (mut table, mut listed) = (Self::default(), Listed::default());
         let mut modules = HashMap::new();
         let mut kallsyms = kallsyms.take(KALLSYMS_BYTES_MAX);
         let mut line = Vec::with_capacity(256);
         while read_line(&mut kallsyms, &mut line)? {
             if let Some(parsed) = str::from_utf8(&line).ok().and_then(Line::parse) {
-                table.add(&parsed, &mut modules);
+                table.add(&parsed, &mut listed, &mut modules);
             }
         }
         // Stable, so that of two equal names the first listed stays.
-        table.functions.sort_by_key(|function| (function.addr, function.rank));
-        table.functions.dedup_by_key(|function| function.addr);
-        table.functions.shrink_to_fit();
-        table.names.shrink_to_fit();
+        let Listed { mut functions, names } = listed;
+        functions.sort_by_key(|function| (function.addr, function.rank));
+        functions.dedup_by_key(|function| function.addr);
+        table.addrs = functions.iter().map(|function| function.addr).collect();
+        table.module_of = functions.iter().map(|function| function.module).collect();
+        let name = |function: &Function| names.get(function.name_at as usize..).unwrap_or_default();
+        table.names = PackedNames::new(functions.iter().map(name))?;
         Ok(table)
     }
 
-    fn add(&mut self, line: &Line<'_>, modules: &mut HashMap<Box<str>, u16>) {
+    fn add(&mut self, line: &Line<'_>, listed: &mut Listed, modules: &mut HashMap<Box<str>, u16>) {
         let Some(rank) = line.rank() else { return };
         if line.addr == 0 {
             self.hidden += 1;
@@ -152,28 +166,29 @@ impl Table {
             let begins_here = name != BUILT_IN || line.name == "_stext";
             module.start = if begins_here { module.start.min(line.addr) } else { module.start };
         }
-        let Ok(name_at) = u32::try_from(self.names.len()) else { return };
-        self.names.push_str(line.name);
-        self.names.push('\0');
-        self.functions.push(Function { addr: line.addr, name_at, module: number, rank });
+        let Ok(name_at) = u32::try_from(listed.names.len()) else { return };
+        listed.names.push_str(line.name);
+        listed.names.push('\0');
+        listed.functions.push(Function { addr: line.addr, name_at, module: number, rank });
     }
 
     fn find(&self, addr: Addr) -> Result<Found<'_>, Reason> {
-        if self.functions.is_empty() {
+        if self.addrs.is_empty() {
             return Err(if self.hidden > 0 { Reason::KallsymsHidden } else { Reason::NoSymbols });
         }
-        let behind = self.functions.partition_point(|function| function.addr <= addr.0);
-        let function =
-            behind.checked_sub(1).and_then(|at| self.functions.get(at)).ok_or(Reason::NotInSymbols)?;
-        let offset = addr.0 - function.addr;
+        let behind = self.addrs.partition_point(|&start| start <= addr.0);
+        let function = behind.checked_sub(1).ok_or(Reason::NotInSymbols)?;
+        let (Some(start), Some(&module)) = (self.addrs.get(function), self.module_of.get(function)) else {
+            return Err(Reason::NotInSymbols);
+        };
+        let offset = addr.0 - start;
         if offset >= FUNCTION_BYTES_MAX {
             return Err(Reason::NotInSymbols);
         }
-        let name = self.names.get(function.name_at as usize..).and_then(|names| names.split('\0').next());
-        let module = self.modules.get(usize::from(function.module)).ok_or(Reason::NotInSymbols)?;
+        let module = self.modules.get(usize::from(module)).ok_or(Reason::NotInSymbols)?;
         Ok(Found {
             module: &module.name,
-            name: name.unwrap_or_default(),
+            function,
             offset,
             module_offset: module.offset(addr).unwrap_or(offset),
         })
@@ -244,10 +259,11 @@ impl KernelSymbols {
 
     /// The function at an address: one frame, with its module and the offset in that.
     pub(super) fn frames(&self, addr: Addr) -> Result<Vec<NewFrame>, Reason> {
-        let Found { module, name, offset: _, module_offset } = self.table.find(addr)?;
+        let Found { module, function, offset: _, module_offset } = self.table.find(addr)?;
+        let name = self.table.names.get(function).ok_or(Reason::NotInSymbols)?;
         Ok(vec![NewFrame {
-            function: name.into(),
-            system_name: name.into(),
+            function: name.clone(),
+            system_name: name,
             module: module.into(),
             module_offset,
             ..NewFrame::default()
@@ -309,7 +325,9 @@ ffffffffc1000000 t bpf_prog_6deef7357e7b4530\t[bpf]
     #[track_caller]
     fn check(addr: u64, expect: Result<(&str, &str, u64), Reason>) {
         let table = Table::read(KALLSYMS.as_bytes()).unwrap();
-        let found = table.find(Addr(addr)).map(|found| (found.module, found.name, found.offset));
+        let found = table.find(Addr(addr));
+        let name = found.ok().and_then(|found| table.names.get(found.function)).unwrap_or_default();
+        let found = found.map(|found| (found.module, &*name, found.offset));
         assert_eq!(found, expect, "{addr:#x}");
     }
 

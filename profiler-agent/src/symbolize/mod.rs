@@ -11,6 +11,7 @@ mod kernel;
 mod names;
 mod native;
 mod nesting;
+mod packed;
 mod pclntab;
 mod perf_map;
 mod queue;
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use crate::addr::{Addr, ElfAddr};
+use crate::background::{Background, Payer, Task};
 use crate::executable::{Executable, ExecutableId};
 use crate::process::GeneratedCode;
 use crate::sys::{memory, sigbus};
@@ -241,7 +243,12 @@ impl Symbols {
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
-    pub(crate) fn start(proc_root: &Path, cache_bytes_max: usize, sources: Sources) -> io::Result<Self> {
+    pub(crate) fn start(
+        proc_root: &Path,
+        cache_bytes_max: usize,
+        sources: Sources,
+        background: &Arc<Background>,
+    ) -> io::Result<Self> {
         sigbus::install()?;
         let Sources { store, fetcher } = sources;
         let queue = Arc::new(Queue::new(cache_bytes_max));
@@ -256,9 +263,10 @@ impl Symbols {
             let kernel = KernelSymbols::new(proc_root);
             let generated = GeneratedSymbols::new(proc_root);
             let (store, debuginfod) = (symbols.store.clone(), symbols.debuginfod.clone());
+            let payer = Payer::new(background, Task::Names);
             let thread =
                 thread::Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(move || {
-                    work(&queue, lane, kernel, generated, NativeSymbols::new(store, debuginfod))
+                    work(&queue, lane, payer, kernel, generated, NativeSymbols::new(store, debuginfod))
                 })?;
             symbols.threads().push(thread);
         }
@@ -329,12 +337,14 @@ impl Drop for Symbols {
 fn work(
     queue: &Queue,
     lane: Lane,
+    mut payer: Payer,
     mut kernel: KernelSymbols,
     mut generated: GeneratedSymbols,
     mut native: NativeSymbols,
 ) {
     let mut released = Instant::now();
     let mut has_worked = false;
+    payer.begin();
     loop {
         if has_worked && released.elapsed() >= RELEASE_INTERVAL {
             memory::release_free();
@@ -351,6 +361,14 @@ fn work(
             }
             queue::Next::Closed => return native.save(),
         };
+        payer.pay();
+        while let Some(wait) = payer.wait(Instant::now()) {
+            native.release_idle(Instant::now());
+            generated.release_idle(Instant::now());
+            if queue.rest(wait) {
+                return native.save();
+            }
+        }
         has_worked = true;
         match source {
             Source::File(executable) => {
@@ -416,7 +434,8 @@ mod tests {
         let library = LocationKey::Native { executable, addr };
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
-        let symbols = Symbols::start(Path::new("/proc"), 1 << 20, Sources::default()).unwrap();
+        let background = Arc::new(Background::new(crate::budget::TERM, Instant::now()));
+        let symbols = Symbols::start(Path::new("/proc"), 1 << 20, Sources::default(), &background).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());

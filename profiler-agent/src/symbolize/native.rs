@@ -957,6 +957,41 @@ pub(super) mod tests {
         }
     }
 
+    /// CPU time of this thread, in nanoseconds.
+    fn cpu_ns() -> u64 {
+        let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        text.split(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// Nanoseconds an address that was not asked for before, of code that was: its file and its units are loaded.
+    fn warm_ns(function: u64) -> u64 {
+        const ADDRS: u64 = 8192;
+        // Odd, so that addresses fall anywhere in functions and lines.
+        const STEP: u64 = 61;
+        let (executable, first) = at(&ExecutableCache::new(4), function);
+        let (loading, measured): (Vec<u64>, Vec<u64>) =
+            (0..ADDRS / 2).map(|at| first.0 + at * 2 * STEP).map(|addr| (addr, addr + STEP)).unzip();
+        let mut symbols = NativeSymbols::new(None, None);
+        symbols.symbolize(&executable, &loading);
+        let start = cpu_ns();
+        // In batches, as the symbolizer threads ask.
+        let named: usize = measured
+            .chunks(64)
+            .map(|addrs| symbols.symbolize(&executable, addrs).iter().filter(|found| found.is_ok()).count())
+            .sum();
+        let ns = cpu_ns() - start;
+        assert!(named * 10 > measured.len() * 9, "{named} of {} have names", measured.len());
+        ns / measured.len() as u64
+    }
+
+    #[test]
+    #[ignore = "a measurement, by cargo xtask bench unwind"]
+    fn measure_a_warm_address() {
+        let with_lines = warm_ns(measure_a_warm_address as *const () as u64);
+        let by_symbols = warm_ns(libc::qsort as *const () as u64);
+        println!("\nMEASURED {{\"with_lines_ns\": {with_lines}, \"by_symbols_ns\": {by_symbols}}}");
+    }
+
     proptest! {
         #![proptest_config(Config { cases: 512, ..Config::default() })]
 

@@ -111,6 +111,8 @@ pub(super) struct Queue {
     large_work: Condvar,
     /// A batch is done.
     done: Condvar,
+    /// The queue was closed.
+    closing: Condvar,
 }
 
 #[derive(Debug)]
@@ -243,6 +245,7 @@ impl Queue {
             quick_work: Condvar::new(),
             large_work: Condvar::new(),
             done: Condvar::new(),
+            closing: Condvar::new(),
         }
     }
 
@@ -316,6 +319,15 @@ impl Queue {
         }
     }
 
+    /// Waits so long, or until the queue is closed; true when it is.
+    pub(super) fn rest(&self, wait: Duration) -> bool {
+        let (state, _) = self
+            .closing
+            .wait_timeout_while(self.lock(), wait, |state| !state.closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.closed
+    }
+
     /// Takes the results of a batch, and how often a parser panicked over it.
     pub(super) fn finish(
         &self,
@@ -372,6 +384,7 @@ impl Queue {
         self.quick_work.notify_all();
         self.large_work.notify_all();
         self.done.notify_all();
+        self.closing.notify_all();
     }
 
     fn work(&self, lane: Lane) -> &Condvar {

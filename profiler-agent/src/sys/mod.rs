@@ -1,5 +1,6 @@
 //! Raw system calls and kernel formats. With `profiler-ebpf`, the only place where `unsafe` lives.
 
+pub(crate) mod bpf;
 pub(crate) mod bpf_objects;
 pub(crate) mod btf;
 pub(crate) mod capabilities;

@@ -40,6 +40,7 @@ use self::{
 };
 use crate::{
     addr::FileOffset,
+    background::Payer,
     bpf::UnwindMaps,
     executable::Executable,
     memory::UnwindSizes,
@@ -153,6 +154,7 @@ pub(crate) struct Unwinder {
     /// Processes to look at.
     waiting: VecDeque<u32>,
     has_made_tables: bool,
+    payer: Payer,
 }
 
 /// A process that has an entry.
@@ -182,6 +184,7 @@ impl Unwinder {
         sizes: UnwindSizes,
         images: ImageReader,
         counts: Arc<UnwindCounts>,
+        payer: Payer,
     ) -> Self {
         Self {
             maps,
@@ -195,6 +198,7 @@ impl Unwinder {
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
             has_made_tables: false,
+            payer,
         }
     }
 
@@ -202,8 +206,14 @@ impl Unwinder {
     pub(crate) fn run(mut self, requests: &Receiver<Request>) {
         self.waiting = self.images.pids().into();
         let (mut swept, mut retried) = (Instant::now(), Instant::now());
-        while self.receive(requests).is_some() {
-            if let Some(pid) = self.waiting.pop_front() {
+        self.payer.begin();
+        let mut wait = None;
+        while self.receive(requests, wait).is_some() {
+            self.payer.pay();
+            wait = if self.waiting.is_empty() { None } else { self.payer.wait(Instant::now()) };
+            if wait.is_none()
+                && let Some(pid) = self.waiting.pop_front()
+            {
                 self.update(pid);
             }
             if self.waiting.is_empty() {
@@ -223,16 +233,16 @@ impl Unwinder {
         }
     }
 
-    /// Takes what has been asked for; waits only while there is nothing to do. `None` at the end.
-    fn receive(&mut self, requests: &Receiver<Request>) -> Option<()> {
-        if self.waiting.is_empty() {
-            match requests.recv_timeout(SWEEP_INTERVAL) {
+    /// Takes what has been asked for; waits only while there is nothing to do, or no CPU time to do it. `None` at the end.
+    fn receive(&mut self, requests: &Receiver<Request>, wait: Option<Duration>) -> Option<()> {
+        if let Some(wait) = if self.waiting.is_empty() { Some(SWEEP_INTERVAL) } else { wait } {
+            match requests.recv_timeout(wait) {
                 Ok(request) => self.take(request),
                 Err(RecvTimeoutError::Timeout) => return Some(()),
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
         }
-        while self.waiting.len() < REQUESTS_MAX {
+        for _ in 0..REQUESTS_MAX {
             match requests.try_recv() {
                 Ok(request) => self.take(request),
                 Err(TryRecvError::Empty) => break,
@@ -246,6 +256,9 @@ impl Unwinder {
     fn take(&mut self, request: Request) {
         match request {
             Request::Read(pid) if self.waiting.contains(&pid) => {}
+            Request::Read(_) if self.waiting.len() >= REQUESTS_MAX => {
+                self.counts.requests_dropped.fetch_add(1, Relaxed);
+            }
             Request::Read(pid) => self.waiting.push_back(pid),
             Request::Forked(pid) => self.adopt(pid),
             Request::Exited(pid, start_ns) => self.bury(pid, start_ns),
