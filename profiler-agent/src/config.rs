@@ -144,7 +144,7 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LABEL", value_name = "NAME=VALUE", value_delimiter = ',')]
     label: Vec<String>,
 
-    /// Profile the heap of processes with a label: NAME=VALUE[@RATE], as exe=postgres@64KiB. NAME is a label of their
+    /// Profile the heap of processes with a label: NAME=VALUE or NAME=VALUE@RATE, as exe=postgres@64KiB. NAME is a label of their
     /// profiles or pid, RATE the mean bytes between samples, 0 for none [default: 512KiB]; may be given more than once, the
     /// first that matches counts. x86-64, Linux 6.13
     #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]

@@ -12,18 +12,15 @@ use aya_ebpf::{
 };
 use profiler_common::{
     heap::{
-        ALLOC_PART_WORDS, AllocPart, Call, EXP, HEAP_FRAMES_MAX, HeapCounter, LiveKey, POINT_NESTS, Pending, Point,
-        SCRATCH_SLOTS, Target, unsampled,
+        ALLOC_PART_WORDS, AllocPart, Call, EXP, HEAP_FRAMES_MAX, HeapCounter, LiveKey, POINT_NESTS, Pending,
+        Point, SCRATCH_SLOTS, Target, unsampled,
     },
     wire::{FLAG_TABLES, Frame, RecordHead, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
 
 use crate::{
     arch,
-    helpers::{
-        attach_cookie, boot_time_ns, current_ids, current_thread_name, random_u32,
-        read_user,
-    },
+    helpers::{attach_cookie, boot_time_ns, current_ids, current_thread_name, random_u32, read_user},
     maps::{EVENTS, NO_CHUNK, Scratch},
     stack::{go_to_caller, load_context, mask},
     table, task,

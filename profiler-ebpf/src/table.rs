@@ -3,11 +3,11 @@
 use core::arch::asm;
 
 use profiler_common::{
+    stats::Counter,
     unwind::{
         Directory, Leaf, RowTable, UnwindRule, find_row,
         mappings::{MappingChunk, MappingRecord, MappingTable, NS_PER_TICK, ProcessEntry, find_mapping},
     },
-    stats::Counter,
     wire::StackEnd,
 };
 

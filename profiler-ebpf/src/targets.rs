@@ -7,7 +7,7 @@ use profiler_common::{
 
 use crate::{
     helpers::{ancestor_cgroup_id, current_cgroup_id, current_ids, random},
-    maps::{CPU_SCRATCH, FAMILY, TARGETS, TARGET_TURNS, count, kernel_fact, setting},
+    maps::{CPU_SCRATCH, FAMILY, TARGET_TURNS, TARGETS, count, kernel_fact, setting},
     stack::mask,
     task,
 };

@@ -61,8 +61,6 @@ pub(crate) enum BpfError {
     },
     #[error(transparent)]
     Heap(#[from] HeapLoadError),
-    #[error("the programs were loaded to sample everything")]
-    NoTargets,
     #[error(
         "find target cgroup {}: no cgroup v2 hierarchy is mounted here as a whole; use a target's pid or comm",
         .0.display()
@@ -284,14 +282,6 @@ impl Programs {
             }
         }
         Ok(())
-    }
-
-    /// Samples other targets from now on.
-    #[expect(dead_code, reason = "for the commands that record one process")]
-    pub(crate) fn set_targets(&mut self, targets: Targets) -> Result<(), BpfError> {
-        let map = self.targets.as_mut().ok_or(BpfError::NoTargets)?;
-        map.wanted = targets;
-        map.follow_cgroups()
     }
 
     /// Looks for cgroups of targets that were not there before.

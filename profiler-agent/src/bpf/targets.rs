@@ -19,7 +19,7 @@ const FAMILIES: &str = "FAMILY";
 pub(super) struct TargetMap {
     map: Array<MapData, Value>,
     families: HashMap<MapData, u32, u32>,
-    pub(super) wanted: Targets,
+    wanted: Targets,
     written: Box<WireList>,
     hierarchy: Option<PathBuf>,
 }

@@ -971,7 +971,7 @@ pub(super) mod tests {
         let (executable, first) = at(&ExecutableCache::new(4), function);
         let (loading, measured): (Vec<u64>, Vec<u64>) =
             (0..ADDRS / 2).map(|at| first.0 + at * 2 * STEP).map(|addr| (addr, addr + STEP)).unzip();
-        let mut symbols = NativeSymbols::new(None);
+        let mut symbols = NativeSymbols::new(None, None);
         symbols.symbolize(&executable, &loading);
         let start = cpu_ns();
         // In batches, as the symbolizer threads ask.
