@@ -3,8 +3,8 @@
  *
  * heap_truth [ROUNDS]
  *
- * Prints "ready", waits for a line, allocates, prints what it allocated and still holds as JSON, and holds it until its
- * input is closed. Each place is a function of its own, so that its name in a profile tells the place.
+ * Prints "ready"; for each line that it reads it allocates, and prints what it has allocated so far and still holds as
+ * JSON. It holds that until its input is closed. Each place is a function of its own, so that its name in a profile tells the place.
  */
 #include <malloc.h>
 #include <string.h>
@@ -134,16 +134,14 @@ int main(int argc, char **argv)
 	unsigned long rounds = argc > 1 ? strtoul(argv[1], NULL, 10) : 800;
 	char line[16];
 	say_ready();
-	if (fgets(line, sizeof line, stdin) == NULL)
-		return 0;
-	for (int thread = 0; thread < THREADS; thread++) {
-		workers[thread].rounds = rounds;
-		pthread_create(&workers[thread].thread, NULL, work, &workers[thread]);
+	while (fgets(line, sizeof line, stdin) != NULL) {
+		for (int thread = 0; thread < THREADS; thread++) {
+			workers[thread].rounds = rounds;
+			pthread_create(&workers[thread].thread, NULL, work, &workers[thread]);
+		}
+		for (int thread = 0; thread < THREADS; thread++)
+			pthread_join(workers[thread].thread, NULL);
+		tell(workers);
 	}
-	for (int thread = 0; thread < THREADS; thread++)
-		pthread_join(workers[thread].thread, NULL);
-	tell(workers);
-	while (fgets(line, sizeof line, stdin) != NULL)
-		;
 	return 0;
 }
