@@ -260,7 +260,7 @@ mod tests {
     use crate::{
         addr::Addr,
         label::{Labeler, Subject},
-        window::{Counts, Entry, Room, SampleLabels, Series, Taken},
+        window::{Counts, Entry, Measure, Room, SampleLabels, Series, Taken},
     };
 
     /// A window with these stacks, leaf first, and so many samples of each.
@@ -272,12 +272,17 @@ mod tests {
             let first = u32::try_from(locations.len()).expect("few");
             locations.extend(stack.iter().cloned());
             indexes.push((first..first + u32::try_from(stack.len()).expect("few")).collect());
-            samples.push(Entry { stack: number, labels: 0, counts: Counts { samples: *count, value: 1 } });
+            samples.push(Entry {
+                stack: number,
+                labels: 0,
+                counts: Counts { samples: *count, value: 1, objects: 0 },
+            });
         }
         let labels = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
         Closed {
             start_unix_ns: 1,
             duration_ns: 1,
+            measure: Measure::Cpu,
             period_ns: 1,
             samples: 1,
             series: vec![Series { labels, samples }],

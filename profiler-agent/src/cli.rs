@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
-use crate::config::{Flags, Sources};
+use crate::{
+    config::{Flags, Sources},
+    record,
+};
 
 /// Samples the stacks of every process on this machine and shows them as flame graphs.
 ///
@@ -28,6 +31,8 @@ struct Cli {
 /// What to do instead of running the agent.
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Record CPU time of some processes, or of all, into one file
+    Record(record::Arguments),
     /// Say what works on this machine, what does not, and what to do about it
     Doctor(DoctorFlags),
     /// Show what the running agent does
@@ -100,7 +105,7 @@ mod tests {
     #[test]
     fn the_help_is_as_designed() {
         insta::assert_snapshot!("help", help(&mut Cli::command()));
-        for name in ["doctor", "status", "support-bundle"] {
+        for name in ["record", "doctor", "status", "support-bundle"] {
             let mut root = Cli::command();
             let command = root.find_subcommand_mut(name).expect("a command");
             insta::assert_snapshot!(format!("help-{name}"), help(command));

@@ -13,12 +13,13 @@ use std::{
 use clap::{ArgMatches, Args, parser::ValueSource};
 use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN, USER_FRAMES_LIMIT_MIN, USER_FRAMES_MAX};
 use profiler_pprof::push;
+use reqwest::Url;
 use serde::Deserialize;
 
 use crate::{
     budget::{self, CpuShare},
     export::Destination,
-    logs,
+    heap, logs,
     memory::{self, MemoryPlan, TooSmall},
     pipeline,
     targets::{CommPrefix, Target, Targets},
@@ -93,6 +94,16 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
 
+    /// debuginfod server to ask for debug information by build id; may be given more than once. None is asked by default, nor is
+    /// DEBUGINFOD_URLS of the environment
+    #[arg(
+        long = "debuginfod-url",
+        env = "PROFILER_DEBUGINFOD_URLS",
+        value_name = "URL",
+        value_delimiter = ','
+    )]
+    debuginfod_urls: Vec<String>,
+
     /// How to find the callers of native code: dwarf (unwind tables made from each executable's .eh_frame; frame
     /// pointers where there are none) or frame-pointers [default: dwarf]
     #[arg(long, env = "PROFILER_UNWIND", value_name = "HOW")]
@@ -132,6 +143,12 @@ pub(crate) struct Flags {
     /// Label for every profile of this agent; may be given more than once
     #[arg(long, env = "PROFILER_LABEL", value_name = "NAME=VALUE", value_delimiter = ',')]
     label: Vec<String>,
+
+    /// Profile the heap of processes with a label: NAME=VALUE[@RATE], as exe=postgres@64KiB. NAME is a label of their
+    /// profiles or pid, RATE the mean bytes between samples, 0 for none [default: 512KiB]; may be given more than once, the
+    /// first that matches counts. x86-64, Linux 6.13
+    #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]
+    heap: Vec<String>,
 
     /// What to log: error, warn, info, debug, trace, or a tracing filter [default: info]
     #[arg(long, env = "PROFILER_LOG", value_name = "FILTER")]
@@ -182,6 +199,8 @@ struct File {
     backend_listen: Option<String>,
     data_dir: Option<PathBuf>,
     cache_dir: Option<PathBuf>,
+    #[serde(default)]
+    debuginfod_urls: Vec<String>,
     unwind: Option<String>,
     stack_depth: Option<u32>,
     #[serde(default)]
@@ -192,6 +211,8 @@ struct File {
     node: Option<String>,
     #[serde(default)]
     labels: BTreeMap<String, String>,
+    #[serde(default)]
+    heap: Vec<HeapRule>,
     log: Option<String>,
     log_format: Option<String>,
     #[serde(default)]
@@ -202,6 +223,15 @@ struct File {
     run_dir: Option<PathBuf>,
     instance: Option<String>,
     allow_kernel: Option<bool>,
+}
+
+/// `{ match = "exe=postgres", rate = "64KiB" }`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeapRule {
+    #[serde(rename = "match")]
+    matches: String,
+    rate: Option<String>,
 }
 
 /// One `[[target]]` of the file.
@@ -259,6 +289,8 @@ pub(crate) struct Config {
     pub(crate) data_dir: PathBuf,
     /// Where names are kept for the next start.
     pub(crate) cache_dir: PathBuf,
+    /// Servers for debug information; empty: none is asked.
+    pub(crate) debuginfod_urls: Vec<Url>,
     /// How the callers of native code are found.
     pub(crate) unwind: Unwind,
     /// User frames of a stack, at most.
@@ -271,6 +303,8 @@ pub(crate) struct Config {
     pub(crate) node: String,
     /// Labels of every profile.
     pub(crate) labels: Vec<(String, String)>,
+    /// Whose heap is profiled; empty means nobody's.
+    pub(crate) heap: Vec<heap::Rule>,
     /// Filter of log lines.
     pub(crate) log: String,
     /// Form of log lines.
@@ -432,6 +466,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         backend_listen,
         data_dir,
         cache_dir,
+        debuginfod_urls,
         unwind,
         stack_depth,
         pid,
@@ -440,6 +475,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         upload,
         node,
         label,
+        heap,
         log,
         log_format,
         profiles,
@@ -452,6 +488,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
     } = flags;
     let data_dir = data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     let upload = if upload.is_empty() { file.upload } else { upload };
+    let debuginfod_urls = if debuginfod_urls.is_empty() { file.debuginfod_urls } else { debuginfod_urls };
     let profiles = if profiles.is_empty() { file.profiles } else { profiles };
     let config = Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
@@ -465,6 +502,10 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             backend_listen.or(file.backend_listen).as_deref().unwrap_or(DEFAULT_BACKEND_LISTEN),
         )?,
         cache_dir: cache_dir.or(file.cache_dir).unwrap_or_else(|| data_dir.join("cache")),
+        debuginfod_urls: debuginfod_urls
+            .iter()
+            .map(|url| parse_debuginfod_url(url))
+            .collect::<Result<_, _>>()?,
         data_dir,
         unwind: parse_unwind(unwind.or(file.unwind))?,
         stack_depth: parse_stack_depth(stack_depth.or(file.stack_depth.map(|depth| depth.to_string())))?,
@@ -472,6 +513,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
+        heap: parse_heap(&file.heap, &heap)?,
         log: parse_log(log.or(file.log))?,
         log_format: parse_log_format(log_format.or(file.log_format))?,
         profiles: parse_profiles(profiles)?,
@@ -531,7 +573,7 @@ fn read_token(file: PathBuf) -> Result<Token, ConfigError> {
     Ok(Token { text, file })
 }
 
-fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
+pub(crate) fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
     let Some(text) = value else { return Ok(DEFAULT_FREQUENCY_HZ) };
     let accepted = format!("accepted: {FREQUENCY_HZ_MIN} to {FREQUENCY_HZ_MAX} samples per second and CPU");
     let hz = text.parse().ok().filter(|hz| (FREQUENCY_HZ_MIN..=FREQUENCY_HZ_MAX).contains(hz));
@@ -641,7 +683,7 @@ fn parse_window(value: Option<String>) -> Result<Duration, ConfigError> {
 }
 
 /// `10s`, `1500ms`, `2m`.
-fn parse_duration(text: &str) -> Option<Duration> {
+pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|letter: char| !letter.is_ascii_digit())?;
     let (number, unit) = text.split_at(digits);
     let number: u64 = number.parse().ok()?;
@@ -672,7 +714,22 @@ fn parse_uploads(texts: &[String]) -> Result<Vec<Destination>, ConfigError> {
     Ok(destinations)
 }
 
-/// What may be shown of an upload's text, which need not be a URL: nothing that could be credentials or a query.
+/// Without credentials and query, so that there is no secret in it.
+fn parse_debuginfod_url(text: &str) -> Result<Url, ConfigError> {
+    let accepted = "accepted: http://HOST[:PORT][/PATH] or https://…, without credentials or a query";
+    let is_plain = |url: &Url| {
+        matches!(url.scheme(), "http" | "https")
+            && url.has_host()
+            && url.username().is_empty()
+            && url.password().is_none()
+            && url.query().is_none()
+            && url.fragment().is_none()
+    };
+    let url = Url::parse(text).ok().filter(is_plain);
+    url.ok_or_else(|| refuse("debuginfod-url", redacted(text), accepted))
+}
+
+/// What may be shown of a URL's text, which need not be a URL: nothing that could be credentials or a query.
 fn redacted(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").map_or(("", text), |(scheme, rest)| (scheme, rest));
     let separator = if scheme.is_empty() { "" } else { "://" };
@@ -719,6 +776,17 @@ pub(crate) const SAMPLE_LABELS: [&str; 3] = ["comm", "pid", "thread_name"];
 /// Source: Prometheus data model, label names; two leading underscores are for internal use.
 fn is_label_name(name: &str) -> bool {
     push::is_label_name(name) && !name.starts_with("__")
+}
+
+/// Rules of flags come before those of the file, and the first that matches decides.
+fn parse_heap(file: &[HeapRule], flags: &[String]) -> Result<Vec<heap::Rule>, ConfigError> {
+    let file = file.iter().map(|rule| match &rule.rate {
+        Some(rate) => format!("{}@{rate}", rule.matches),
+        None => rule.matches.clone(),
+    });
+    let accepted = "accepted: NAME=VALUE or NAME=VALUE@RATE, NAME a label or pid, RATE in bytes, KiB or MiB, below 4 GiB";
+    let rule = |text: String| heap::parse(&text).ok_or_else(|| refuse("heap", &text, accepted));
+    flags.iter().cloned().chain(file).map(rule).collect()
 }
 
 fn parse_unwind(value: Option<String>) -> Result<Unwind, ConfigError> {
@@ -871,6 +939,22 @@ pub(crate) mod tests {
     fn the_file_is_refused_by_line() {
         refused(&[], "frequency = 19\nfrequncy = 3\n", &["line 2", "frequncy"]);
         refused(&[], "frequency = \"fast\"\n", &["line 1"]);
+    }
+
+    #[test]
+    fn servers_for_debug_information_are_none_unless_they_are_named() {
+        assert!(config(&[], "").expect("valid").debuginfod_urls.is_empty());
+        let urls = |args: &[&str], file| -> Vec<String> {
+            let urls = config(args, file).expect("valid").debuginfod_urls;
+            urls.iter().map(ToString::to_string).collect()
+        };
+        let file = "debuginfod_urls = [\"https://b/x\"]";
+        assert_eq!(urls(&[], file), ["https://b/x"]);
+        assert_eq!(urls(&["--debuginfod-url", "http://a,http://c"], file), ["http://a/", "http://c/"]);
+        for bad in ["a", "ftp://a", "http://u:secret@a/", "http://a/?secret", "file:///a"] {
+            let error = config(&["--debuginfod-url", bad], "").expect_err(bad).to_string();
+            assert!(error.starts_with("debuginfod-url: ") && !error.contains("secret"), "{error}");
+        }
     }
 
     #[test]

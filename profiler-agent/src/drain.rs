@@ -17,6 +17,7 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use profiler_common::{
+    heap::AllocPart,
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{
         FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd,
@@ -26,7 +27,7 @@ use profiler_common::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
-    ledger::{Cause, Ledger, Place, ProfileType},
+    ledger::{Cause, Ledger, PerType, Place, ProfileType},
     process::Exec,
     sys::clock,
 };
@@ -44,7 +45,7 @@ pub(crate) const BATCH_BYTES_MAX: usize = 64 << 10;
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     bytes: Vec<u8>,
-    samples: u64,
+    samples: PerType<u64>,
     execs: u64,
     /// Fork and exit records.
     lives: u64,
@@ -59,14 +60,16 @@ impl Batch {
         let Ok(length) = u32::try_from(record.len()) else { return false };
         self.bytes.extend_from_slice(&length.to_ne_bytes());
         self.bytes.extend_from_slice(record);
-        self.samples += u64::from(is_sample(record));
+        if let Some(profile_type) = sample_type(record) {
+            *self.samples.of_mut(profile_type) += 1;
+        }
         self.execs += u64::from(kind(record) == Some(RecordKind::Exec));
         self.lives += u64::from(matches!(kind(record), Some(RecordKind::Fork | RecordKind::Exit)));
         true
     }
 
-    /// Samples among the records.
-    pub(crate) fn samples(&self) -> u64 {
+    /// Samples among the records, by type.
+    pub(crate) fn samples(&self) -> PerType<u64> {
         self.samples
     }
 
@@ -84,9 +87,13 @@ impl Batch {
 
 const LENGTH_BYTES: usize = 4;
 
-/// A record that stands for a sample, by its kind; also when the rest of it is broken.
-pub(crate) fn is_sample(record: &[u8]) -> bool {
-    kind(record) == Some(RecordKind::CpuSample)
+/// The type of a record that stands for a sample, by its kind; also when the rest of it is broken.
+pub(crate) fn sample_type(record: &[u8]) -> Option<ProfileType> {
+    match kind(record)? {
+        RecordKind::CpuSample => Some(ProfileType::Cpu),
+        RecordKind::AllocSample => Some(ProfileType::Allocs),
+        RecordKind::Exec | RecordKind::Fork | RecordKind::Exit | RecordKind::CgroupMade => None,
+    }
 }
 
 fn kind(record: &[u8]) -> Option<RecordKind> {
@@ -172,12 +179,16 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
         return;
     }
     let Batch { bytes: _, samples, execs, lives } = batch;
-    let account = ledger.of(ProfileType::Cpu);
-    account.add_drained(samples);
-    account.enter(Place::DrainQueue, samples);
+    let accounts = ProfileType::ALL.map(|profile_type| (ledger.of(profile_type), *samples.of(profile_type)));
+    for (account, samples) in accounts {
+        account.add_drained(samples);
+        account.enter(Place::DrainQueue, samples);
+    }
     if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = batches.try_send(batch) {
-        account.leave(Place::DrainQueue, samples);
-        account.drop_events(Cause::DrainQueueFull, samples);
+        for (account, samples) in accounts {
+            account.leave(Place::DrainQueue, samples);
+            account.drop_events(Cause::DrainQueueFull, samples);
+        }
         ledger.lose_execs(execs);
         ledger.lose_lives(lives);
     }
@@ -188,6 +199,8 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
 pub(crate) enum Record {
     /// An on-CPU sample.
     Sample(RawSample),
+    /// A sampled allocation. The sample's value is the number of bytes asked for.
+    Alloc(RawSample, AllocPart),
     /// A process has a new image.
     Exec(Exec),
     /// A cgroup was made.
@@ -301,7 +314,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
         }
         RecordKind::Exit => Some(Record::Exit { tgid, start_ns: reader.u64()? }),
         RecordKind::CgroupMade => Some(Record::CgroupMade { id: reader.u64()? }),
-        RecordKind::CpuSample => {
+        kind @ (RecordKind::CpuSample | RecordKind::AllocSample) => {
             if user_frames > USER_FRAMES_MAX || kernel_frames > KERNEL_FRAMES_MAX {
                 return None;
             }
@@ -311,7 +324,8 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
             let thread_name = reader.array()?;
             let comm = reader.array()?;
             debug_assert_eq!(record.len() - reader.rest.len(), size_of::<SampleHeader>());
-            Some(Record::Sample(RawSample {
+            let part = (kind == RecordKind::AllocSample).then(|| alloc_part(&mut reader));
+            let sample = RawSample {
                 tgid,
                 start_ns,
                 time_ns,
@@ -324,9 +338,17 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 by_tables: flags & FLAG_TABLES != 0,
                 kernel: reader.words(kernel_frames)?.collect(),
                 kernel_cut: KernelCut::of_flags(flags),
-            }))
+            };
+            Some(match part {
+                Some(part) => Record::Alloc(sample, part?),
+                None => Record::Sample(sample),
+            })
         }
     }
+}
+
+fn alloc_part(reader: &mut Reader<'_>) -> Option<AllocPart> {
+    Some(AllocPart { pointer: reader.u64()?, target: reader.u32()?, rate: reader.u32()? })
 }
 
 /// Takes integers off the front of a record.
@@ -386,6 +408,20 @@ pub(crate) mod tests {
         bytes.extend(sample.comm);
         bytes.extend(sample.user.iter().flat_map(|frame| frame.0.to_ne_bytes()));
         bytes.extend(sample.kernel.iter().flat_map(|address| address.to_ne_bytes()));
+        bytes
+    }
+
+    /// Some sampled allocation.
+    pub(crate) const PART: AllocPart = AllocPart { pointer: 0x5000, target: 3, rate: 1 << 19 };
+
+    /// The bytes of a sampled allocation as the kernel side writes them; it has no kernel frames.
+    pub(crate) fn encode_alloc(sample: &RawSample, part: AllocPart) -> Vec<u8> {
+        let sample = RawSample { kernel: Vec::new(), ..sample.clone() };
+        let mut bytes = encode(&sample);
+        bytes[1] = RecordKind::AllocSample as u8;
+        let words = [part.pointer.to_ne_bytes().to_vec(), part.target.to_ne_bytes().to_vec()].concat();
+        let header = size_of::<SampleHeader>();
+        bytes.splice(header..header, words.into_iter().chain(part.rate.to_ne_bytes()));
         bytes
     }
 
@@ -472,6 +508,16 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_sampled_allocation_is_read_back_as_it_was_written() {
+        let sample = RawSample { kernel: Vec::new(), ..sample(5) };
+        let bytes = encode_alloc(&sample, PART);
+        assert_eq!(decode(&bytes), Some(Record::Alloc(sample, PART)));
+        for length in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..length]), None, "{length} bytes");
+        }
+    }
+
+    #[test]
     fn every_truncation_of_a_sample_is_refused() {
         let whole = encode(&sample(5));
         for length in 0..whole.len() {
@@ -493,7 +539,7 @@ pub(crate) mod tests {
     fn a_batch_gives_back_its_records_and_counts_the_samples() {
         let records = [encode(&sample(1)), encode(&sample(2))];
         let batch = batch(&records);
-        assert_eq!(batch.samples(), 2);
+        assert_eq!(*batch.samples().of(ProfileType::Cpu), 2);
         assert!(batch.records().eq(records.iter().map(Vec::as_slice)));
     }
 

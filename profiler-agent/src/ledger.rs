@@ -15,6 +15,8 @@ pub(crate) enum Cause {
     RingFull,
     /// Kernel side: no scratch value on this CPU.
     NoScratch,
+    /// Kernel side: more threads were inside allocator functions than are remembered. Only of allocations.
+    PendingFull,
     /// The agent fell behind: the channel between drain and worker was full.
     DrainQueueFull,
     /// A record that could not be decoded.
@@ -28,12 +30,13 @@ pub(crate) enum Cause {
 }
 
 impl Cause {
-    const COUNT: usize = 7;
+    const COUNT: usize = 8;
 
     /// Every cause.
     pub(crate) const ALL: [Self; Self::COUNT] = [
         Self::RingFull,
         Self::NoScratch,
+        Self::PendingFull,
         Self::DrainQueueFull,
         Self::Malformed,
         Self::WindowFull,
@@ -46,6 +49,7 @@ impl Cause {
         match self {
             Self::RingFull => "ring_full",
             Self::NoScratch => "no_scratch",
+            Self::PendingFull => "pending_full",
             Self::DrainQueueFull => "drain_queue_full",
             Self::Malformed => "malformed",
             Self::WindowFull => "window_full",
@@ -87,18 +91,22 @@ impl Place {
 pub(crate) enum ProfileType {
     /// On-CPU stacks.
     Cpu,
+    /// Sampled allocations.
+    Allocs,
 }
 
 impl ProfileType {
-    const COUNT: usize = 1;
+    /// Number of types.
+    pub(crate) const COUNT: usize = 2;
 
     /// Every type.
-    pub(crate) const ALL: [Self; Self::COUNT] = [Self::Cpu];
+    pub(crate) const ALL: [Self; Self::COUNT] = [Self::Cpu, Self::Allocs];
 
     /// The value of the metric label `type`, and of a series' profile type.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
+            Self::Allocs => "allocs",
         }
     }
 }
@@ -328,7 +336,9 @@ impl Snapshot {
                 Balance::new(profile_type, self.of(profile_type), name, *totals.of(profile_type))
             })
         };
-        self.destinations.iter().flat_map(of_destination).collect()
+        // Most agents take no allocations, and then there is nothing to tell of them.
+        let is_told = |balance: &Balance| balance.profile_type == ProfileType::Cpu || !balance.is_empty();
+        self.destinations.iter().flat_map(of_destination).filter(is_told).collect()
     }
 
     /// Nothing changed places while it was taken, as far as can be seen.
@@ -367,6 +377,10 @@ impl Balance {
             waiting: places.filter(nonzero).collect(),
             dropped: causes.into_iter().chain(totals.dropped()).filter(nonzero).collect(),
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.taken == 0 && self.delivered == 0 && self.waiting.is_empty() && self.dropped.is_empty()
     }
 
     /// Taken less everything that is accounted for. Zero when nothing moves; negative when something was counted twice.
@@ -408,9 +422,13 @@ mod tests {
         let ledger = Ledger::default();
         ledger.of(ProfileType::Cpu).drop_events(Cause::RingFull, 3);
         ledger.of(ProfileType::Cpu).enter(Place::Window, 2);
-        let totals = PerType([DestinationTotals { delivered: 4, ..DestinationTotals::default() }]);
+        let mut totals = PerType::<DestinationTotals>::default();
+        totals.of_mut(ProfileType::Cpu).delivered = 4;
         let snapshot = |taken| {
-            let kernel = |_| KernelTotals { taken, submitted: 0 };
+            let kernel = |profile_type| match profile_type {
+                ProfileType::Cpu => KernelTotals { taken, submitted: 0 },
+                ProfileType::Allocs => KernelTotals::default(),
+            };
             Snapshot::take(&ledger, kernel, vec![("here".to_owned(), totals)])
         };
         assert!(snapshot(9).is_exact());
@@ -428,7 +446,8 @@ mod tests {
     fn what_is_lost_before_the_destinations_counts_once_however_many_there_are() {
         let ledger = Ledger::default();
         ledger.of(ProfileType::Cpu).drop_events(Cause::RingFull, 3);
-        let refused = PerType([DestinationTotals { dropped_refused: 2, ..DestinationTotals::default() }]);
+        let mut refused = PerType::<DestinationTotals>::default();
+        refused.of_mut(ProfileType::Cpu).dropped_refused = 2;
         let destinations = vec![("a".to_owned(), refused), ("b".to_owned(), PerType::default())];
         assert_eq!(Snapshot::take(&ledger, |_| KernelTotals::default(), destinations).dropped(), 5);
     }

@@ -15,6 +15,7 @@ mod drain;
 mod embedded;
 mod executable;
 mod export;
+mod heap;
 mod http;
 mod instance;
 mod label;
@@ -25,6 +26,7 @@ mod normalize;
 mod pipeline;
 mod privileges;
 mod process;
+mod record;
 mod reload;
 mod status;
 mod supervise;
@@ -51,7 +53,7 @@ use crate::{
     http::Front,
     ledger::Balance,
     logs::Logs,
-    pipeline::{Pipeline, Stopped},
+    pipeline::{Pipeline, Sink, Stopped},
     reload::Reloader,
     status::{Identity, Phase},
     supervise::Supervisor,
@@ -72,7 +74,13 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("profiler-agent: {error:#}");
-            if error.is::<ConfigError>() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
+            if error.is::<ConfigError>() {
+                ExitCode::from(EXIT_USAGE)
+            } else if error.is::<record::NotRun>() {
+                ExitCode::from(record::EXIT_NOT_RUN)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -131,7 +139,8 @@ fn profile(reloader: Reloader, logs: Logs, runtime: &Runtime) -> anyhow::Result<
         Some(backend) => vec![Destination::local(backend.address())],
         None => config.uploads.clone(),
     };
-    let pipeline = Pipeline::start(&config, destinations, runtime.handle())?;
+    let sinks = destinations.into_iter().map(Sink::Upload).collect();
+    let pipeline = Pipeline::start(&config, sinks, runtime.handle())?;
     front.begin(pipeline.view().clone(), backend.as_ref().map(Backend::address));
     let mut status = Status::new(pipeline.view().clone());
     let mut supervisor = Supervisor::new(pipeline, reloader, front.clone(), logs);

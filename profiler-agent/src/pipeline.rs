@@ -18,26 +18,31 @@ use std::{
 };
 
 use anyhow::Context as _;
-use profiler_common::{stats::Counter, wire::StackEnd};
+use profiler_common::{
+    heap::{AllocPart, HeapCounter},
+    stats::Counter,
+    wire::StackEnd,
+};
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, info, warn};
 
 use crate::{
     background::{Background, Payer, Task as Work},
     binaries::Binaries,
-    bpf::{BpfError, KernelCounts, LoadOptions, Programs},
+    bpf::{BpfError, HeapCounts, KernelCounts, LoadOptions, Programs},
     budget::{BpfTime, CpuShare, Direction, Governor, Sampling, Step, Use},
     config::{Config, Unwind},
     drain::{self, Progress, RawSample, Record},
     embedded,
     executable::ExecutableCache,
-    export::{self, Batch, Destination, Losses, Queue, UploadCounts},
-    label::{CgroupNames, Labeler, fold_kworker, task_name},
-    ledger::{Account, Balance, Cause, KernelTotals, Ledger, Place, ProfileType, Snapshot},
+    export::{self, Batch, Collector, Destination, Losses, Queue, UploadCounts},
+    heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Orders, Targets},
+    label::{CgroupNames, Labeler, SeriesLabels, fold_kworker, task_name},
+    ledger::{Account, Balance, Cause, KernelTotals, Ledger, PerType, Place, ProfileType, Snapshot},
     memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
-    symbolize::{LocationKey, NameStore, Symbols},
+    symbolize::{self, DebugInfod, Fetcher, LocationKey, NameStore, Symbols},
     sys::{
         cgroup::Hierarchy,
         clock::{self, WallClock},
@@ -47,13 +52,15 @@ use crate::{
     },
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
-    window::{Closed, Room, SampleLabels, Windows},
+    window::{Closed, Full, Measure, Room, SampleLabels, Windows},
 };
 
 /// Closed windows between worker and encoder. Each may hold megabytes; symbolizing is behind by seconds at most.
 const CLOSED_MAX: usize = 8;
 /// How long a closed window waits for names. What is late leaves as an address; the next window has its name.
 const SYMBOLS_DEADLINE: Duration = Duration::from_secs(2);
+/// The same for a recording, which has no next window.
+const RECORD_SYMBOLS_DEADLINE: Duration = Duration::from_secs(30);
 /// How long the uploads have to finish at the end.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a stage has to finish at the end. One that reads from a file system that hangs would keep the agent for ever.
@@ -64,6 +71,30 @@ const TICK: Duration = Duration::from_secs(1);
 const WAIT_MIN: Duration = Duration::from_millis(20);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
+
+/// Where closed windows go.
+pub(crate) enum Sink {
+    /// To a backend.
+    Upload(Destination),
+    /// Into one profile in this process.
+    Collect(Arc<Collector>),
+}
+
+impl Sink {
+    fn name(&self) -> String {
+        match self {
+            Self::Upload(destination) => destination.name(),
+            Self::Collect(_) => "recording".to_owned(),
+        }
+    }
+
+    fn symbols_deadline(&self) -> Duration {
+        match self {
+            Self::Upload(_) => SYMBOLS_DEADLINE,
+            Self::Collect(_) => RECORD_SYMBOLS_DEADLINE,
+        }
+    }
+}
 
 /// One destination and its queue.
 pub(crate) struct Exporter {
@@ -109,7 +140,7 @@ impl Shared {
     fn new(
         exporters: Arc<[Exporter]>,
         memory: MemoryPlan,
-        names: Option<Arc<NameStore>>,
+        names: symbolize::Sources,
         background: Background,
     ) -> anyhow::Result<Self> {
         let background = Arc::new(background);
@@ -134,6 +165,42 @@ pub(crate) struct View {
     pub(crate) shared: Shared,
     /// Counted by the programs.
     pub(crate) kernel: KernelCounts,
+    /// Heap profiling, where it is on.
+    pub(crate) heap: Option<HeapView>,
+}
+
+/// What metrics look at of heap profiling.
+#[derive(Clone)]
+pub(crate) struct HeapView {
+    /// Counted by the program.
+    pub(crate) kernel: HeapCounts,
+    /// What attaches.
+    pub(crate) gauges: Arc<HeapGauges>,
+    /// What is in use.
+    pub(crate) live: Arc<LiveCounts>,
+}
+
+impl HeapView {
+    /// A counter of the program's; 0 where it cannot be read.
+    pub(crate) fn count(&self, counter: HeapCounter) -> u64 {
+        self.kernel.get(counter).unwrap_or(0)
+    }
+
+    /// Copies the kernel side's drops to the ledger.
+    fn take_drops(&self, ledger: &Ledger) {
+        let drops = [
+            (Cause::RingFull, HeapCounter::DroppedRingFull),
+            (Cause::NoScratch, HeapCounter::DroppedNoScratch),
+            (Cause::PendingFull, HeapCounter::DroppedPendingFull),
+        ];
+        for (cause, counter) in drops {
+            ledger.of(ProfileType::Allocs).set_dropped(cause, self.count(counter));
+        }
+    }
+
+    fn totals(&self) -> KernelTotals {
+        KernelTotals { taken: self.count(HeapCounter::Taken), submitted: self.count(HeapCounter::Submitted) }
+    }
 }
 
 impl View {
@@ -152,13 +219,21 @@ impl View {
     /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
     /// the account, never as one that holds by accident.
     pub(crate) fn snapshot(&self) -> Snapshot {
-        take_kernel_drops(&self.kernel, &self.shared.ledger);
+        self.take_kernel_drops();
         let counter = |counter| self.kernel.get(counter).unwrap_or(0);
         self.shared.snapshot(|profile_type| match profile_type {
             ProfileType::Cpu => {
                 KernelTotals { taken: counter(Counter::CpuTaken), submitted: counter(Counter::CpuSubmitted) }
             }
+            ProfileType::Allocs => self.heap.as_ref().map(HeapView::totals).unwrap_or_default(),
         })
+    }
+
+    fn take_kernel_drops(&self) {
+        take_kernel_drops(&self.kernel, &self.shared.ledger);
+        if let Some(heap) = &self.heap {
+            heap.take_drops(&self.shared.ledger);
+        }
     }
 
     /// The same, taken again until no sample changed places meanwhile: then it is exact. Where that never happens, the
@@ -210,6 +285,7 @@ pub(crate) struct Pipeline {
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
+    heap: Option<HeapStage>,
     encoder: JoinHandle<()>,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
 }
@@ -218,7 +294,7 @@ impl Pipeline {
     /// Loads the programs and starts every stage; sampling begins with [`Self::resume`].
     pub(crate) fn start(
         config: &Config,
-        destinations: Vec<Destination>,
+        sinks: Vec<Sink>,
         runtime: &runtime::Handle,
     ) -> anyhow::Result<Self> {
         let cpus = cpu::online("/sys".as_ref()).context("list the online CPUs")?.len();
@@ -226,6 +302,7 @@ impl Pipeline {
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
+            has_heap: !config.heap.is_empty(),
             processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
             targets: config.targets.clone(),
@@ -239,13 +316,18 @@ impl Pipeline {
         forward_messages(&mut programs, runtime);
 
         let (stop_uploads, upload_stop) = watch::channel(None);
-        let queue_bytes_max = config.memory.upload_bytes / destinations.len().max(1);
-        let exporters = destinations.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
+        let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
+        let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
         let background = Background::new(config.budget_term, Instant::now());
-        let shared = Shared::new(exporters.collect(), config.memory, names(config), background)?;
+        let names = names(config, runtime);
+        let shared = Shared::new(exporters.collect(), config.memory, names, background)?;
         shared.background.allow(cpu_seconds(config.cpu_budget, cpus), Instant::now());
-        let uploads = start_uploads(destinations, &shared.exporters, runtime, &upload_stop)?;
-        let view = View { shared: shared.clone(), kernel: programs.take_counts()? };
+        let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
+        // Names that wait for CPU time come late in every window: the encoder must keep up all the same.
+        let keeps_up = SYMBOLS_DEADLINE.min(config.window / 2);
+        let symbols_deadline = if symbols_deadline > SYMBOLS_DEADLINE { symbols_deadline } else { keeps_up };
+        let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
+        let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
         let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
@@ -260,26 +342,28 @@ impl Pipeline {
             Unwind::FramePointers => (None, None),
         };
         let labeler = Labeler::new(&config.node, &config.labels);
-        let images = ImageReader::new("/proc".into(), executables);
+        let images = ImageReader::new("/proc".into(), Arc::clone(&executables));
         let names = CgroupNames::new(cgroups);
         let processes = Processes::new(images, labeler, names, tables, config.memory.processes);
         let room = Room::new(config.memory.windows_bytes);
         let windows =
-            Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room);
+            Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room.clone());
+        let (heap_windows, heap) = start_heap(config, &mut programs, &mut view, &executables, room)?.unzip();
         let (periods, new_periods) = channel();
         let worker = Worker {
             shared: shared.clone(),
             processes,
             windows,
+            heap: heap_windows,
             periods: new_periods,
             closed: closed_sender,
             new_labelers,
             reads_ahead: Payer::new(&shared.background, Work::Processes),
         };
-        let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
+        let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Default::default() };
         shared.sampling.set_hz(config.frequency_hz, config.frequency_hz);
         shared.sampling.set_budget(config.cpu_budget);
-        let kernel = view.kernel.clone();
+        let encoder_view = view.clone();
         let ledger = shared.ledger;
         let drained = Arc::clone(&progress);
         let pipeline = Self {
@@ -287,8 +371,9 @@ impl Pipeline {
             labelers,
             drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
-            encoder: spawn("encode", move || encoder.run(&closed, &kernel))?,
+            encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
             unwinder,
+            heap,
             programs,
             governor: Governor::new(config.cpu_budget, config.frequency_hz, config.budget_term),
             meter: Meter::new(),
@@ -301,12 +386,21 @@ impl Pipeline {
         Ok(pipeline)
     }
 
+    /// Whether the processes that ran at the start have their unwind tables, where there are any.
+    pub(crate) fn has_scanned(&self) -> bool {
+        self.unwinder.is_none()
+            || self.view.shared.unwind.has_scanned.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// Attaches everything and samples.
     pub(crate) fn resume(&mut self) -> anyhow::Result<()> {
         if let Err(error) = self.programs.start() {
             // Not half: what could be attached is not worth having.
             self.programs.stop();
             return Err(error).context("attach to the kernel");
+        }
+        if let Some((heap, _)) = &self.heap {
+            heap.resume();
         }
         self.is_attached = true;
         self.view.shared.gauges.set_paused(false);
@@ -316,6 +410,9 @@ impl Pipeline {
     /// Detaches everything. What was sampled goes its way; the stages wait.
     pub(crate) fn pause(&mut self) {
         self.programs.stop();
+        if let Some((heap, _)) = &self.heap {
+            heap.pause();
+        }
         self.is_attached = false;
         self.view.shared.gauges.set_paused(true);
     }
@@ -398,7 +495,8 @@ impl Pipeline {
 
     /// A stage that has ended by itself, which none does but by a panic.
     pub(crate) fn dead_stage(&self) -> Option<&str> {
-        let mut threads = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
+        let all = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
+        let mut threads = all.chain(self.heap.as_ref().map(|(_, thread)| thread));
         let thread = threads.find(|thread| thread.is_finished());
         let name = thread.map(|thread| thread.thread().name().unwrap_or("unnamed"));
         let upload = self.uploads.iter().any(Task::is_finished).then_some("upload");
@@ -408,9 +506,15 @@ impl Pipeline {
     /// Stops sampling, lets every stage finish what it has, and gives the final account.
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
+        let heap = self.heap.map(|(orders, thread)| {
+            orders.stop();
+            thread
+        });
+        // Probes are out before the last drain, so that no allocation is sampled behind it.
+        let detached = join_in_order(heap, STAGE_DEADLINE);
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
-        let failure = join_in_order(stages, STAGE_DEADLINE).err();
+        let failure = detached.and(join_in_order(stages, STAGE_DEADLINE)).err();
         // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
         let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
@@ -560,16 +664,24 @@ fn ring_bytes(cpus: usize) -> u32 {
     wanted.clamp(profiler_common::limits::EVENTS_BYTES, 16 << 20).next_power_of_two()
 }
 
-/// The names kept on disk; without them, all are had anew.
-fn names(config: &Config) -> Option<Arc<NameStore>> {
-    match NameStore::open(config.cache_dir.join("names")) {
-        Ok(store) => Some(Arc::new(store)),
-        Err(error) => {
-            let error = format!("{:#}", anyhow::Error::from(error));
-            warn!(%error, "names are not kept on disk, and read again after a restart");
-            None
-        }
+/// What the symbolizer has beside the files of this machine. Without any of it, all is had anew with each start.
+fn names(config: &Config, runtime: &runtime::Handle) -> symbolize::Sources {
+    let store = NameStore::open(config.cache_dir.join("names")).map(Arc::new);
+    let store = or_warn(store, "names are not kept on disk, and read again after a restart");
+    symbolize::Sources { store, fetcher: fetcher(config, runtime) }
+}
+
+fn fetcher(config: &Config, runtime: &runtime::Handle) -> Option<Fetcher> {
+    if config.debuginfod_urls.is_empty() {
+        return None;
     }
+    let directory = config.cache_dir.join("debuginfod");
+    let fetcher = DebugInfod::open(&config.debuginfod_urls, directory, runtime.clone());
+    or_warn(fetcher, "no server is asked for debug information")
+}
+
+fn or_warn<T, E: std::error::Error + Send + Sync + 'static>(result: Result<T, E>, lack: &str) -> Option<T> {
+    result.map_err(|error| warn!(error = %format!("{:#}", anyhow::Error::from(error)), "{lack}")).ok()
 }
 
 fn executables(most: usize) -> Arc<ExecutableCache> {
@@ -591,6 +703,43 @@ fn start_unwinder(
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
 
+/// What attaches to heaps: how to tell it what to do, and its thread.
+type HeapStage = (Orders, JoinHandle<()>);
+
+/// Heap profiling, where a rule wants it: the worker's part, and the thread that attaches. Where the kernel cannot do it,
+/// all else goes on.
+fn start_heap(
+    config: &Config,
+    programs: &mut Programs,
+    view: &mut View,
+    executables: &Arc<ExecutableCache>,
+    room: Room,
+) -> anyhow::Result<Option<(HeapWindows, HeapStage)>> {
+    let (program, live, kernel) = match programs.take_heap() {
+        None => return Ok(None),
+        Some(Ok(heap)) => heap,
+        Some(Err(error)) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            error!(error, "no heap is profiled");
+            return Ok(None);
+        }
+    };
+    let heap = HeapView { kernel, gauges: Arc::default(), live: Arc::default() };
+    let images = || ImageReader::new("/proc".into(), Arc::clone(executables));
+    let labeler = Labeler::new(&config.node, &config.labels);
+    let processes = Processes::new(images(), labeler, CgroupNames::new(None), None, 0);
+    let targets = Targets::default();
+    let live = Live::new(live, targets.clone(), Arc::clone(&heap.live));
+    let gauges = Arc::clone(&heap.gauges);
+    let profiler = heap::Profiler::new(program, config.heap.clone(), processes, images(), targets, gauges);
+    let (orders, told) = heap::orders();
+    let windows = Windows::new(clock::boot_ns(), config.window, 0, WallClock::now(), room.clone());
+    let rate = config.heap.iter().map(|rule| rule.rate).filter(|&rate| rate > 0).min().unwrap_or(0);
+    let windows = HeapWindows::new(windows, live, orders.clone(), rate, room);
+    view.heap = Some(heap);
+    Ok(Some((windows, (orders, spawn("heap", move || profiler.run(&told))?))))
+}
+
 /// The BPF programs' rare messages become log lines.
 fn forward_messages(programs: &mut Programs, runtime: &runtime::Handle) {
     let Some(mut logger) = programs.take_logger() else { return };
@@ -604,18 +753,23 @@ fn forward_messages(programs: &mut Programs, runtime: &runtime::Handle) {
 }
 
 fn start_uploads(
-    destinations: Vec<Destination>,
+    sinks: Vec<Sink>,
     exporters: &[Exporter],
     runtime: &runtime::Handle,
     stop: &watch::Receiver<Option<tokio::time::Instant>>,
 ) -> anyhow::Result<Vec<Task<()>>> {
-    let start = |(destination, exporter): (Destination, &Exporter)| {
+    let start = |(sink, exporter): (Sink, &Exporter)| {
         let Exporter { name: _, queue, counts } = exporter;
-        let client = destination.client().context("set up the HTTP client")?;
-        let upload = export::upload(client, destination, Arc::clone(queue), Arc::clone(counts), stop.clone());
-        Ok(runtime.spawn(upload))
+        let (queue, counts) = (Arc::clone(queue), Arc::clone(counts));
+        match sink {
+            Sink::Upload(destination) => {
+                let client = destination.client().context("set up the HTTP client")?;
+                Ok(runtime.spawn(export::upload(client, destination, queue, counts, stop.clone())))
+            }
+            Sink::Collect(collector) => Ok(runtime.spawn(export::collect(collector, queue))),
+        }
     };
-    destinations.into_iter().zip(exporters).map(start).collect()
+    sinks.into_iter().zip(exporters).map(start).collect()
 }
 
 /// Normalizes, labels and counts. The only owner of the process table and the open windows.
@@ -623,6 +777,7 @@ struct Worker {
     shared: Shared,
     processes: Processes,
     windows: Windows,
+    heap: Option<HeapWindows>,
     periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
     /// Labelers that are to be used from now on.
@@ -648,7 +803,7 @@ impl Worker {
             let complete_ns = progress.get();
             batches.try_iter().for_each(|batch| self.take(&batch));
             self.read_ahead();
-            for window in self.windows.close_due(complete_ns, WallClock::now()) {
+            for window in self.close_due(complete_ns) {
                 self.hand_on(window);
             }
             if looked_after.elapsed() >= TICK {
@@ -656,7 +811,9 @@ impl Worker {
                 execs_lost = self.look_after_processes(execs_lost);
             }
         }
-        for window in self.windows.close_all(clock::boot_ns()) {
+        let now_ns = clock::boot_ns();
+        let allocs = self.heap.as_mut().map(|heap| heap.close_all(now_ns)).unwrap_or_default();
+        for window in self.windows.close_all(now_ns).into_iter().chain(allocs) {
             self.finish(window);
         }
     }
@@ -674,6 +831,16 @@ impl Worker {
         self.reads_ahead.begin();
         self.processes.read_fresh(now);
         self.reads_ahead.pay();
+    }
+
+    /// Closed windows of samples, of allocations, and of what is in use.
+    fn close_due(&mut self, complete_ns: u64) -> Vec<Closed> {
+        let now = WallClock::now();
+        let mut closed = self.windows.close_due(complete_ns, now);
+        if let Some(heap) = &mut self.heap {
+            closed.extend(heap.close_due(complete_ns, now));
+        }
+        closed
     }
 
     /// Keeps the process table true and small. Gives the exec records lost so far.
@@ -711,33 +878,45 @@ impl Worker {
         for (bytes, record) in records {
             match record {
                 Some(Record::Sample(raw)) => {
-                    samples_left -= 1;
+                    *samples_left.of_mut(ProfileType::Cpu) -= 1;
                     self.add(&raw, execs.are_ahead(raw.tgid));
+                }
+                Some(Record::Alloc(raw, part)) => {
+                    *samples_left.of_mut(ProfileType::Allocs) -= 1;
+                    self.add_alloc(&raw, part, execs.are_ahead(raw.tgid));
                 }
                 Some(Record::Exec(exec)) => {
                     execs.pass(exec.pid);
+                    if let Some(heap) = &self.heap {
+                        heap.orders.exec(exec.pid);
+                    }
                     self.processes.exec(exec, Instant::now());
                 }
                 Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
-                None if drain::is_sample(bytes) => {
-                    samples_left -= 1;
-                    self.account().leave(Place::DrainQueue, 1);
-                    self.account().drop_events(Cause::Malformed, 1);
-                }
                 Some(Record::Fork(fork)) => self.processes.fork(fork),
                 Some(Record::Exit { tgid, start_ns }) => self.processes.exit(tgid, start_ns),
-                None => self.shared.ledger.lose_execs(1),
+                None => match drain::sample_type(bytes) {
+                    Some(profile_type) => {
+                        *samples_left.of_mut(profile_type) -= 1;
+                        self.account(profile_type).leave(Place::DrainQueue, 1);
+                        self.account(profile_type).drop_events(Cause::Malformed, 1);
+                    }
+                    None => self.shared.ledger.lose_execs(1),
+                },
             }
         }
         // What the batch was said to hold and did not shows in the account.
-        self.account().leave(Place::DrainQueue, samples_left);
+        for profile_type in ProfileType::ALL {
+            self.account(profile_type).leave(Place::DrainQueue, *samples_left.of(profile_type));
+        }
     }
 
-    fn account(&self) -> &Account {
-        self.shared.ledger.of(ProfileType::Cpu)
+    fn account(&self, profile_type: ProfileType) -> &Account {
+        self.shared.ledger.of(profile_type)
     }
 
-    fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
+    /// Whose sample it is, its labels, and its stack.
+    fn place(&mut self, raw: &RawSample, exec_is_ahead: bool) -> (SeriesLabels, SampleLabels, Vec<Location>) {
         let comm = fold_kworker(&task_name(&raw.comm));
         let thread_name = fold_kworker(&task_name(&raw.thread_name));
         let comm = if comm.is_empty() { thread_name.clone() } else { comm };
@@ -750,22 +929,37 @@ impl Worker {
         if lacks_tables(raw) {
             self.processes.lacks_tables(raw.tgid);
         }
-        let labels = SampleLabels { comm, thread_name, pid: raw.tgid };
-        let symbols = &self.shared.symbols;
-        let prefetch = |location: &Location| {
-            if let Location::Code(key) = location {
-                symbols.prefetch(key.clone());
-            }
-        };
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
         if let Some(cut) = raw.kernel_cut {
             self.shared.gauges.count_kernel_cut(cut);
         }
+        (series, SampleLabels { comm, thread_name, pid: raw.tgid }, stack)
+    }
+
+    fn add(&mut self, raw: &RawSample, exec_is_ahead: bool) {
+        let (series, labels, stack) = self.place(raw, exec_is_ahead);
+        let prefetch = prefetch(&self.shared.symbols);
         let added = self.windows.at(raw.time_ns).add(series, labels, stack, raw.value, prefetch);
-        self.account().leave(Place::DrainQueue, 1);
+        self.count_added(ProfileType::Cpu, added);
+    }
+
+    fn add_alloc(&mut self, raw: &RawSample, part: AllocPart, exec_is_ahead: bool) {
+        let placed = self.place(raw, exec_is_ahead);
+        let prefetch = prefetch(&self.shared.symbols);
+        let added = match &mut self.heap {
+            Some(heap) => heap.add(placed, (raw.time_ns, raw.value), part, prefetch),
+            None => Err(Full),
+        };
+        self.count_added(ProfileType::Allocs, added);
+    }
+
+    /// A sample has left the channel for its window.
+    fn count_added(&self, profile_type: ProfileType, added: Result<(), Full>) {
+        let account = self.account(profile_type);
+        account.leave(Place::DrainQueue, 1);
         match added {
-            Ok(()) => self.account().enter(Place::Window, 1),
-            Err(_full) => self.account().drop_events(Cause::WindowFull, 1),
+            Ok(()) => account.enter(Place::Window, 1),
+            Err(Full) => account.drop_events(Cause::WindowFull, 1),
         }
     }
 
@@ -781,16 +975,25 @@ impl Worker {
 
     /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
     fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
-        let ledger = self.account();
+        let ledger = self.account(window.measure.profile_type());
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
-        if samples == 0 {
+        if window.series.is_empty() {
             return;
         }
         ledger.enter(Place::EncodeQueue, samples);
         if !send(&self.closed, window) {
             ledger.leave(Place::EncodeQueue, samples);
             ledger.drop_events(Cause::EncodeQueueFull, samples);
+        }
+    }
+}
+
+/// Asks for the symbols of a location that is new to its window.
+fn prefetch(symbols: &Symbols) -> impl FnMut(&Location) {
+    |location| {
+        if let Location::Code(key) = location {
+            symbols.prefetch(key.clone());
         }
     }
 }
@@ -834,31 +1037,33 @@ fn lacks_tables(raw: &RawSample) -> bool {
 /// Names the frames of closed windows, encodes them and gives them to every destination.
 struct Encoder {
     shared: Shared,
-    /// Losses already told in a profile.
-    reported: Losses,
+    /// Losses already told in a profile, by type.
+    reported: PerType<Losses>,
+    /// How long a window waits for names.
+    symbols_deadline: Duration,
 }
 
 impl Encoder {
-    fn run(mut self, closed: &Receiver<Closed>, kernel: &KernelCounts) {
+    fn run(mut self, closed: &Receiver<Closed>, view: &View) {
         for window in closed {
-            take_kernel_drops(kernel, &self.shared.ledger);
-            let losses = self.new_losses();
+            view.take_kernel_drops();
+            let losses = self.new_losses(window.measure.profile_type());
             self.export(&window, &losses);
         }
     }
 
     fn export(&self, window: &Closed, losses: &Losses) {
         let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
-        // Names that wait for CPU time come late in every window: the encoder must keep up all the same.
-        let patience = SYMBOLS_DEADLINE.min(Duration::from_nanos(window.duration_ns / 2));
-        let resolved = symbols.resolve(code_locations(window), Instant::now() + patience);
+        let resolved = symbols.resolve(code_locations(window), Instant::now() + self.symbols_deadline);
         let encoded = export::encode(window, &resolved, losses);
-        let account = ledger.of(ProfileType::Cpu);
+        let account = ledger.of(window.measure.profile_type());
         account.leave(Place::EncodeQueue, window.samples);
         match encoded {
             Ok(encoded) => {
-                gauges.set_quality(encoded.quality);
-                binaries.add(window, &resolved);
+                if window.measure == Measure::Cpu {
+                    gauges.set_quality(encoded.quality);
+                    binaries.add(window, &resolved);
+                }
                 for exporter in exporters.iter() {
                     encoded.batches.iter().for_each(|batch: &Batch| exporter.queue.push(batch.clone()));
                 }
@@ -870,18 +1075,19 @@ impl Encoder {
         }
     }
 
-    /// Samples lost since the last window, by cause.
-    fn new_losses(&mut self) -> Losses {
-        let account = self.shared.ledger.of(ProfileType::Cpu);
+    /// Samples of a type lost since its last window, by cause.
+    fn new_losses(&mut self, profile_type: ProfileType) -> Losses {
+        let account = self.shared.ledger.of(profile_type);
+        let reported = self.reported.of_mut(profile_type);
         let total: Losses = Cause::ALL.iter().map(|&cause| (cause.name(), account.dropped(cause))).collect();
         let before =
-            |name| self.reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
+            |name| reported.iter().find(|(known, _)| *known == name).map_or(0, |&(_, events)| events);
         let new = total
             .iter()
             .map(|&(name, events)| (name, events.saturating_sub(before(name))))
             .filter(|&(_, events)| events > 0);
         let new = new.collect();
-        self.reported = total;
+        *reported = total;
         new
     }
 }
@@ -905,7 +1111,8 @@ mod tests {
         let shared = {
             let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
             let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
-            Shared::new([nobody].into(), memory, None, Background::new(TERM, Instant::now()))
+            let background = Background::new(TERM, Instant::now());
+            Shared::new([nobody].into(), memory, symbolize::Sources::default(), background)
                 .expect("threads can be had")
         };
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
@@ -921,12 +1128,14 @@ mod tests {
             shared: shared.clone(),
             processes,
             windows,
+            heap: None,
             periods,
             closed: closed_sender,
             new_labelers,
             reads_ahead: Payer::new(&shared.background, Work::Processes),
         };
-        let encoder = Encoder { shared: shared.clone(), reported: Losses::new() };
+        let symbols_deadline = SYMBOLS_DEADLINE;
+        let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Default::default() };
 
         drain::send(batch(records), &drain_sender, &shared.ledger);
         let passed_on = between(drained.recv().expect("the batch that was sent"));
@@ -935,7 +1144,10 @@ mod tests {
         worker.run(&batches, &Progress::default());
         closed.iter().for_each(|window| encoder.export(&window, &Losses::new()));
         let taken = records.len() as u64;
-        let snapshot = shared.snapshot(|_| KernelTotals { taken, submitted: taken });
+        let snapshot = shared.snapshot(|profile_type| match profile_type {
+            ProfileType::Cpu => KernelTotals { taken, submitted: taken },
+            ProfileType::Allocs => KernelTotals::default(),
+        });
         snapshot.balances().pop().expect("one destination")
     }
 

@@ -55,3 +55,13 @@ fn sudo() -> anyhow::Result<Command> {
         .args(env::args_os().skip(1));
     Ok(command)
 }
+
+/// Makes a command run as the user who asked sudo, where it was us who did: nobody asked for it to run as root.
+pub(crate) fn give_back(command: &mut Command) {
+    let id = |name| env::var(name).ok()?.parse::<u32>().ok();
+    if env::var_os(UNDER_SUDO).is_some()
+        && let (Some(user), Some(group)) = (id("SUDO_UID"), id("SUDO_GID"))
+    {
+        command.uid(user).gid(group);
+    }
+}

@@ -177,11 +177,11 @@ pub(crate) mod tests {
         );
         assert!(!case.reloader.running().enabled);
         case.check(
-            "data_dir = \"/x\"\nlisten = \"127.0.0.1:9\"\n",
+            "node = \"x\"\nlisten = \"127.0.0.1:9\"\n",
             &["frequency", "labels", "log", "enabled"],
-            &["listen", "data_dir", "cache_dir"],
+            &["listen", "node"],
         );
-        assert_eq!(case.reloader.running().data_dir, Path::new("/var/lib/profiler"));
+        assert_ne!(case.reloader.running().node, "x");
         case.check("", &[], &[]);
     }
 

@@ -189,7 +189,7 @@ impl fmt::Display for Health {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{DestinationTotals, KernelTotals, Ledger, PerType};
+    use crate::ledger::{DestinationTotals, KernelTotals, Ledger, PerType, ProfileType};
 
     fn report() -> Report {
         let identity = Identity {
@@ -200,8 +200,10 @@ mod tests {
             profiles: vec!["cpu".to_owned()],
         };
         let totals = DestinationTotals { delivered: 4, waiting: 5, ..DestinationTotals::default() };
-        let kernel = |_| KernelTotals { taken: 9, submitted: 0 };
-        let destinations = vec![("http://h/".to_owned(), PerType::from_fn(|_| totals))];
+        let of_cpu = |profile_type| profile_type == ProfileType::Cpu;
+        let kernel = |of| KernelTotals { taken: if of_cpu(of) { 9 } else { 0 }, submitted: 0 };
+        let totals = PerType::from_fn(|of| if of_cpu(of) { totals } else { DestinationTotals::default() });
+        let destinations = vec![("http://h/".to_owned(), totals)];
         let balances = Snapshot::take(&Ledger::default(), kernel, destinations).balances();
         let health = Health {
             processes: 3,

@@ -8,7 +8,9 @@ use std::{
 
 use profiler_common::{
     limits::COMM_BYTES,
-    targets::{BY_CGROUP, BY_COMM, BY_PID, COMM_WORDS, TARGETS_MAX, Target as Wire, Targets as WireList},
+    targets::{
+        BY_CGROUP, BY_COMM, BY_FAMILY, BY_PID, COMM_WORDS, TARGETS_MAX, Target as Wire, Targets as WireList,
+    },
 };
 
 /// One target. A task matches it when it meets all conditions that are given; the first that it matches decides.
@@ -48,6 +50,7 @@ impl CommPrefix {
 pub(crate) struct Targets {
     list: Vec<Target>,
     is_default_wanted: bool,
+    family: Vec<u32>,
 }
 
 impl Targets {
@@ -56,7 +59,17 @@ impl Targets {
 
     /// `None` for more targets than [`Self::MAX`].
     pub(crate) fn new(list: Vec<Target>, is_default_wanted: bool) -> Option<Self> {
-        (list.len() <= Self::MAX).then_some(Self { list, is_default_wanted })
+        (list.len() <= Self::MAX).then_some(Self { list, is_default_wanted, family: Vec::new() })
+    }
+
+    /// These processes and what they start from then on, nothing else.
+    pub(crate) fn family(pids: &[u32]) -> Self {
+        Self { list: Vec::new(), is_default_wanted: false, family: pids.to_vec() }
+    }
+
+    /// The processes whose families are sampled.
+    pub(crate) fn families(&self) -> &[u32] {
+        &self.family
     }
 
     /// The targets, in order.
@@ -71,17 +84,21 @@ impl Targets {
 
     /// Everything is sampled: the kernel side need not ask.
     pub(crate) fn want_everything(&self) -> bool {
-        self.list.is_empty() && self.is_default_wanted
+        self.list.is_empty() && self.family.is_empty() && self.is_default_wanted
     }
 
     /// The value for the kernel's map. `hierarchy` is where the v2 hierarchy is mounted; a cgroup that is not there
     /// matches nothing until it is, so the value is to be made again now and then.
     pub(crate) fn to_wire(&self, hierarchy: Option<&Path>) -> Box<WireList> {
         let mut targets = [Wire::default(); TARGETS_MAX];
-        for (slot, target) in targets.iter_mut().zip(&self.list) {
-            *slot = target.to_wire(hierarchy);
+        let listed = self.list.iter().map(|target| target.to_wire(hierarchy));
+        let family = Wire { conditions: BY_FAMILY, is_wanted: 1, ..Wire::default() };
+        let family = (!self.family.is_empty()).then_some(family);
+        let mut count = 0;
+        for (slot, target) in targets.iter_mut().zip(listed.chain(family)) {
+            *slot = target;
+            count += 1;
         }
-        let count = self.list.len() as u32;
         Box::new(WireList { count, is_default_wanted: self.is_default_wanted.into(), targets })
     }
 }

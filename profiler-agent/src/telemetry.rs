@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::wire::StackEnd;
+use profiler_common::{heap::HeapCounter, wire::StackEnd};
 
 use crate::{
     background::Background,
@@ -21,7 +21,7 @@ use crate::{
     label::NameCounts,
     ledger::{ProfileType, Snapshot},
     memory::MemoryPlan,
-    pipeline::{Exporter, Shared, View},
+    pipeline::{Exporter, HeapView, Shared, View},
     process::{ProcessCounts, Processes},
     status::Health,
     symbolize,
@@ -154,7 +154,9 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     unwind_tables(&mut text, &shared.unwind, shared.memory.unwind.leaves);
     symbols(&mut text, &shared.symbols.counts());
     names_on_disk(&mut text, shared.symbols.store_counts());
+    debuginfod(&mut text, shared.symbols.debuginfod());
     uploads(&mut text, shared);
+    heap(&mut text, view.heap.as_ref());
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
@@ -330,6 +332,67 @@ fn samples(text: &mut Text, snapshot: &Snapshot) {
     }
 }
 
+/// Heap profiling; zeros where it is off.
+fn heap(text: &mut Text, heap: Option<&HeapView>) {
+    let counter = |counter| heap.map_or(0, |heap| heap.count(counter));
+    let gauge = |of: fn(&HeapView) -> &AtomicU64| heap.map_or(0, |heap| of(heap).load(Relaxed));
+    text.gauge(
+        "profiler_agent_heap_targets",
+        "Processes whose heap is profiled.",
+        gauge(|heap| &heap.gauges.targets),
+    );
+    text.gauge(
+        "profiler_agent_heap_live_samples",
+        "Sampled allocations in the last snapshot.",
+        gauge(|heap| &heap.live.samples),
+    );
+    text.counter(
+        "profiler_agent_heap_refused_total",
+        "Times that a process's heap was to be profiled and could not.",
+        gauge(|heap| &heap.gauges.refused),
+    );
+    text.counter(
+        "profiler_agent_heap_hits_total",
+        "Entries of allocator functions that were probed.",
+        gauge(|heap| &heap.gauges.hits),
+    );
+    text.counter(
+        "profiler_agent_heap_freed_total",
+        "Sampled allocations that were freed.",
+        counter(HeapCounter::Freed),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_total",
+        "Samples missing from snapshots: too many in use.",
+        counter(HeapCounter::LiveFull),
+    );
+    text.counter(
+        "profiler_agent_heap_live_full_bytes_total",
+        "Bytes of the allocations missing from snapshots.",
+        counter(HeapCounter::LiveFullBytes),
+    );
+    text.counter(
+        "profiler_agent_heap_live_dropped_total",
+        "Samples missing from snapshots: too many to remember.",
+        gauge(|heap| &heap.live.dropped),
+    );
+    text.counter(
+        "profiler_agent_heap_snapshots_failed_total",
+        "Snapshots that could not be read.",
+        gauge(|heap| &heap.live.failed),
+    );
+    text.counter(
+        "profiler_agent_heap_unreturned_total",
+        "Calls of allocator functions that were left otherwise than by returning.",
+        counter(HeapCounter::Unreturned),
+    );
+    text.counter(
+        "profiler_agent_heap_stray_total",
+        "Probes hit that belong to no call known.",
+        counter(HeapCounter::Stray),
+    );
+}
+
 fn stacks(text: &mut Text, shared: &Shared) {
     let metric = "profiler_agent_stacks_total";
     text.head(metric, "User stacks, by why they have no further frame.", "counter");
@@ -468,6 +531,36 @@ fn names_on_disk(text: &mut Text, counts: Option<&symbolize::StoreCounts>) {
         text.counter(&format!("profiler_agent_name_store_{name}_total"), help, value.load(Relaxed));
     }
     text.gauge("profiler_agent_name_store_bytes", "Bytes of names on disk.", bytes.load(Relaxed));
+}
+
+fn debuginfod(text: &mut Text, servers: Option<&symbolize::DebugInfod>) {
+    let none = symbolize::DebugInfodCounts::default();
+    let symbolize::DebugInfodCounts { fetched, absent, refused, failed, dropped, received_bytes } =
+        servers.map_or(&none, symbolize::DebugInfod::counts);
+    let metric = "profiler_agent_debuginfod_requests_total";
+    text.head(metric, "Build ids that servers were to be asked for, by what became of it.", "counter");
+    let results = [
+        ("fetched", fetched),
+        ("absent", absent),
+        ("refused", refused),
+        ("failed", failed),
+        ("dropped", dropped),
+    ];
+    for (result, count) in results {
+        text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
+    }
+    text.counter(
+        "profiler_agent_debuginfod_received_bytes_total",
+        "Bytes of debug files received, also of those that were refused.",
+        received_bytes.load(Relaxed),
+    );
+    let (bytes, evicted) = servers.map_or((0, 0), symbolize::DebugInfod::stored);
+    text.gauge("profiler_agent_debuginfod_bytes", "Bytes of debug files from servers on disk.", bytes);
+    text.counter(
+        "profiler_agent_debuginfod_evicted_total",
+        "Debug files from servers that made room for others.",
+        evicted,
+    );
 }
 
 /// Name, help, kind and value of a metric that each destination has.

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{label::SeriesLabels, normalize::Location, sys::clock::WallClock};
+use crate::{label::SeriesLabels, ledger::ProfileType, normalize::Location, sys::clock::WallClock};
 
 /// What takes memory in a window, about: a different (series, stack, sample labels); a different stack beside its frames;
 /// a frame of it; a different location, set of sample labels and series. Estimated from the sizes of the types, with the hash tables half full.
@@ -42,8 +42,34 @@ pub(crate) struct SampleLabels {
 pub(crate) struct Counts {
     /// Samples.
     pub(crate) samples: u64,
-    /// Sum of their values: nanoseconds of CPU time.
+    /// Sum of their values: nanoseconds of CPU time, or the bytes of all allocations that they stand for.
     pub(crate) value: u64,
+    /// Allocations that they stand for, in units of 1/[`OBJECT`]; 0 for on-CPU samples.
+    pub(crate) objects: u64,
+}
+
+/// One allocation in [`Counts::objects`]: sums of fixed point do not depend on their order.
+pub(crate) const OBJECT: u64 = 1 << 16;
+
+/// What the samples of a window were taken of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Measure {
+    /// CPU time.
+    Cpu,
+    /// Allocations, made within the window. `rate`: mean bytes between samples.
+    Allocs { rate: u32 },
+    /// Allocations in use at its time; the window has no length.
+    InUse { rate: u32 },
+}
+
+impl Measure {
+    /// The account in which its samples are.
+    pub(crate) fn profile_type(self) -> ProfileType {
+        match self {
+            Self::Cpu => ProfileType::Cpu,
+            Self::Allocs { .. } | Self::InUse { .. } => ProfileType::Allocs,
+        }
+    }
 }
 
 /// Position of a location in [`Window::locations`].
@@ -152,6 +178,17 @@ pub(crate) struct Window {
 pub(crate) struct Full;
 
 impl Window {
+    /// A window for a snapshot at a boot time; [`Self::close_snapshot`] ends it.
+    pub(crate) fn snapshot(at_ns: u64, room: &Room) -> Self {
+        Self::new(at_ns, at_ns, 0, room)
+    }
+
+    /// Ends a snapshot. Its samples have been accounted for when they were taken, so it is of none.
+    pub(crate) fn close_snapshot(self, clock: WallClock, measure: Measure) -> Closed {
+        let end_ns = self.end_ns;
+        Closed { samples: 0, measure, ..self.close(end_ns, clock) }
+    }
+
     fn new(start_ns: u64, end_ns: u64, period_ns: u64, room: &Room) -> Self {
         Self {
             start_ns,
@@ -173,6 +210,18 @@ impl Window {
         labels: SampleLabels,
         stack: Vec<Location>,
         value: u64,
+        on_new: impl FnMut(&Location),
+    ) -> Result<(), Full> {
+        self.add_counts(series, labels, stack, Counts { samples: 1, value, objects: 0 }, on_new)
+    }
+
+    /// As [`Self::add`], for samples that were counted before.
+    pub(crate) fn add_counts(
+        &mut self,
+        series: SeriesLabels,
+        labels: SampleLabels,
+        stack: Vec<Location>,
+        added: Counts,
         mut on_new: impl FnMut(&Location),
     ) -> Result<(), Full> {
         let key = match self.known(&series, &labels, &stack) {
@@ -181,8 +230,9 @@ impl Window {
             None => self.intern(series, labels, stack, &mut on_new),
         };
         let counts = self.counts.entry(key).or_default();
-        counts.samples += 1;
-        counts.value = counts.value.saturating_add(value);
+        counts.samples += added.samples;
+        counts.value = counts.value.saturating_add(added.value);
+        counts.objects = counts.objects.saturating_add(added.objects);
         Ok(())
     }
 
@@ -249,6 +299,7 @@ impl Window {
             start_unix_ns: clock.at(start_ns),
             duration_ns: end_ns.saturating_sub(start_ns),
             period_ns,
+            measure: Measure::Cpu,
             samples,
             series: by_series,
             locations: locations.into_values(),
@@ -266,9 +317,11 @@ pub(crate) struct Closed {
     pub(crate) start_unix_ns: u64,
     /// Length in nanoseconds.
     pub(crate) duration_ns: u64,
-    /// Sampling period in nanoseconds.
+    /// Sampling period of [`Measure::Cpu`], in nanoseconds.
     pub(crate) period_ns: u64,
-    /// Samples it holds.
+    /// What was sampled.
+    pub(crate) measure: Measure,
+    /// Samples in the account that it holds.
     pub(crate) samples: u64,
     /// Samples by series.
     pub(crate) series: Vec<Series>,

@@ -27,8 +27,8 @@ pub struct KernelFacts {
     pub task_signal_offset: u32,
     /// Byte offset of `signal_struct.live`: threads of the process that have not begun to exit.
     pub signal_live_offset: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    /// 1 where sampling programs may call `bpf_get_current_ancestor_cgroup_id`: not yet in 5.10.
+    pub has_ancestor_cgroup_id: u32,
 }
 
 const _: () = assert!(size_of::<KernelFacts>() == 48);
@@ -41,16 +41,20 @@ pub struct Settings {
     pub user_frames_limit: u32,
     /// 1 where targets decide what is sampled.
     pub has_targets: u32,
+    /// 1 where some of them are families (`targets::BY_FAMILY`).
+    pub has_families: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<Settings>() == 8);
+const _: () = assert!(size_of::<Settings>() == 16);
 
 impl Settings {
     /// The fields in order, as [`KernelFacts::words`].
     #[must_use]
-    pub const fn words(self) -> [u32; 2] {
-        let Self { user_frames_limit, has_targets } = self;
-        [user_frames_limit, has_targets]
+    pub const fn words(self) -> [u32; 4] {
+        let Self { user_frames_limit, has_targets, has_families, reserved } = self;
+        [user_frames_limit, has_targets, has_families, reserved]
     }
 }
 
@@ -70,7 +74,7 @@ impl KernelFacts {
             task_flags_offset,
             task_signal_offset,
             signal_live_offset,
-            reserved,
+            has_ancestor_cgroup_id,
         } = self;
         [
             has_task_pt_regs,
@@ -84,7 +88,7 @@ impl KernelFacts {
             task_flags_offset,
             task_signal_offset,
             signal_live_offset,
-            reserved,
+            has_ancestor_cgroup_id,
         ]
     }
 }

@@ -12,6 +12,7 @@
 #![no_std]
 
 pub mod config;
+pub mod heap;
 pub mod limits;
 pub mod stats;
 pub mod targets;

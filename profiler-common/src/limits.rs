@@ -41,5 +41,8 @@ pub const UNWIND_DIRECTORIES_MAX: u32 = 384;
 /// their mappings share one.
 pub const UNWIND_PROCESSES_MAX: u32 = 768;
 
+/// Processes of the families that are sampled, 8 bytes each and the hash table's own: a build starts some hundreds at a time.
+pub const FAMILY_MAX: u32 = 16_384;
+
 /// Distinct unwind rules in the kernel, 12 bytes each. 510 shared libraries have 3,600.
 pub const UNWIND_RULES_MAX: u32 = 16_384;

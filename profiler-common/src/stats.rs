@@ -38,6 +38,8 @@ pub enum Counter {
     CpuFiltered = 15,
     /// Samples that another of the same target stands for. Not taken.
     CpuThinned = 16,
+    /// Children of a family that `FAMILY` had no room for: they are not sampled.
+    FamilyNotFollowed = 17,
 }
 
 /// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
@@ -46,7 +48,7 @@ const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 17;
+    pub const COUNT: u32 = 18;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -67,6 +69,7 @@ impl Counter {
         Self::ForkProcessNotKept,
         Self::CpuFiltered,
         Self::CpuThinned,
+        Self::FamilyNotFollowed,
     ];
 }
 

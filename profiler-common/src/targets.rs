@@ -20,11 +20,14 @@ pub const BY_COMM: u32 = 2;
 /// [`Target::conditions`]: the task is in the cgroup [`Target::cgroup_id`] or below.
 pub const BY_CGROUP: u32 = 4;
 
+/// [`Target::conditions`]: the process is one that was named, or descends from one of them by forks that were seen.
+pub const BY_FAMILY: u32 = 8;
+
 /// One target. A task matches it when it meets all of its conditions.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
-    /// [`BY_PID`], [`BY_COMM`], [`BY_CGROUP`].
+    /// [`BY_PID`], [`BY_COMM`], [`BY_CGROUP`], [`BY_FAMILY`].
     pub conditions: u32,
     /// Process id in the initial pid namespace.
     pub pid: u32,

@@ -18,6 +18,9 @@ pub enum RecordKind {
     Fork = 3,
     /// A [`ProcessRecord`]: a process that the kernel side knew has ended, with all its threads.
     Exit = 4,
+    /// A [`SampleHeader`] whose value is bytes, an [`AllocPart`](crate::heap::AllocPart), then the user frames: an
+    /// allocation that was sampled. The innermost frame is the caller of the allocating function.
+    AllocSample = 5,
     /// A [`CgroupRecord`]: a cgroup was made.
     CgroupMade = 8,
 }
@@ -31,6 +34,7 @@ impl RecordKind {
             2 => Some(Self::Exec),
             3 => Some(Self::Fork),
             4 => Some(Self::Exit),
+            5 => Some(Self::AllocSample),
             8 => Some(Self::CgroupMade),
             _ => None,
         }

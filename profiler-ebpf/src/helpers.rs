@@ -35,8 +35,8 @@ pub fn current_cgroup_id() -> u64 {
     unsafe { raw::bpf_get_current_cgroup_id() }
 }
 
-/// Id of the ancestor at a depth of the current task's cgroup in the v2 hierarchy, itself included; 0 where there is none
-/// (kernel 5.7).
+/// Id of the ancestor at a depth of the current task's cgroup in the v2 hierarchy, itself included; 0 where there is
+/// none. Only where `KERNEL_FACTS.has_ancestor_cgroup_id` says so.
 #[inline(always)]
 pub fn ancestor_cgroup_id(level: u32) -> u64 {
     // SAFETY: takes a number and has no effect.
@@ -90,6 +90,22 @@ pub fn current_user_regs() -> u64 {
     // SAFETY: `task` is the current task as the helper above gave it.
     let regs = unsafe { raw::bpf_task_pt_regs(task) };
     regs as u64
+}
+
+/// The number that the agent gave the probe that was hit (kernel 5.15).
+#[cfg(bpf_target_arch = "x86_64")]
+#[inline(always)]
+pub fn attach_cookie(ctx: *mut c_void) -> u64 {
+    // SAFETY: `ctx` is the context of a running program.
+    unsafe { raw::bpf_get_attach_cookie(ctx) }
+}
+
+/// 32 random bits.
+#[cfg(bpf_target_arch = "x86_64")]
+#[inline(always)]
+pub fn random_u32() -> u32 {
+    // SAFETY: takes nothing and has no effect.
+    unsafe { raw::bpf_get_prandom_u32() }
 }
 
 /// Writes the kernel stack of the sample, leaf first, to `to`, which has room for `bytes`; gives the bytes written.

@@ -9,6 +9,8 @@ use aya_ebpf::{
     programs::{PerfEventContext, RawTracePointContext},
 };
 
+#[cfg(bpf_target_arch = "x86_64")]
+mod alloc;
 #[cfg_attr(bpf_target_arch = "x86_64", path = "arch/x86_64.rs")]
 #[cfg_attr(bpf_target_arch = "aarch64", path = "arch/aarch64.rs")]
 mod arch;
@@ -55,6 +57,14 @@ pub fn process_exit(ctx: RawTracePointContext) -> i32 {
 pub fn cgroup_made(ctx: RawTracePointContext) -> i32 {
     process::cgroup_made(&ctx);
     0
+}
+
+/// An allocator's function is entered, or returns. Not aya's macro, whose programs answer 0 whatever they mean.
+#[cfg(bpf_target_arch = "x86_64")]
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+extern "C" fn heap_probe(ctx: *mut core::ffi::c_void) -> u32 {
+    alloc::probe(ctx)
 }
 
 /// GPL-only helpers (`bpf_probe_read_user`, `bpf_get_stack`) need it.

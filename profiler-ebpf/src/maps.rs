@@ -119,9 +119,15 @@ pub static TARGETS: Array<Targets> = Array::with_max_entries(1, 0);
 #[map]
 pub static TARGET_TURNS: PerCpuArray<Turn> = PerCpuArray::with_max_entries(TARGETS_MAX as u32, 0);
 
+/// Processes of the families that are targets: key process id, value 1. The agent writes those that were named,
+/// `process_fork` adds their children, `process_exit` deletes. When it is full, that is counted.
+#[map]
+pub static FAMILY: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
+
 /// Set by the agent before loading, frozen by the kernel, as [`KERNEL_FACTS`].
 #[unsafe(no_mangle)]
-pub static SETTINGS: Settings = Settings { user_frames_limit: USER_FRAMES_MAX as u32, has_targets: 0 };
+pub static SETTINGS: Settings =
+    Settings { user_frames_limit: USER_FRAMES_MAX as u32, has_targets: 0, has_families: 0, reserved: 0 };
 
 /// Reads one field of [`SETTINGS`], as [`kernel_fact`] does.
 macro_rules! setting {
@@ -146,7 +152,7 @@ pub static KERNEL_FACTS: KernelFacts = KernelFacts {
     task_flags_offset: 0,
     task_signal_offset: 0,
     signal_live_offset: 0,
-    reserved: 0,
+    has_ancestor_cgroup_id: 0,
 };
 
 /// Reads one field of [`KERNEL_FACTS`]; a volatile load, since LLVM must not fold in the zeros above.

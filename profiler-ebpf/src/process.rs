@@ -13,8 +13,8 @@ use profiler_common::{
 
 use crate::{
     helpers::{boot_time_ns, current_ids},
-    maps::{EVENTS, PROCESSES, count},
-    table, task,
+    maps::{EVENTS, PROCESSES, count, setting},
+    table, targets, task,
 };
 
 /// `BPF_RB_NO_WAKEUP`: nothing waits for a fork or an exit.
@@ -44,7 +44,8 @@ pub fn exec(_ctx: &RawTracePointContext) {
 #[inline(always)]
 pub fn fork(ctx: &RawTracePointContext) {
     let (parent, _) = current_ids();
-    if PROCESSES.get_ptr(parent).is_none() {
+    let is_known = PROCESSES.get_ptr(parent).is_some();
+    if !is_known && setting!(has_families) != 1 {
         return;
     }
     let child: u64 = ctx.arg(1);
@@ -52,6 +53,10 @@ pub fn fork(ctx: &RawTracePointContext) {
     let tgid = tgid.get();
     // A thread of its own.
     if tgid == parent {
+        return;
+    }
+    targets::follow_fork(parent, tgid);
+    if !is_known {
         return;
     }
     let Some(entry) = table::entry_of(parent, task::start_ns(task::group_leader())) else { return };
@@ -69,6 +74,7 @@ pub fn fork(ctx: &RawTracePointContext) {
 #[inline(always)]
 pub fn exit(_ctx: &RawTracePointContext) {
     let (tgid, tid) = current_ids();
+    targets::follow_exit(tgid);
     if PROCESSES.get_ptr(tgid).is_none() || task::has_live_threads() {
         return;
     }

@@ -148,7 +148,7 @@ fn push_frame(scratch: &mut Scratch) -> Result<(), StackEnd> {
 /// Generated code and code without unwind information often keeps frame pointers; where they lead nowhere, the reason is
 /// that there was no rule.
 #[inline(always)]
-fn go_to_caller(scratch: &mut Scratch) -> Result<(), StackEnd> {
+pub fn go_to_caller(scratch: &mut Scratch) -> Result<(), StackEnd> {
     let has_tables = scratch.chunk != NO_CHUNK;
     let (rule, missing) = match find_rule(scratch, has_tables) {
         Ok(rule) => (rule, None),

@@ -2,12 +2,12 @@
 
 use profiler_common::{
     stats::Counter,
-    targets::{BY_CGROUP, TARGETS_MAX, Target, Targets, Turn},
+    targets::{BY_CGROUP, BY_FAMILY, TARGETS_MAX, Target, Targets, Turn},
 };
 
 use crate::{
-    helpers::{ancestor_cgroup_id, current_ids, random},
-    maps::{CPU_SCRATCH, TARGETS, TARGET_TURNS, count},
+    helpers::{ancestor_cgroup_id, current_cgroup_id, current_ids, random},
+    maps::{CPU_SCRATCH, FAMILY, TARGETS, TARGET_TURNS, count, kernel_fact, setting},
     stack::mask,
     task,
 };
@@ -78,6 +78,26 @@ fn weight_by(target: &Target, at: u32, period_ns: u64) -> u32 {
     0
 }
 
+/// A process of a family has made another, which belongs to it too. One look-up for others; nothing without families.
+#[inline(always)]
+pub fn follow_fork(parent: u32, child: u32) {
+    if setting!(has_families) != 1 || FAMILY.get_ptr(parent).is_none() {
+        return;
+    }
+    if FAMILY.insert(child, 1u32, 0).is_err() {
+        count(Counter::FamilyNotFollowed);
+    }
+}
+
+/// A process has ended: another may get its id.
+#[inline(always)]
+pub fn follow_exit(tgid: u32) {
+    if setting!(has_families) == 1 && !task::has_live_threads() {
+        // One that is in no family is no error.
+        let _ = FAMILY.remove(tgid);
+    }
+}
+
 /// Whether the current task matches a target: 1 or 0. A global function, as [`crate::stack`]'s are.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -90,7 +110,17 @@ extern "C" fn matches(at: u32) -> u32 {
     if !target.matches_process(tgid, comm) {
         return 0;
     }
+    if target.conditions & BY_FAMILY != 0 && FAMILY.get_ptr(tgid).is_none() {
+        return 0;
+    }
     let is_in = target.conditions & BY_CGROUP == 0
-        || target.cgroup_id != 0 && ancestor_cgroup_id(target.cgroup_level) == target.cgroup_id;
+        || target.cgroup_id != 0 && cgroup_id_at(target.cgroup_level) == target.cgroup_id;
     u32::from(is_in)
+}
+
+/// Id of the current task's cgroup or of its ancestor at a depth. Where the kernel does not tell of ancestors, of the cgroup
+/// itself: those below a target's cgroup are not found there.
+#[inline(always)]
+fn cgroup_id_at(level: u32) -> u64 {
+    if kernel_fact!(has_ancestor_cgroup_id) == 1 { ancestor_cgroup_id(level) } else { current_cgroup_id() }
 }

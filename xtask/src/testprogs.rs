@@ -73,6 +73,9 @@ const UNFRAMED: [Unframed; 14] = [
     },
 ];
 
+/// `heap_truth.c` by compiler, and the program it makes; the second one is linked with musl. Not installed: skipped.
+const HEAP_COMPILERS: [(&str, &str); 2] = [("cc", "heap_truth"), ("musl-gcc", "heap_truth_musl")];
+
 const RUST_FLAGS: [&str; 4] = ["--edition=2024", "-O", "-Cdebuginfo=1", "-Dwarnings"];
 
 const RUST_PROGRAMS: [(&str, &[&str]); 2] =
@@ -101,6 +104,9 @@ pub(crate) fn build() -> Result<Tally> {
     }
     for program in &UNFRAMED {
         tally += build_unframed(program, &into, &from)?;
+    }
+    for (compiler, name) in HEAP_COMPILERS {
+        tally += build_heap(compiler, &into.join(name), &from)?;
     }
     for (name, flags) in RUST_PROGRAMS {
         build_rust(&from, name, &into, flags)?;
@@ -139,6 +145,18 @@ fn build_unframed(program: &Unframed, into: &Path, from: &Path) -> Result<Tally>
     let mut compile = Command::new(compiler);
     compile.args(UNFRAMED_FLAGS).args(language).arg("-pthread").arg("-o").arg(program).arg(source);
     command::run(compile.args(flags))?;
+    Ok(Tally::PASSED)
+}
+
+fn build_heap(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
+    let source = from.join("heap_truth.c");
+    if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
+        if !command::is_installed(compiler) {
+            return Ok(skip(&program.display().to_string(), compiler));
+        }
+        let flags = C_FLAGS.into_iter().chain(["-Wno-unused-function"]);
+        command::run(Command::new(compiler).args(flags).arg("-o").arg(program).arg(source))?;
+    }
     Ok(Tally::PASSED)
 }
 

@@ -13,10 +13,11 @@ use aya::{
     programs::{PerfEvent, Program, ProgramError, RawTracePoint, raw_trace_point::RawTracePointLink},
 };
 use aya_log::EbpfLogger;
-use profiler_common::config::Settings;
+use profiler_common::{config::Settings, limits};
 use tracing::{info, warn};
 
 use super::{
+    heap::{HEAP_MAPS, HeapCounts, HeapLoadError, HeapProgram, LiveMap},
     probe::{cgroup_facts, kernel_facts},
     stats::KernelCounts,
     targets::TargetMap,
@@ -58,6 +59,8 @@ pub(crate) enum BpfError {
         #[source]
         source: MapError,
     },
+    #[error(transparent)]
+    Heap(#[from] HeapLoadError),
     #[error("the programs were loaded to sample everything")]
     NoTargets,
     #[error("list the online CPUs")]
@@ -85,6 +88,8 @@ pub(crate) struct LoadOptions {
     pub(crate) ring_bytes: u32,
     /// Room for unwind tables; `None` where there are none.
     pub(crate) tables: Option<UnwindSizes>,
+    /// Whether to load what samples heaps.
+    pub(crate) has_heap: bool,
     /// Processes that the kernel side knows, about 90 bytes each.
     pub(crate) processes: u32,
     /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
@@ -103,6 +108,8 @@ pub(crate) struct LoadOptions {
 /// The loaded programs. Dropping it detaches and unloads everything.
 pub(crate) struct Programs {
     ebpf: Ebpf,
+    /// What samples heaps, or why it could not be loaded; `None` where it is not wanted.
+    heap: Option<Result<Heap, BpfError>>,
     /// The clock event of every CPU that is sampled.
     clocks: BTreeMap<u32, CpuClock>,
     /// What follows the events of processes. Dropping them detaches.
@@ -113,6 +120,9 @@ pub(crate) struct Programs {
     period_ns: u64,
     sys_root: PathBuf,
 }
+
+/// The program for heap samples, what it counts as in use, and its counters.
+pub(crate) type Heap = (HeapProgram, LiveMap, HeapCounts);
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
 /// Programs that follow processes, and the raw tracepoints they are attached to. The end of a process before its
@@ -130,9 +140,12 @@ impl Programs {
         let btf = Btf::of_kernel(&options.sys_root)?;
         let (facts, cgroups) = (kernel_facts(&btf).words(), cgroup_facts(&btf, options.cgroups).words());
         drop(btf);
+        let has_families = !options.targets.families().is_empty();
         let settings = Settings {
             user_frames_limit: options.stack_depth,
             has_targets: (!options.targets.want_everything()).into(),
+            has_families: has_families.into(),
+            reserved: 0,
         }
         .words();
         let mut loader = EbpfLoader::new();
@@ -144,7 +157,14 @@ impl Programs {
         for (map, entries) in options.tables.into_iter().flat_map(table_maps) {
             loader.map_max_entries(map, entries);
         }
+        for (map, entries) in HEAP_MAPS.into_iter().filter(|_| options.has_heap) {
+            loader.map_max_entries(map, entries);
+        }
+        if has_families {
+            loader.map_max_entries("FAMILY", limits::FAMILY_MAX);
+        }
         let mut ebpf = loader.load(OBJECT)?;
+        let heap = options.has_heap.then(|| HeapProgram::load(OBJECT, &mut ebpf));
         for (name, _) in PROCESS_PROGRAMS {
             raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
         }
@@ -155,6 +175,7 @@ impl Programs {
         };
         Ok(Self {
             ebpf,
+            heap,
             targets,
             clocks: BTreeMap::new(),
             process_events: Vec::new(),
@@ -306,6 +327,11 @@ impl Programs {
         UnwindMaps::new(|name| self.take_map(name))
     }
 
+    /// What samples heaps, if it was wanted; can be taken once.
+    pub(crate) fn take_heap(&mut self) -> Option<Result<Heap, BpfError>> {
+        self.heap.take()
+    }
+
     /// The programs' own rare messages; can be taken once.
     pub(crate) fn take_logger(&mut self) -> Option<EbpfLogger<&'static dyn log::Log>> {
         EbpfLogger::init(&mut self.ebpf)
@@ -406,6 +432,7 @@ mod tests {
         let is_stopped = Arc::clone(&stop);
         let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
         let options = LoadOptions {
+            has_heap: false,
             ring_bytes: 1 << 20,
             tables: None,
             processes: 1024,

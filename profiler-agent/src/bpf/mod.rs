@@ -1,11 +1,13 @@
 //! The programs in the kernel: what this kernel can do, loading, attaching, counters.
 
+mod heap;
 mod load;
 mod probe;
 mod stats;
 mod targets;
 mod unwind;
 
+pub(crate) use heap::{HeapCounts, HeapProgram, LiveMap};
 pub(crate) use load::{BpfError, LoadOptions, Programs};
 pub(crate) use stats::KernelCounts;
 pub(crate) use unwind::UnwindMaps;

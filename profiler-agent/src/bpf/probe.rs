@@ -33,7 +33,7 @@ pub(super) fn kernel_facts(btf: &Btf) -> KernelFacts {
         task_flags_offset: offset("flags"),
         task_signal_offset: offset("signal"),
         signal_live_offset: offset_in("signal_struct", "live"),
-        reserved: 0,
+        has_ancestor_cgroup_id: u32::from(has_ancestor_cgroup_id()),
     }
 }
 
@@ -70,6 +70,12 @@ pub(super) fn cgroup_facts(btf: &Btf, hierarchy: Option<Version>) -> CgroupFacts
 }
 
 const POINTER_BYTES: u32 = 8;
+
+/// A kernel that refuses the question is taken not to have it.
+fn has_ancestor_cgroup_id() -> bool {
+    let helper = BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id;
+    is_helper_supported(ProgramType::PerfEvent, helper).unwrap_or(false)
+}
 
 /// `bpf_task_pt_regs` came with kernel 5.15. A kernel that refuses the question is taken not to have it.
 fn has_task_pt_regs() -> bool {

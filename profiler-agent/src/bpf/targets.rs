@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, MapData},
+    maps::{Array, HashMap, MapData},
 };
 use profiler_common::targets::Targets as WireList;
 
@@ -12,10 +12,12 @@ use super::load::BpfError;
 use crate::targets::{Targets, cgroup2_mount};
 
 const MAP: &str = "TARGETS";
+const FAMILIES: &str = "FAMILY";
 
 /// The map, and what is to be in it.
 pub(super) struct TargetMap {
     map: Array<MapData, Value>,
+    families: HashMap<MapData, u32, u32>,
     pub(super) wanted: Targets,
     written: Box<WireList>,
     hierarchy: Option<PathBuf>,
@@ -28,6 +30,11 @@ struct Value(WireList);
 // SAFETY: integers without padding, as `profiler_common` asserts: all bytes may be copied out, and any bytes are a value.
 unsafe impl Pod for Value {}
 
+fn take_families(ebpf: &mut Ebpf) -> Result<HashMap<MapData, u32, u32>, BpfError> {
+    let map = ebpf.take_map(FAMILIES).ok_or(BpfError::Missing { what: FAMILIES })?;
+    map.try_into().map_err(|source| BpfError::Map { map: FAMILIES, source })
+}
+
 impl TargetMap {
     /// Takes the map and writes the targets to it.
     pub(super) fn new(ebpf: &mut Ebpf, wanted: Targets) -> Result<Self, BpfError> {
@@ -35,7 +42,8 @@ impl TargetMap {
         let map = map.try_into().map_err(|source| BpfError::Map { map: MAP, source })?;
         let hierarchy = cgroup2_mount("/proc".as_ref());
         let written = wanted.to_wire(hierarchy.as_deref());
-        let mut targets = Self { map, wanted, written, hierarchy };
+        let families = take_families(ebpf)?;
+        let mut targets = Self { map, families, wanted, written, hierarchy };
         targets.write()?;
         Ok(targets)
     }
@@ -51,6 +59,10 @@ impl TargetMap {
     }
 
     fn write(&mut self) -> Result<(), BpfError> {
+        for pid in self.wanted.families() {
+            let written = self.families.insert(pid, 1, 0);
+            written.map_err(|source| BpfError::Map { map: FAMILIES, source })?;
+        }
         let written = self.map.set(0, Value(*self.written), 0);
         written.map_err(|source| BpfError::Map { map: MAP, source })
     }

@@ -11,6 +11,7 @@ use crate::{
     cli::{Command, DoctorFlags, StatusFlags},
     config::{Config, Sources},
     doctor::{self, Host},
+    record,
 };
 use ask::Agent;
 
@@ -21,6 +22,7 @@ pub(crate) fn run(command: Command, sources: &Sources, config: &Config) -> anyho
         .build()
         .context("start the async runtime")?;
     match command {
+        Command::Record(arguments) => record::run(&arguments.adjust(config.clone())?, &arguments),
         Command::Doctor(flags) => run_doctor(&flags),
         Command::Status(StatusFlags { json }) => {
             let path = if json { "/status?format=json" } else { "/status" };

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
 use super::{Config, ConfigError, LogFormat, Origin, Sources, Unwind};
-use crate::{export::Destination, targets::Target};
+use crate::{export::Destination, heap::Rule, targets::Target};
 
 /// A key of the file.
 pub(crate) type Key = &'static str;
@@ -22,12 +22,14 @@ impl Config {
             backend_listen,
             data_dir,
             cache_dir,
+            debuginfod_urls,
             unwind,
             stack_depth,
             targets,
             uploads,
             node,
             labels,
+            heap,
             log,
             log_format,
             profiles,
@@ -41,6 +43,7 @@ impl Config {
         let labels: toml::Table =
             labels.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
         let uploads: Vec<_> = uploads.iter().map(Destination::name).collect();
+        let debuginfod_urls: Vec<_> = debuginfod_urls.iter().map(ToString::to_string).collect();
         let text = |text: String| Some(toml::Value::from(text));
         vec![
             ("frequency", Some(i64::from(*frequency_hz).into())),
@@ -51,6 +54,7 @@ impl Config {
             ("backend_listen", text(backend_listen.to_string())),
             ("data_dir", text(data_dir.display().to_string())),
             ("cache_dir", text(cache_dir.display().to_string())),
+            ("debuginfod_urls", Some(debuginfod_urls.into())),
             ("unwind", text(unwind_name(*unwind).to_owned())),
             ("stack_depth", Some(i64::from(*stack_depth).into())),
             ("target", Some(targets.list().iter().map(target).collect::<Vec<_>>().into())),
@@ -58,6 +62,7 @@ impl Config {
             ("upload", Some(uploads.into())),
             ("node", text(node.clone())),
             ("labels", Some(labels.into())),
+            ("heap", Some(heap.iter().map(heap_rule).collect::<Vec<_>>().into())),
             ("log", text(log.clone())),
             ("log_format", text(log_format_name(*log_format).to_owned())),
             ("profiles", Some(profiles.clone().into())),
@@ -69,6 +74,12 @@ impl Config {
             ("allow_kernel", Some((*allow_kernel).into())),
         ]
     }
+}
+
+fn heap_rule(rule: &Rule) -> toml::Value {
+    let Rule { name, value, rate } = rule;
+    let keys = [("match", format!("{name}={value}")), ("rate", rate.to_string())];
+    toml::Table::from_iter(keys.map(|(key, value)| (key.to_owned(), value.into()))).into()
 }
 
 fn target(target: &Target) -> toml::Value {
@@ -121,16 +132,26 @@ impl Sources {
         Ok(text)
     }
 
-    /// More than one for labels only, which are merged name by name.
+    /// More than one for labels, targets and rules of heaps only, which are merged.
     fn origins(&self, key: Key, in_file: &BTreeSet<String>) -> Vec<&'static str> {
-        let flag = if key == "labels" { "label" } else { key };
         let file = in_file.contains(key).then_some(Origin::File);
-        let given = self.given.get(flag).copied();
+        let given = flags(&key).iter().find_map(|flag| self.given.get(*flag).copied());
         let origins: Vec<_> = match (given, file) {
-            (Some(given), file) if key == "labels" => [Some(given), file].into_iter().flatten().collect(),
+            (Some(given), file) if matches!(key, "labels" | "target" | "heap") => {
+                [Some(given), file].into_iter().flatten().collect()
+            }
             (given, file) => vec![given.or(file).unwrap_or(Origin::Default)],
         };
         origins.into_iter().map(Origin::name).collect()
+    }
+}
+
+/// The flags that say the same as a key of the file.
+fn flags(key: &Key) -> &[Key] {
+    match *key {
+        "labels" => &["label"],
+        "target" => &["pid", "comm", "cgroup"],
+        _ => std::slice::from_ref(key),
     }
 }
 
@@ -179,11 +200,28 @@ mod tests {
             "labels = { a = \"b\", c = \"d\" }  # flag and file",
         );
         check(&[], "", "# instance is not set");
+        check(&["--pid", "7"], "", "target_default = false  # default");
+        let shown = shown(&["--pid", "7"], "");
+        assert!(
+            shown.lines().any(|line| line.starts_with("target = ") && line.ends_with("  # flag")),
+            "{shown}"
+        );
     }
 
     #[test]
     fn what_is_printed_is_a_file_that_gives_the_same_configuration() {
-        let args = ["-F", "7", "--window", "1500ms", "--label", "team=\"x\"", "--instance", "a"];
+        let args = [
+            "-F",
+            "7",
+            "--window",
+            "1500ms",
+            "--label",
+            "team=\"x\"",
+            "--instance",
+            "a",
+            "--heap",
+            "exe=x@64KiB",
+        ];
         let text = shown(&args, "enabled = false\nmetrics_listen = \"0.0.0.0:9\"\n");
         let again = shown(&[], &text);
         let values = |text: &str| toml::from_str::<toml::Table>(text).expect("TOML");

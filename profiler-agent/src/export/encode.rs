@@ -17,7 +17,7 @@ use crate::{
     ledger::{PerType, ProfileType},
     normalize::Location,
     symbolize::{self, KERNEL, LocationKey},
-    window::{Closed, SampleLabels, Series},
+    window::{Closed, Measure, OBJECT, SampleLabels, Series},
 };
 
 /// Bytes of pprof in one request: a request is retried as a whole, and other backends take 2 MiB at most.
@@ -33,6 +33,11 @@ const KERNEL_MAPPING: &str = "[kernel.kallsyms]";
 const KERNEL_UNNAMED: &str = "[kernel]";
 /// As perf names memory of generated code. Its addresses mean nothing in another process.
 const GENERATED_MAPPING: &str = "//anon";
+
+/// Python's interpreter has run, and no function that it ran has a name.
+const PYTHON_HINT: &str = "frames of Python code have no names: run python3 -X perf (3.12 or later)";
+/// The function in which CPython runs code, since 3.6 (PEP 523).
+const PYTHON_EVAL: &str = "_PyEval_EvalFrameDefault";
 
 /// Samples lost on this node since the window before was encoded, by cause: said in every profile of a window.
 pub(crate) type Losses = Vec<(&'static str, u64)>;
@@ -108,12 +113,20 @@ impl Request {
 
     fn push(&mut self, window: &Closed, series: &Series, pprof: Vec<u8>) {
         self.bytes += pprof.len();
-        *self.events.of_mut(ProfileType::Cpu) +=
-            series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
+        // A snapshot's samples have been accounted for where they were taken.
+        if !matches!(window.measure, Measure::InUse { .. }) {
+            *self.events.of_mut(window.measure.profile_type()) +=
+                series.samples.iter().map(|entry| entry.counts.samples).sum::<u64>();
+        }
+        let (profile_type, temporality) = match window.measure {
+            Measure::Cpu => (ProfileType::Cpu.name(), Temporality::Delta),
+            Measure::Allocs { .. } => (ProfileType::Allocs.name(), Temporality::Delta),
+            Measure::InUse { .. } => ("heap", Temporality::Snapshot),
+        };
         self.series.push(push::Series {
             labels: push::labels(series.labels.iter()),
-            profile_type: ProfileType::Cpu.name().to_owned(),
-            temporality: Temporality::Delta.to_wire(),
+            profile_type: profile_type.to_owned(),
+            temporality: temporality.to_wire(),
             start_unix_ns: window.start_unix_ns.cast_signed(),
             duration_ns: window.duration_ns,
             pprof,
@@ -139,6 +152,16 @@ struct SeriesEncoder<'a> {
     builder: ProfileBuilder,
     /// The builder's id of each location of the window that this series has used.
     locations: HashMap<u32, LocationId>,
+    python: Python,
+}
+
+/// What a series has of Python.
+#[derive(Clone, Copy, Debug, Default)]
+struct Python {
+    /// The interpreter.
+    runs: bool,
+    /// A function that it ran.
+    is_named: bool,
 }
 
 impl<'a> SeriesEncoder<'a> {
@@ -147,17 +170,17 @@ impl<'a> SeriesEncoder<'a> {
         symbols: &'a HashMap<symbolize::LocationId, symbolize::Location>,
         losses: &Losses,
     ) -> Self {
-        let cpu = TypeSpec::new("cpu", "nanoseconds");
-        let samples = TypeSpec::new("samples", "count");
-        let mut builder = ProfileBuilder::new(&[samples, cpu], cpu, window.period_ns.cast_signed());
-        builder.default_sample_type("cpu");
+        let mut builder = match window.measure {
+            Measure::Cpu => cpu_builder(window.period_ns),
+            Measure::Allocs { rate } => heap_builder(["alloc_objects", "alloc_space"], rate),
+            Measure::InUse { rate } => heap_builder(["inuse_objects", "inuse_space"], rate),
+        };
         builder.time_ns(window.start_unix_ns.cast_signed());
         builder.duration_ns(window.duration_ns.cast_signed());
-        builder.comment(&format!("sampled every {} ns of CPU time", window.period_ns));
         if let Some(comment) = loss_comment(window, losses) {
             builder.comment(&comment);
         }
-        Self { window, symbols, builder, locations: HashMap::new() }
+        Self { window, symbols, builder, locations: HashMap::new(), python: Python::default() }
     }
 
     fn encode(mut self, series: &Series) -> profiler_pprof::proto::Profile {
@@ -172,8 +195,17 @@ impl<'a> SeriesEncoder<'a> {
                 LabelSpec::number("pid", i64::from(*pid)),
             ];
             let counts = entry.counts;
-            let values = [counts.samples, counts.value].map(|value| i64::try_from(value).unwrap_or(i64::MAX));
+            let count = match window.measure {
+                Measure::Cpu => counts.samples,
+                Measure::Allocs { .. } | Measure::InUse { .. } => {
+                    counts.objects.saturating_add(OBJECT / 2) / OBJECT
+                }
+            };
+            let values = [count, counts.value].map(|value| i64::try_from(value).unwrap_or(i64::MAX));
             self.builder.sample(&stack, &values, labels.as_slice());
+        }
+        if self.python.runs && !self.python.is_named {
+            self.builder.comment(PYTHON_HINT);
         }
         self.builder.finish()
     }
@@ -198,6 +230,7 @@ impl<'a> SeriesEncoder<'a> {
         match (key, symbols.get(&key.id())) {
             (LocationKey::Native { executable, addr }, Some(symbolize::Location::Resolved(frames))) => {
                 let mapping = self.executable(executable);
+                self.python.runs |= frames.iter().any(|frame| &*frame.function == PYTHON_EVAL);
                 let lines: Vec<_> = frames.iter().map(native_line).collect();
                 self.lines(mapping, addr.0, native_kind(executable), &lines)
             }
@@ -210,6 +243,8 @@ impl<'a> SeriesEncoder<'a> {
                 let mapping = self.whole(GENERATED_MAPPING);
                 match found {
                     Some(symbolize::Location::Resolved(frames)) => {
+                        // In Python's process that is a trampoline of CPython, which is named as what it leads to.
+                        self.python.is_named = true;
                         let lines: Vec<_> = frames.iter().map(native_line).collect();
                         self.lines(mapping, 0, FrameKind::Jit, &lines)
                     }
@@ -294,6 +329,27 @@ impl<'a> SeriesEncoder<'a> {
     }
 }
 
+fn cpu_builder(period_ns: u64) -> ProfileBuilder {
+    let cpu = TypeSpec::new("cpu", "nanoseconds");
+    let samples = TypeSpec::new("samples", "count");
+    let mut builder = ProfileBuilder::new(&[samples, cpu], cpu, period_ns.cast_signed());
+    builder.default_sample_type("cpu");
+    builder.comment(&format!("sampled every {period_ns} ns of CPU time"));
+    builder
+}
+
+/// `types` are those of objects and of bytes, named as in Go's profiles.
+fn heap_builder(types: [&'static str; 2], rate: u32) -> ProfileBuilder {
+    let [objects, space] = types;
+    let types = [TypeSpec::new(objects, "count"), TypeSpec::new(space, "bytes")];
+    let mut builder = ProfileBuilder::new(&types, TypeSpec::new("space", "bytes"), rate.into());
+    builder.default_sample_type(space);
+    builder.comment(&format!(
+        "one sample per {rate} bytes allocated, each scaled by the inverse of its probability"
+    ));
+    builder
+}
+
 /// `lost on this node in the window from .. to ..: 3 samples (ring_full), ..`; `None` when nothing was lost.
 ///
 /// The window's time makes it one comment of all the window's profiles, and another than the next window's.
@@ -359,7 +415,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        addr::Addr,
+        addr::{Addr, ElfAddr},
         label::{Labeler, Subject},
         process::GeneratedCode,
         symbolize::{Frame, Reason},
@@ -370,11 +426,13 @@ mod tests {
     fn window(locations: Vec<Location>) -> Closed {
         let stack = (0..u32::try_from(locations.len()).expect("few")).collect();
         let labels = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
-        let samples = vec![Entry { stack: 0, labels: 0, counts: Counts { samples: 1, value: 10 } }];
+        let samples =
+            vec![Entry { stack: 0, labels: 0, counts: Counts { samples: 1, value: 10, objects: 0 } }];
         Closed {
             start_unix_ns: 1_795_255_200_000_000_000,
             duration_ns: 10_000_000_000,
             period_ns: 10,
+            measure: Measure::Cpu,
             samples: 1,
             series: vec![Series { labels, samples }],
             locations,
@@ -475,6 +533,33 @@ mod tests {
         ];
         assert_eq!(shown(&profile), expect);
         assert_eq!(profile.sample[0].location_id.len(), 6, "every frame stays");
+    }
+
+    #[test]
+    fn python_without_names_says_once_which_switch_gives_them() {
+        let executable = crate::executable::testing::read("/proc/self/exe".as_ref()).expect("this program");
+        let native = |addr| {
+            let executable = Arc::clone(&executable);
+            Location::Code(LocationKey::Native { executable, addr: ElfAddr(addr) })
+        };
+        let code = Arc::new(GeneratedCode::new(1, 0, "python3.12"));
+        let generated =
+            Location::Code(LocationKey::Generated { version: code.version(), code, addr: Addr(1) });
+        let comments = |locations: &[(&Location, &str)]| {
+            let symbols = locations.iter().map(|(location, name)| {
+                let Location::Code(key) = location else { unreachable!("it is code") };
+                (key.id(), found("", name, 0))
+            });
+            let window = window(locations.iter().map(|&(location, _)| location.clone()).collect());
+            let profile = profile(&window, &symbols.collect(), &Losses::new());
+            let hints =
+                profile.comment.iter().filter(|&&index| profile.string(index).expect("text") == PYTHON_HINT);
+            hints.count()
+        };
+        let (eval, again, main) = (&native(1), &native(2), &native(3));
+        assert_eq!(comments(&[(eval, PYTHON_EVAL), (again, PYTHON_EVAL), (main, "main")]), 1);
+        assert_eq!(comments(&[(eval, PYTHON_EVAL), (&generated, "work")]), 0);
+        assert_eq!(comments(&[(main, "main")]), 0);
     }
 
     #[test]

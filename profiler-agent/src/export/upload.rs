@@ -102,7 +102,7 @@ impl FromStr for Destination {
 }
 
 /// `host` as a URL has it: an IPv6 address in brackets.
-fn is_loopback(host: &str) -> bool {
+pub(crate) fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     let is_name = matches!(host.trim_end_matches('.'), "localhost");
     is_name || address.parse().is_ok_and(|address: IpAddr| address.is_loopback())

@@ -232,6 +232,12 @@ impl Processes {
         self.by_pid.get(&sampled.pid).expect("it was there or has just been inserted")
     }
 
+    /// The labels that a process would have now; reads nothing else of it and remembers nothing.
+    pub(crate) fn series_of(&self, pid: u32) -> SeriesLabels {
+        let comm = fs::read_to_string(self.images.directory(pid).join("comm")).unwrap_or_default();
+        self.series(&self.program(pid), comm.trim_end(), self.read_owner(pid))
+    }
+
     /// What is known of a process.
     pub(crate) fn known(&self, pid: u32) -> Option<&Process> {
         self.by_pid.get(&pid)

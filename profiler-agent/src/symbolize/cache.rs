@@ -5,6 +5,7 @@ use std::mem::size_of;
 use std::sync::Arc;
 
 use super::{Frame, Location, LocationId, NewFrame, Reason};
+use crate::executable::ExecutableId;
 
 /// What a string costs beside its bytes: reference counts, the allocator's header, its place in the set.
 const STRING_BYTES: usize = 48;
@@ -77,6 +78,12 @@ impl LocationCache {
     /// Forgets every kernel location: modules and BPF programs come and go at the same addresses.
     pub(super) fn forget_kernel(&mut self) {
         self.retain(|id, _| !matches!(id, LocationId::Kernel(_)));
+    }
+
+    pub(super) fn forget_executable(&mut self, id: ExecutableId) {
+        self.retain(
+            |location, _| !matches!(location, LocationId::Native(executable, _) if *executable == id),
+        );
     }
 
     pub(super) fn bytes(&self) -> usize {

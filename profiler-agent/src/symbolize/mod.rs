@@ -1,6 +1,8 @@
 //! Addresses to functions, files and lines, off the drain path.
 
 mod cache;
+mod debug_store;
+mod debuginfod;
 mod demangle;
 mod generated;
 mod go;
@@ -28,6 +30,7 @@ use crate::background::{Background, Payer, Task};
 use crate::executable::{Executable, ExecutableId};
 use crate::process::GeneratedCode;
 use crate::sys::{memory, sigbus};
+pub(crate) use debuginfod::{DebugInfod, DebugInfodCounts, Fetcher};
 use generated::GeneratedSymbols;
 pub(crate) use kernel::BUILT_IN as KERNEL;
 use kernel::KernelSymbols;
@@ -223,33 +226,48 @@ pub(crate) struct Symbols {
     /// Empty once they were handed out to be joined.
     threads: Mutex<Vec<JoinHandle<()>>>,
     store: Option<Arc<NameStore>>,
+    debuginfod: Option<Arc<DebugInfod>>,
+}
+
+/// Where names come from beside the files and the kernel of this machine.
+#[derive(Default)]
+pub(crate) struct Sources {
+    /// Keeps names of executables on disk.
+    pub(crate) store: Option<Arc<NameStore>>,
+    /// Asks servers for debug information.
+    pub(crate) fetcher: Option<Fetcher>,
 }
 
 impl Symbols {
-    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered; `store` keeps names of
-    /// executables on disk.
+    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered.
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
     pub(crate) fn start(
         proc_root: &Path,
         cache_bytes_max: usize,
-        store: Option<Arc<NameStore>>,
+        sources: Sources,
         background: &Arc<Background>,
     ) -> io::Result<Self> {
         sigbus::install()?;
+        let Sources { store, fetcher } = sources;
         let queue = Arc::new(Queue::new(cache_bytes_max));
-        let symbols = Self { queue, threads: Mutex::default(), store };
+        let debuginfod = fetcher.as_ref().map(Fetcher::debuginfod);
+        let symbols = Self { queue, threads: Mutex::default(), store, debuginfod };
+        if let Some(fetcher) = fetcher {
+            let thread = fetcher.start(Arc::clone(&symbols.queue))?;
+            symbols.threads().push(thread);
+        }
         for (lane, name) in [(Lane::Quick, "symbolize"), (Lane::Large, "symbolize-large")] {
             let queue = Arc::clone(&symbols.queue);
             let kernel = KernelSymbols::new(proc_root);
             let generated = GeneratedSymbols::new(proc_root);
-            let store = symbols.store.clone();
+            let (store, debuginfod) = (symbols.store.clone(), symbols.debuginfod.clone());
             let payer = Payer::new(background, Task::Names);
-            let thread = thread::Builder::new()
-                .name(name.into())
-                .stack_size(STACK_BYTES)
-                .spawn(move || work(&queue, lane, payer, kernel, generated, NativeSymbols::new(store)))?;
+            let thread =
+                thread::Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(move || {
+                    work(&queue, lane, payer, kernel, generated, NativeSymbols::new(store, debuginfod))
+                })?;
             symbols.threads().push(thread);
         }
         Ok(symbols)
@@ -279,6 +297,11 @@ impl Symbols {
     pub(crate) fn store_counts(&self) -> Option<&StoreCounts> {
         self.store.as_deref().map(NameStore::counts)
     }
+
+    /// The servers for debug information, if any are asked.
+    pub(crate) fn debuginfod(&self) -> Option<&DebugInfod> {
+        self.debuginfod.as_deref()
+    }
 }
 
 impl Symbols {
@@ -290,6 +313,9 @@ impl Symbols {
     /// Ends the threads after the batch in hand; they save the names that are not on disk yet. For the caller to join.
     pub(crate) fn close(&self) -> Vec<JoinHandle<()>> {
         self.queue.close();
+        if let Some(debuginfod) = &self.debuginfod {
+            debuginfod.close();
+        }
         std::mem::take(&mut *self.threads())
     }
 
@@ -350,6 +376,10 @@ fn work(
                 let found = native.symbolize(&executable, &addrs);
                 queue.finish(ids.zip(found), native.take_panics());
             }
+            Source::Reload(executable) => {
+                native.reload(&executable);
+                queue.forget_executable(executable.id());
+            }
             Source::Generated { code, version } => {
                 let found = generated.symbolize(&code, &addrs, Instant::now());
                 let ids = addrs.iter().map(|&addr| LocationId::Generated(version, Addr(addr)));
@@ -405,7 +435,7 @@ mod tests {
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
         let background = Arc::new(Background::new(crate::budget::TERM, Instant::now()));
-        let symbols = Symbols::start(Path::new("/proc"), 1 << 20, None, &background).unwrap();
+        let symbols = Symbols::start(Path::new("/proc"), 1 << 20, Sources::default(), &background).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());

@@ -34,12 +34,12 @@ pub(super) struct NamesKey([u8; 32]);
 impl NamesKey {
     /// `debug_file` tells the versions of the separate file with debug information apart; empty when there is none.
     pub(super) fn new(identity: &Identity, debug_file: &str) -> Self {
-        let Identity { build_ids, file_bytes, ends_hash } = identity;
+        let Identity { build_ids, file_bytes, content_hash } = identity;
         let id = |id: &Option<_>| id.as_ref().map(ToString::to_string).unwrap_or_default();
         let version = env!("CARGO_PKG_VERSION");
         let text =
             format!("{version}\0{}\0{}\0{file_bytes}\0{debug_file}\0", id(&build_ids.gnu), id(&build_ids.go));
-        Self(Sha256::new().chain_update(text).chain_update(ends_hash).finalize().into())
+        Self(Sha256::new().chain_update(text).chain_update(content_hash).finalize().into())
     }
 
     /// The name of its file.

@@ -14,6 +14,7 @@ use blazesym::symbolize::source::{Elf as ElfSource, Source};
 use blazesym::symbolize::{self, CodeInfo, Input, Sym, Symbolized, Symbolizer};
 use rustix::fs::{Mode, OFlags};
 
+use super::debuginfod::DebugInfod;
 use super::demangle::{cut, demangle, is_mangled};
 use super::inflate::is_honest;
 use super::names::{Names, NamesKey};
@@ -53,19 +54,57 @@ const DEBUG_DIR: &str = "/usr/lib/debug";
 /// A way to name a file's addresses, the best first.
 #[derive(Debug)]
 enum Symbols {
-    /// A file of the distribution with the same build id. It may name further files: its author is trusted.
-    DebugFile(File),
+    /// Another file with the same build id.
+    DebugFile(DebugFile),
     /// DWARF in the executable itself.
     OwnDebug,
     /// The symbol table, or the dynamic one.
     OwnTable,
 }
 
+/// A separate file with an executable's debug information.
+#[derive(Debug)]
+struct DebugFile {
+    file: File,
+    origin: Origin,
+}
+
+/// Who gave a debug file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// The distribution. It may name further files: its author is trusted.
+    Distribution,
+    /// A server, which is asked for names only: its file is read as that of an author nobody vouches for.
+    Server,
+}
+
+impl DebugFile {
+    fn is_usable(&self) -> bool {
+        let Self { file, origin } = self;
+        Elf::of(file).is_ok_and(|elf| match origin {
+            Origin::Distribution => fits(file, &elf.symbols),
+            Origin::Server => !elf.symbols.names_other_file && is_safe(file, &elf.symbols),
+        })
+    }
+
+    /// What tells versions apart. The time of a server's file is that of its last use.
+    fn version(&self) -> String {
+        let Ok(metadata) = self.file.metadata() else { return String::new() };
+        let (inode, bytes) = (metadata.ino(), metadata.len());
+        match self.origin {
+            Origin::Distribution => {
+                format!("{inode}:{bytes}:{}.{}", metadata.mtime(), metadata.mtime_nsec())
+            }
+            Origin::Server => format!("server:{inode}:{bytes}"),
+        }
+    }
+}
+
 /// The ways that are worth trying for a file, the best last, so that the last is taken first.
 ///
 /// An executable that names another file for its debug information is never followed: the name would be looked up with
 /// the agent's rights, in the agent's mount namespace, and opening it may block.
-fn ways(executable: &Executable, debug_file: Option<File>) -> Vec<Symbols> {
+fn ways(executable: &Executable, debug_file: Option<DebugFile>) -> Vec<Symbols> {
     let mut ways = Vec::with_capacity(3);
     let symbols = executable.symbols();
     if symbols.symbol_bytes <= SYMBOL_BYTES_MAX {
@@ -75,7 +114,7 @@ fn ways(executable: &Executable, debug_file: Option<File>) -> Vec<Symbols> {
     if has_own_debug && executable.debug_is_safe(|| is_safe(executable.file(), symbols)) {
         ways.push(Symbols::OwnDebug);
     }
-    if let Some(file) = debug_file.filter(|file| Elf::of(file).is_ok_and(|elf| fits(file, &elf.symbols))) {
+    if let Some(file) = debug_file.filter(DebugFile::is_usable) {
         ways.push(Symbols::DebugFile(file));
     }
     ways
@@ -134,12 +173,6 @@ fn open_debug_file(path: &Path, build_id: &BuildId) -> Option<File> {
     (elf.build_ids.gnu.as_ref() == Some(build_id)).then_some(file)
 }
 
-/// What tells the versions of a debug file apart; empty for none.
-fn version_of(debug_file: Option<&File>) -> String {
-    let Some(Ok(metadata)) = debug_file.map(File::metadata) else { return String::new() };
-    format!("{}:{}:{}.{}", metadata.ino(), metadata.len(), metadata.mtime(), metadata.mtime_nsec())
-}
-
 /// What is known of a function beside what an address in it gives.
 #[derive(Clone, Debug, Default)]
 struct Function {
@@ -164,7 +197,7 @@ struct Loaded {
 impl Loaded {
     fn new(executable: &Executable, way: Symbols) -> Self {
         let (fd, debug_file, has_lines) = match way {
-            Symbols::DebugFile(file) => (file.as_raw_fd(), Some(file), true),
+            Symbols::DebugFile(DebugFile { file, origin: _ }) => (file.as_raw_fd(), Some(file), true),
             Symbols::OwnDebug => (executable.file().as_raw_fd(), None, true),
             Symbols::OwnTable => (executable.file().as_raw_fd(), None, false),
         };
@@ -291,14 +324,19 @@ struct Entry {
 
 /// Looking for ways may unfold compressed sections: it is put off until a name is not known.
 enum Ways {
-    NotLookedFor { debug_file: Option<File> },
+    NotLookedFor { debug_file: Option<DebugFile> },
     Left(Vec<Symbols>),
 }
 
 impl Entry {
-    fn new(executable: &Arc<Executable>, now: Instant, debug_dir: &Path, store: Option<&NameStore>) -> Self {
-        let debug_file = debug_file(executable, debug_dir);
-        let key = NamesKey::new(executable.identity(), &version_of(debug_file.as_ref()));
+    fn new(
+        executable: &Arc<Executable>,
+        now: Instant,
+        debug_file: Option<DebugFile>,
+        store: Option<&NameStore>,
+    ) -> Self {
+        let version = debug_file.as_ref().map(DebugFile::version).unwrap_or_default();
+        let key = NamesKey::new(executable.identity(), &version);
         Self {
             executable: Arc::clone(executable),
             names: store.map(|store| store.load(key)).unwrap_or_default(),
@@ -348,12 +386,33 @@ pub(super) struct NativeSymbols {
     debug_dir: PathBuf,
     /// `None`: names are not kept on disk.
     store: Option<Arc<NameStore>>,
+    /// `None`: no server is asked.
+    debuginfod: Option<Arc<DebugInfod>>,
     panics: u64,
 }
 
 impl NativeSymbols {
-    pub(super) fn new(store: Option<Arc<NameStore>>) -> Self {
-        Self { entries: HashMap::new(), debug_dir: DEBUG_DIR.into(), store, panics: 0 }
+    pub(super) fn new(store: Option<Arc<NameStore>>, debuginfod: Option<Arc<DebugInfod>>) -> Self {
+        Self { entries: HashMap::new(), debug_dir: DEBUG_DIR.into(), store, debuginfod, panics: 0 }
+    }
+
+    /// The distribution's, else a server's.
+    fn debug_file(&self, executable: &Arc<Executable>) -> Option<DebugFile> {
+        if let Some(file) = debug_file(executable, &self.debug_dir) {
+            return Some(DebugFile { file, origin: Origin::Distribution });
+        }
+        let debuginfod = self.debuginfod.as_ref().filter(|_| !executable.symbols().has_debug_info)?;
+        Some(DebugFile { file: debuginfod.find(executable)?, origin: Origin::Server })
+    }
+
+    /// Forgets how an executable is symbolized: with the next address it is looked at anew.
+    pub(super) fn reload(&mut self, executable: &Executable) {
+        let _unmapping = memory::mapping_files();
+        if let Some(mut entry) = self.entries.remove(&executable.id())
+            && let Some(store) = self.store.as_deref()
+        {
+            entry.save(store);
+        }
     }
 
     /// One answer per address of `executable`, in their order. Reads the file, so this may take seconds.
@@ -386,13 +445,13 @@ impl NativeSymbols {
         let _mapping = memory::mapping_files();
         let now = Instant::now();
         self.make_room(executable.id());
-        let (debug_dir, store) = (&self.debug_dir, self.store.as_deref());
-        let entry = self
-            .entries
-            .entry(executable.id())
-            .or_insert_with(|| Entry::new(executable, now, debug_dir, store));
+        if !self.entries.contains_key(&executable.id()) {
+            let entry = Entry::new(executable, now, self.debug_file(executable), self.store.as_deref());
+            self.entries.insert(executable.id(), entry);
+        }
+        let entry = self.entries.get_mut(&executable.id()).expect("it was there or was inserted");
         entry.used_at = now;
-        let Some(store) = store else { return self.load_and_symbolize(executable, addrs) };
+        let Some(store) = self.store.as_deref() else { return self.load_and_symbolize(executable, addrs) };
         let known: Vec<_> = addrs.iter().map(|&addr| entry.names.get(addr)).collect();
         let is_missing = |&(_, frames): &(&u64, &Option<_>)| frames.is_none();
         let missing: Vec<u64> = addrs.iter().zip(&known).filter(is_missing).map(|(&addr, _)| addr).collect();
@@ -502,7 +561,7 @@ fn attempt(loaded: &mut Loaded, addrs: &[u64]) -> Attempt {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs;
     use std::os::unix::fs::FileExt as _;
     use std::process::Command;
@@ -515,7 +574,7 @@ mod tests {
     use crate::executable::testing::{at, compile, read, run};
     use crate::executable::{ExecutableCache, ExecutableError};
 
-    const PROGRAM: &str = "
+    pub(in crate::symbolize) const PROGRAM: &str = "
         static inline __attribute__((always_inline)) int inlined(int x) {
             __asm__ volatile (\"nop; nop; nop; nop; nop; nop; nop; nop\");
             return x * 3;
@@ -568,7 +627,7 @@ mod tests {
     const CALL_LINE: u32 = 8;
 
     /// Eight bytes of `nop`, x86-64, or two instructions of them, aarch64, show where `inlined` is.
-    fn asm_addr(path: &Path) -> u64 {
+    pub(in crate::symbolize) fn asm_addr(path: &Path) -> u64 {
         let elf = fs::read(path).unwrap();
         let nop: &[u8] =
             if cfg!(target_arch = "x86_64") { &[0x90; 8] } else { &[0x1f, 0x20, 0x03, 0xd5].repeat(2) };
@@ -618,7 +677,7 @@ mod tests {
     fn a_function_of_this_program_is_found_with_what_is_inlined_into_it() {
         let cache = ExecutableCache::new(4);
         let (executable, addr) = at(&cache, caller_of_inlined() - 1);
-        let frames = one(&mut NativeSymbols::new(None), &executable, addr.0).unwrap();
+        let frames = one(&mut NativeSymbols::new(None, None), &executable, addr.0).unwrap();
         let [inner, outer] = frames.as_slice() else { panic!("{frames:?}") };
         // `line-tables-only` has no more of an inlined function than its last name.
         assert!(inner.function.ends_with("inlined_callee"), "{frames:?}");
@@ -632,7 +691,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = compile(dir.path(), "program", PROGRAM, &[]);
         let executable = read(&path).unwrap();
-        let frames = one(&mut NativeSymbols::new(None), &executable, asm_addr(&path)).unwrap();
+        let frames = one(&mut NativeSymbols::new(None, None), &executable, asm_addr(&path)).unwrap();
         let [inner, outer] = frames.as_slice() else { panic!("{frames:?}") };
         assert_eq!((inner.function.as_str(), inner.line, inner.start_line), ("inlined", ASM_LINE, 0));
         assert_eq!((outer.function.as_str(), outer.line, outer.start_line), ("hot", CALL_LINE, HOT_LINE));
@@ -643,7 +702,7 @@ mod tests {
     fn libc_is_named_by_its_dynamic_symbols() {
         let cache = ExecutableCache::new(4);
         let (executable, addr) = at(&cache, libc::qsort as *const () as u64);
-        let frames = one(&mut NativeSymbols::new(None), &executable, addr.0 + 1).unwrap();
+        let frames = one(&mut NativeSymbols::new(None, None), &executable, addr.0 + 1).unwrap();
         let [frame] = frames.as_slice() else { panic!("{frames:?}") };
         assert_eq!(frame.function, "qsort");
     }
@@ -654,15 +713,15 @@ mod tests {
         let path = compile(dir.path(), "program", PROGRAM, &[]);
         let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
         fs::remove_file(&path).unwrap();
-        check(one(&mut NativeSymbols::new(None), &executable, addr), &["inlined", "hot"]);
+        check(one(&mut NativeSymbols::new(None, None), &executable, addr), &["inlined", "hot"]);
         compile(dir.path(), "program", &PROGRAM.replace("hot", "other"), &[]);
-        check(one(&mut NativeSymbols::new(None), &executable, addr), &["inlined", "hot"]);
+        check(one(&mut NativeSymbols::new(None, None), &executable, addr), &["inlined", "hot"]);
     }
 
     #[test]
     fn a_descriptor_used_again_never_gives_the_symbols_of_the_file_before() {
         let dir = tempfile::tempdir().unwrap();
-        let mut symbols = NativeSymbols::new(None);
+        let mut symbols = NativeSymbols::new(None, None);
         for name in ["first", "second", "third"] {
             let path = compile(dir.path(), name, &PROGRAM.replace("hot", name), &[]);
             let addr = asm_addr(&path);
@@ -678,7 +737,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = compile(dir.path(), "program", PROGRAM, &[]);
         let addr = asm_addr(&path);
-        let mut symbols = NativeSymbols::new(None);
+        let mut symbols = NativeSymbols::new(None, None);
         let executables: Vec<_> = (0..LOADED_MAX + 3).map(|_| read(&path).unwrap()).collect();
         for executable in &executables {
             check(one(&mut symbols, executable, addr), &["inlined", "hot"]);
@@ -698,7 +757,7 @@ mod tests {
         let stripped = dir.path().join("stripped");
         run(Command::new("objcopy").arg("--strip-all").args([&path, &stripped]));
         let executable = read(&stripped).unwrap();
-        assert_eq!(one(&mut NativeSymbols::new(None), &executable, addr), Err(Reason::NoSymbols));
+        assert_eq!(one(&mut NativeSymbols::new(None, None), &executable, addr), Err(Reason::NoSymbols));
 
         run(Command::new("objcopy").arg("--only-keep-debug").args([&path, &debug]));
         let mut symbols = with_debug_dir(dir.path());
@@ -714,7 +773,7 @@ mod tests {
 
     /// With another place for debug files than the distribution's.
     fn with_debug_dir(dir: &Path) -> NativeSymbols {
-        let mut symbols = NativeSymbols::new(None);
+        let mut symbols = NativeSymbols::new(None, None);
         symbols.debug_dir = dir.into();
         symbols
     }
@@ -761,12 +820,12 @@ mod tests {
         let path = compile(dir.path(), "program", PROGRAM, &[]);
         let addr = asm_addr(&path);
         let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
-        let mut symbols = NativeSymbols::new(store());
+        let mut symbols = NativeSymbols::new(store(), None);
         let executable = read(&path).unwrap();
         let before = one(&mut symbols, &executable, addr);
         symbols.save();
 
-        let mut symbols = NativeSymbols::new(store());
+        let mut symbols = NativeSymbols::new(store(), None);
         let executable = read(&path).unwrap();
         assert_eq!(one(&mut symbols, &executable, addr), before);
         assert!(symbols.entries[&executable.id()].loaded.is_none());
@@ -776,7 +835,10 @@ mod tests {
 
         // Another program at the same path has names of its own.
         compile(dir.path(), "program", &PROGRAM.replace("hot", "other"), &[]);
-        check(one(&mut NativeSymbols::new(store()), &read(&path).unwrap(), addr), &["inlined", "other"]);
+        check(
+            one(&mut NativeSymbols::new(store(), None), &read(&path).unwrap(), addr),
+            &["inlined", "other"],
+        );
     }
 
     #[test]
@@ -791,7 +853,7 @@ mod tests {
         assert_eq!(read(&doctored).unwrap().build_id(), read(&real).unwrap().build_id());
         // The forger comes first; the second turn has what the first has left on disk.
         for _ in 0..2 {
-            let mut symbols = NativeSymbols::new(store());
+            let mut symbols = NativeSymbols::new(store(), None);
             check(one(&mut symbols, &read(&doctored).unwrap(), addr), &["inlined", "bad"]);
             check(one(&mut symbols, &read(&real).unwrap(), addr), &["inlined", "hot"]);
             symbols.save();
@@ -805,7 +867,7 @@ mod tests {
         let addr = asm_addr(&path);
         let store = Arc::new(NameStore::open(dir.path().join("names")).unwrap());
         let saved = || store.counts().saved.load(std::sync::atomic::Ordering::Relaxed);
-        let mut symbols = NativeSymbols::new(Some(Arc::clone(&store)));
+        let mut symbols = NativeSymbols::new(Some(Arc::clone(&store)), None);
         let executable = read(&path).unwrap();
         check(one(&mut symbols, &executable, addr), &["inlined", "hot"]);
         symbols.release_idle(Instant::now());
@@ -818,6 +880,38 @@ mod tests {
         assert_eq!((saved(), symbols.entries.len()), (1, 0), "nothing new to save");
     }
 
+    /// Prints what an address costs: symbolized, and from a store that has its name.
+    #[test]
+    #[ignore = "measures time: run alone, optimized, with --nocapture"]
+    fn cost_of_an_address() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
+        let executable = read("/proc/self/exe".as_ref()).unwrap();
+        let (code, _) = executable.code_range().unwrap();
+        let step = (code.end.0 - code.start.0) / 4096;
+        let addrs: Vec<u64> = (0..4096).map(|index| code.start.0 + index * step).collect();
+        let ask = |symbols: &mut NativeSymbols, what: &str| {
+            let begin = Instant::now();
+            let named = addrs
+                .chunks(64)
+                .map(|chunk| {
+                    symbols.symbolize(&executable, chunk).iter().filter(|found| found.is_ok()).count()
+                })
+                .sum::<usize>();
+            let ns = begin.elapsed().as_nanos() / addrs.len() as u128;
+            println!("{what}: {ns} ns an address, {named} of {} named", addrs.len());
+        };
+        let mut symbols = NativeSymbols::new(store(), None);
+        ask(&mut symbols, "file never read");
+        ask(&mut symbols, "names in memory");
+        symbols.save();
+        let mut symbols = NativeSymbols::new(store(), None);
+        ask(&mut symbols, "names on disk");
+        let mut symbols = NativeSymbols::new(None, None);
+        ask(&mut symbols, "no store");
+        ask(&mut symbols, "no store, file read");
+    }
+
     #[test]
     fn a_debug_link_is_not_followed_even_when_opening_it_would_block() {
         let dir = tempfile::tempdir().unwrap();
@@ -827,7 +921,7 @@ mod tests {
         run(Command::new("objcopy").arg("--add-gnu-debuglink").arg(&debug).arg(&path));
         fs::remove_file(&debug).unwrap();
         run(Command::new("mkfifo").arg(&debug));
-        check(one(&mut NativeSymbols::new(None), &read(&path).unwrap(), asm_addr(&path)), &["hot"]);
+        check(one(&mut NativeSymbols::new(None, None), &read(&path).unwrap(), asm_addr(&path)), &["hot"]);
     }
 
     #[test]
@@ -839,7 +933,7 @@ mod tests {
         run(Command::new("objcopy").arg("--compress-debug-sections=zlib").args([&path, &compressed]));
         let executable = read(&compressed).unwrap();
         assert!(executable.symbols().inflated_bytes > 0);
-        check(one(&mut NativeSymbols::new(None), &executable, addr), &["inlined", "hot"]);
+        check(one(&mut NativeSymbols::new(None, None), &executable, addr), &["inlined", "hot"]);
 
         // One byte less in a header than what unfolds.
         let section =
@@ -847,7 +941,7 @@ mod tests {
         let size_at = section.file_range.start - 16;
         let file = fs::OpenOptions::new().write(true).open(&compressed).unwrap();
         file.write_all_at(&(section.inflated_bytes - 1).to_le_bytes(), size_at).unwrap();
-        check(one(&mut NativeSymbols::new(None), &read(&compressed).unwrap(), addr), &["hot"]);
+        check(one(&mut NativeSymbols::new(None, None), &read(&compressed).unwrap(), addr), &["hot"]);
     }
 
     /// blazesym would recurse into each inlined call and overflow its stack, which ends the process.
@@ -863,7 +957,7 @@ mod tests {
         let elf = blazesym::inspect::Inspector::new();
         let elf_source = blazesym::inspect::source::Source::Elf(blazesym::inspect::source::Elf::new(&path));
         let main = elf.lookup(&elf_source, &["main"]).unwrap()[0][0].addr;
-        check(one(&mut NativeSymbols::new(None), &executable, main), &["main"]);
+        check(one(&mut NativeSymbols::new(None, None), &executable, main), &["main"]);
     }
 
     #[test]
@@ -871,7 +965,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = compile(dir.path(), "program", PROGRAM, &["-static"]);
         let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
-        let mut symbols = NativeSymbols::new(None);
+        let mut symbols = NativeSymbols::new(None, None);
         sigbus::install().unwrap();
         check(one(&mut symbols, &executable, addr), &["inlined", "hot"]);
         fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
@@ -889,7 +983,7 @@ mod tests {
         for bytes in (0..whole.len()).step_by(61) {
             fs::write(&cut, &whole[..bytes]).unwrap();
             match read(&cut) {
-                Ok(executable) => drop(one(&mut NativeSymbols::new(None), &executable, addr)),
+                Ok(executable) => drop(one(&mut NativeSymbols::new(None, None), &executable, addr)),
                 Err(error) => assert!(matches!(error, ExecutableError::Elf { .. }), "{error} at {bytes}"),
             }
         }
@@ -915,7 +1009,7 @@ mod tests {
             let file = tempfile::NamedTempFile::new().unwrap();
             fs::write(file.path(), &bytes).unwrap();
             if let Ok(executable) = read(file.path()) {
-                let mut symbols = NativeSymbols::new(None);
+                let mut symbols = NativeSymbols::new(None, None);
                 let _ = symbols.symbolize(&executable, &[addr, addr - 4, 0, u64::MAX]);
                 prop_assert!(symbols.entries.len() <= 1);
             }

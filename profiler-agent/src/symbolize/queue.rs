@@ -30,8 +30,10 @@ impl Lane {
     fn of(source: &Source) -> Self {
         match source {
             // Go's table is not loaded, but read where it is asked.
-            Source::File(executable) if super::go::has_table(executable) => Self::Quick,
-            Source::File(executable) => {
+            Source::File(executable) | Source::Reload(executable) if super::go::has_table(executable) => {
+                Self::Quick
+            }
+            Source::File(executable) | Source::Reload(executable) => {
                 let symbols = executable.symbols();
                 let bytes = symbols.symbol_bytes.saturating_add(symbols.debug_bytes);
                 if bytes > QUICK_BYTES_MAX { Self::Large } else { Self::Quick }
@@ -45,7 +47,12 @@ impl Lane {
 #[derive(Clone, Debug)]
 pub(super) enum Source {
     File(Arc<Executable>),
-    Generated { code: Arc<GeneratedCode>, version: u32 },
+    /// No address: a file that has better names now than when it was read.
+    Reload(Arc<Executable>),
+    Generated {
+        code: Arc<GeneratedCode>,
+        version: u32,
+    },
     Kernel,
 }
 
@@ -53,6 +60,7 @@ pub(super) enum Source {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum SourceId {
     File(ExecutableId),
+    Reload(ExecutableId),
     Generated(u32),
     Kernel,
 }
@@ -61,6 +69,7 @@ impl Source {
     fn id(&self) -> SourceId {
         match self {
             Self::File(executable) => SourceId::File(executable.id()),
+            Self::Reload(executable) => SourceId::Reload(executable.id()),
             Self::Generated { code: _, version } => SourceId::Generated(*version),
             Self::Kernel => SourceId::Kernel,
         }
@@ -128,12 +137,16 @@ struct Waiting {
 
 impl Waiting {
     fn push(&mut self, source: Source, addr: u64) {
+        self.work(source).addrs.push(addr);
+    }
+
+    /// What waits of a source; its turn comes also without an address.
+    fn work(&mut self, source: Source) -> &mut Work {
         let id = source.id();
-        let work = self.by_source.entry(id).or_insert_with(|| {
+        self.by_source.entry(id).or_insert_with(|| {
             self.turns.push_back(id);
             Work { source, addrs: Vec::new() }
-        });
-        work.addrs.push(addr);
+        })
     }
 
     fn take(&mut self) -> Option<Work> {
@@ -335,6 +348,19 @@ impl Queue {
         let mut state = self.lock();
         state.counts.perf_map_bytes += bytes;
         state.counts.perf_map_lines_left_out += lines_left_out;
+    }
+
+    /// Has the thread that symbolizes an executable forget what it knows of it: by its own hand, so that no batch in work
+    /// brings back what was forgotten.
+    pub(super) fn reload(&self, executable: Arc<Executable>) {
+        let source = Source::Reload(executable);
+        let lane = Lane::of(&source);
+        self.lock().waiting(lane).work(source);
+        self.work(lane).notify_one();
+    }
+
+    pub(super) fn forget_executable(&self, id: ExecutableId) {
+        self.lock().cache.forget_executable(id);
     }
 
     pub(super) fn forget_kernel(&self) {

@@ -61,14 +61,7 @@ impl NameStore {
     /// # Errors
     /// See [`StoreError`].
     pub(crate) fn open(directory: PathBuf) -> Result<Self, StoreError> {
-        let create = || {
-            DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-            fs::symlink_metadata(&directory)
-        };
-        let metadata = create().map_err(|source| StoreError::Create { path: directory.clone(), source })?;
-        if !is_private(&metadata) {
-            return Err(StoreError::NotPrivate { path: directory });
-        }
+        private_directory(&directory)?;
         Ok(Self { directory, bytes_max: STORE_BYTES_MAX, counts: StoreCounts::default() })
     }
 
@@ -158,6 +151,19 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     (&file).take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
     file.set_modified(SystemTime::now())?;
     Ok(bytes)
+}
+
+/// Makes a directory if need be, which must be this user's alone.
+pub(super) fn private_directory(path: &Path) -> Result<(), StoreError> {
+    let create = || {
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        fs::symlink_metadata(path)
+    };
+    let metadata = create().map_err(|source| StoreError::Create { path: path.into(), source })?;
+    if !is_private(&metadata) {
+        return Err(StoreError::NotPrivate { path: path.into() });
+    }
+    Ok(())
 }
 
 fn is_private(metadata: &Metadata) -> bool {

@@ -1,5 +1,6 @@
 //! Raw system calls and kernel formats. With `profiler-ebpf`, the only place where `unsafe` lives.
 
+pub(crate) mod bpf;
 pub(crate) mod bpf_objects;
 pub(crate) mod btf;
 pub(crate) mod capabilities;
@@ -7,6 +8,7 @@ pub(crate) mod cgroup;
 pub(crate) mod clock;
 pub(crate) mod cpu;
 pub(crate) mod file_map;
+pub(crate) mod hold;
 pub(crate) mod limits;
 pub(crate) mod memory;
 pub(crate) mod perf_event;

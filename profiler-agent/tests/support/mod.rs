@@ -120,6 +120,20 @@ impl Agent {
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
+    /// The merged profile of another type, by one of its sample types, of windows that began after a moment.
+    pub fn merge_type(&self, selector: &str, types: (&str, &str), moment: SystemTime) -> Merged {
+        let (profile_type, sample_type) = types;
+        let what = [
+            ("query", selector),
+            ("type", profile_type),
+            ("sample_type", sample_type),
+            ("format", "json"),
+            ("max_nodes", "100000"),
+        ];
+        let body = self.query_since("/api/v1/merge", &what, moment);
+        Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
+    }
+
     /// The same of windows that ended after a moment.
     pub fn merge_since(&self, selector: &str, moment: SystemTime) -> Merged {
         let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
@@ -294,6 +308,11 @@ impl Merged {
         std::iter::successors(Some(hottest), parent).map(|node| node.name.as_str()).collect()
     }
 
+    /// What was counted below a function, which does not call itself.
+    pub fn total_of(&self, function: &str) -> i64 {
+        self.nodes.iter().filter(|node| node.name == function).map(|node| node.total).sum()
+    }
+
     /// Whether any frame has this name.
     pub fn mentions(&self, function: &str) -> bool {
         self.nodes.iter().any(|node| node.name.contains(function))
@@ -346,6 +365,16 @@ impl Program {
     pub fn system_command(command: &mut Command) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self { child: command.spawn().expect("the program starts"), input: None }
+    }
+
+    /// Writes a line to its input and waits for one of its output.
+    pub fn ask(&mut self, line: &str) -> String {
+        let input = self.input.as_mut().expect("its input is open");
+        writeln!(input, "{line}").expect("it reads");
+        let output = self.child.stdout.as_mut().expect("piped");
+        let mut answer = String::new();
+        BufReader::with_capacity(1, output).read_line(&mut answer).expect("a line");
+        answer
     }
 
     /// Closes its input and gives what it printed behind `ready`.

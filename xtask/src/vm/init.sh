@@ -29,7 +29,11 @@ v1)
     mkdir -p /sys/fs/cgroup/systemd
     mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd
     ;;
-v2) mount -t cgroup2 cgroup /sys/fs/cgroup ;;
+v2)
+    mount -t cgroup2 cgroup /sys/fs/cgroup
+    # As systemd does, or no group below the root has a limit.
+    echo +cpu +memory +pids > /sys/fs/cgroup/cgroup.subtree_control
+    ;;
 esac
 
 ip link set lo up

@@ -36,8 +36,8 @@ const INIT: &[u8] = include_bytes!("init.sh");
 /// Where the machine has the test programs of cargo, by their plain names.
 const TESTS: &str = "/tests";
 
-/// Test files that run on every kernel. The others are left out by name: they need programs that the machine lacks, several
-/// processors, or a faster one. `--test` runs any.
+/// Test files that pass on every kernel. The others are left out by name: they need programs that the machine lacks, or
+/// have not been made to pass under emulation. `--test` runs any.
 const TESTS_RUN: [&str; 3] = ["backend_away", "cpu_time", "operate"];
 
 /// Programs of the host that tests start.
@@ -83,7 +83,7 @@ fn run_on<'a>(
     };
     for Program { name, .. } in tests.programs.extract_if(.., |program| !wanted(&program.name)) {
         if only.is_empty() {
-            println!("SKIP {name}: not for a machine of one emulated processor");
+            println!("SKIP {name}: not among the tests that pass under emulation");
             total += Tally::SKIPPED;
         }
     }

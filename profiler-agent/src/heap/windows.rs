@@ -1,0 +1,88 @@
+//! Sampled allocations on their way into profiles: those made in a window, and those in use at its end.
+
+use profiler_common::heap::{AllocPart, LiveKey};
+use profiler_heap::Weight;
+
+use super::{Live, Orders, Sample};
+use crate::{
+    label::SeriesLabels,
+    normalize::Location,
+    sys::clock::WallClock,
+    window::{Closed, Counts, Full, Measure, OBJECT, Room, SampleLabels, Windows},
+};
+
+/// The worker's part of heap profiling.
+pub(crate) struct HeapWindows {
+    /// Allocations by when they were made.
+    pub(crate) windows: Windows,
+    live: Live,
+    /// Tells those who attach of execs.
+    pub(crate) orders: Orders,
+    /// Mean bytes between samples that profiles state; every sample has its own.
+    rate: u32,
+    room: Room,
+}
+
+impl HeapWindows {
+    /// No allocation yet.
+    pub(crate) fn new(windows: Windows, live: Live, orders: Orders, rate: u32, room: Room) -> Self {
+        Self { windows, live, orders, rate, room }
+    }
+
+    /// Adds a sampled allocation of `size` bytes, made at a boot time. Even if its window is full, it may be in use.
+    pub(crate) fn add(
+        &mut self,
+        (series, labels, stack): (SeriesLabels, SampleLabels, Vec<Location>),
+        (time_ns, size): (u64, u64),
+        part: AllocPart,
+        on_new: impl FnMut(&Location),
+    ) -> Result<(), Full> {
+        let AllocPart { pointer, target, rate } = part;
+        let counts = counts(size, rate);
+        let key = LiveKey { pointer, target, reserved: 0 };
+        let sample = Sample { time_ns, series: series.clone(), labels: labels.clone(), counts };
+        self.live.insert(key, sample, &stack);
+        self.windows.at(time_ns).add_counts(series, labels, stack, counts, on_new)
+    }
+
+    /// Closes the windows whose samples are all there, and takes a snapshot when there was one.
+    pub(crate) fn close_due(&mut self, complete_ns: u64, clock: WallClock) -> Vec<Closed> {
+        let closed = self.windows.close_due(complete_ns, clock);
+        self.with_snapshot(closed)
+    }
+
+    /// Closes everything.
+    pub(crate) fn close_all(&mut self, now_ns: u64) -> Vec<Closed> {
+        let closed = self.windows.close_all(now_ns);
+        self.with_snapshot(closed)
+    }
+
+    fn with_snapshot(&mut self, closed: Vec<Closed>) -> Vec<Closed> {
+        let rate = self.rate;
+        let snapshot = if closed.is_empty() { None } else { self.live.snapshot(rate, &self.room) };
+        let allocs = closed.into_iter().map(|window| Closed { measure: Measure::Allocs { rate }, ..window });
+        allocs.chain(snapshot).collect()
+    }
+}
+
+/// What one sample stands for.
+fn counts(size: u64, rate: u32) -> Counts {
+    // A sample of what is never sampled would be a record that was damaged: it stands for itself.
+    let weight = Weight::of(size, rate).unwrap_or(Weight { objects: 1.0, bytes: size as f64 });
+    let objects = (weight.objects * OBJECT as f64).round() as u64;
+    Counts { samples: 1, value: weight.bytes.round() as u64, objects }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_stands_for_its_like() {
+        assert_eq!(counts(100, 1), Counts { samples: 1, value: 100, objects: OBJECT });
+        let small = counts(16, 1 << 19);
+        assert!((32_000..33_500).contains(&(small.objects / OBJECT)), "{small:?}");
+        assert!((520_000..530_000).contains(&small.value), "{small:?}");
+        assert_eq!(counts(10, 0), Counts { samples: 1, value: 10, objects: OBJECT });
+    }
+}

@@ -1,0 +1,190 @@
+//! Heap profiles say what programs have allocated and still hold, from outside.
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::FileExt as _,
+    path::Path,
+    process::Command,
+    time::{Duration, SystemTime},
+};
+
+use support::{Agent, Merged, Program, testprogs};
+
+/// Mean bytes between samples.
+const RATE: f64 = 65_536.0;
+/// Standard deviations accepted, and what is accepted besides. 5 happen once in 1.7 million times.
+const DEVIATIONS: f64 = 5.0;
+const BESIDES: f64 = 0.01;
+
+/// What the program says of one place: allocations, bytes, blocks held and their bytes.
+type Truth = BTreeMap<String, [f64; 4]>;
+
+/// The profile of one run.
+struct Run {
+    truth: Truth,
+    alloc_objects: Merged,
+    alloc_space: Merged,
+    inuse_objects: Merged,
+    inuse_space: Merged,
+}
+
+/// Runs the program under a new agent.
+fn run(program: &str, variables: &[(&str, &str)]) -> Run {
+    let rule = format!("exe={program}@{RATE}");
+    let agent = Agent::start(&["--window", "2s", "--heap", &rule]);
+    let run = run_under(&agent, program, variables);
+    let log = agent.stop();
+    let account = log.lines().find(|line| line.contains(": allocs: taken")).expect("an account");
+    assert!(account.contains("waiting 0 + dropped 0") && !account.contains("UNACCOUNTED"), "{account}");
+    run
+}
+
+fn run_under(agent: &Agent, name: &str, variables: &[(&str, &str)]) -> Run {
+    // A window is found by its start, and one that began before the program may hold its first allocations.
+    let started = SystemTime::now() - Duration::from_secs(60);
+    let mut program =
+        Program::start_command(Command::new(testprogs().join(name)).envs(variables.iter().copied()));
+    agent.wait_for("its heap is profiled", || {
+        (agent.metric("profiler_agent_heap_targets")? >= 1.0).then_some(())
+    });
+    let truth: Truth = serde_json::from_str(&program.ask("go")).expect("JSON");
+    let done = SystemTime::now();
+    agent.wait_for_window_after(done);
+    let selector = format!("{{exe=\"{name}\",pid=\"{}\"}}", program.pid());
+    for metric in ["unreturned", "stray", "live_dropped", "live_full"] {
+        eprintln!("{metric}: {:?}", agent.metric(&format!("profiler_agent_heap_{metric}_total")));
+    }
+    let merge = |types, since| agent.merge_type(&selector, types, since);
+    Run {
+        truth,
+        alloc_objects: merge(("allocs", "alloc_objects"), started),
+        alloc_space: merge(("allocs", "alloc_space"), started),
+        inuse_objects: merge(("heap", "inuse_objects"), done),
+        inuse_space: merge(("heap", "inuse_space"), done),
+    }
+}
+
+/// Samples expected of allocations of these sizes, of which each is one with probability 1 - exp(-size / rate).
+fn samples(count: f64, bytes: f64) -> f64 {
+    if count == 0.0 { 0.0 } else { count * (1.0 - (-bytes / count / RATE).exp()) }
+}
+
+impl Run {
+    /// By place: what it is, found, true, and samples expected.
+    fn places(&self) -> Vec<(String, f64, f64, f64)> {
+        let found = |merged: &Merged, place: &str| merged.total_of(place) as f64;
+        self.truth
+            .iter()
+            .flat_map(|(place, &[allocs, bytes, held, held_bytes])| {
+                let (made, kept) = (samples(allocs, bytes), samples(held, held_bytes));
+                [
+                    (format!("{place} alloc_objects"), found(&self.alloc_objects, place), allocs, made),
+                    (format!("{place} alloc_space"), found(&self.alloc_space, place), bytes, made),
+                    (format!("{place} inuse_objects"), found(&self.inuse_objects, place), held, kept),
+                    (format!("{place} inuse_space"), found(&self.inuse_space, place), held_bytes, kept),
+                ]
+            })
+            .collect()
+    }
+
+    /// Every place within what chance allows, and what holds nothing shows nothing.
+    fn check(&self) {
+        let places = self.places();
+        eprintln!("all places: {:?}", self.alloc_space.roots());
+        eprintln!("{:?} of {}", self.total("alloc_space"), self.alloc_space.total);
+        for (what, found, truth, samples) in &places {
+            eprintln!("{what:<44} {found:>14.0} {truth:>14.0} {samples:>8.1}");
+        }
+        for (what, found, truth, samples) in places {
+            if truth == 0.0 {
+                assert_eq!(found, 0.0, "{what}");
+            } else {
+                let error = (found / truth - 1.0).abs();
+                let accepted = DEVIATIONS / samples.sqrt() + BESIDES;
+                assert!(
+                    error <= accepted,
+                    "{what}: {found} of {truth}, off by {error:.3}, accepted {accepted:.3}"
+                );
+            }
+        }
+    }
+
+    /// Found and true, of all places.
+    fn total(&self, kind: &str) -> (f64, f64) {
+        let of_kind = self.places().into_iter().filter(|(what, ..)| what.ends_with(kind));
+        of_kind.fold((0.0, 0.0), |(found, truth), place| (found + place.1, truth + place.2))
+    }
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn allocations_of_glibc_are_found_where_they_are_made_and_held() {
+    const RUNS: usize = 5;
+    let runs: Vec<Run> = (0..RUNS).map(|_| run("heap_truth", &[])).collect();
+    runs.iter().for_each(Run::check);
+    for (kind, accepted) in [("alloc_space", 0.03), ("inuse_space", 0.05)] {
+        let errors = runs.iter().map(|run| run.total(kind)).map(|(found, truth)| found / truth - 1.0);
+        let mean = errors.sum::<f64>() / RUNS as f64;
+        eprintln!("{kind}: mean error {mean:.4}");
+        assert!(mean.abs() <= accepted, "{kind}: {mean:.4}");
+    }
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn allocations_of_musl_are_found_where_they_are_made_and_held() {
+    run("heap_truth_musl", &[]).check();
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn allocations_of_preloaded_allocators_are_found_where_they_are_made_and_held() {
+    for library in ["libjemalloc.so.2", "libtcmalloc_minimal.so.4", "libmimalloc.so.2.0"] {
+        let path = Path::new("/usr/lib/x86_64-linux-gnu").join(library);
+        if !path.exists() {
+            eprintln!("SKIP {library}: not installed");
+            continue;
+        }
+        eprintln!("{library}");
+        run("heap_truth", &[("LD_PRELOAD", path.to_str().expect("text"))]).check();
+    }
+}
+
+/// The code of the C library as a process has it.
+fn code_of(pid: u32) -> Vec<u8> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
+    let line =
+        maps.lines().find(|line| line.contains("r-xp") && line.contains("libc.so")).expect("it has a libc");
+    let range = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+    let hex = |text| u64::from_str_radix(text, 16).expect("an address");
+    let (start, end) = (hex(range.0), hex(range.1));
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("we are root");
+    let mut code = vec![0; usize::try_from(end - start).expect("small")];
+    memory.read_exact_at(&mut code, start).expect("it is mapped");
+    code
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn no_breakpoint_stays_when_the_agent_ends_or_is_killed() {
+    let program = Program::start("heap_truth", &[]);
+    let untouched = code_of(program.pid());
+    let start = || {
+        let agent = Agent::start(&["--window", "2s", "--heap", &format!("pid={}", program.pid())]);
+        agent.wait_for("its heap is profiled", || (code_of(program.pid()) != untouched).then_some(()));
+        agent
+    };
+    start().stop();
+    assert!(code_of(program.pid()) == untouched, "after an orderly end");
+
+    let killed = start();
+    drop(killed);
+    let end = SystemTime::now() + Duration::from_secs(30);
+    while code_of(program.pid()) != untouched {
+        assert!(SystemTime::now() < end, "breakpoints stay after kill -9");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

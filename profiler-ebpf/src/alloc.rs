@@ -1,0 +1,427 @@
+//! Heap samples: one program at the entry of each probed allocator function and, where the entry wants it, at its return
+//! (uprobe session, kernel 6.13).
+//!
+//! A thread may be preempted in the middle of the program, by another that runs it on the same CPU: counters are added
+//! to atomically, and a sample in the making has a scratch slot to itself.
+
+use core::{arch::asm, ffi::c_void};
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray},
+};
+use profiler_common::{
+    heap::{
+        ALLOC_PART_WORDS, AllocPart, Call, EXP, HEAP_FRAMES_MAX, HeapCounter, LiveKey, POINT_NESTS, Pending, Point,
+        SCRATCH_SLOTS, Target, unsampled,
+    },
+    wire::{FLAG_TABLES, Frame, RecordHead, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
+};
+
+use crate::{
+    arch,
+    helpers::{
+        attach_cookie, boot_time_ns, current_ids, current_thread_name, random_u32,
+        read_user,
+    },
+    maps::{EVENTS, NO_CHUNK, Scratch},
+    stack::{go_to_caller, load_context, mask},
+    table, task,
+};
+
+/// Probed functions: key the cookie of the probe. Written by the agent while no probe has that cookie. This map and those
+/// below have one entry unless the agent sizes them before loading (`profiler_common::heap`).
+#[map]
+pub static HEAP_POINTS: Array<Point> = Array::with_max_entries(1, 0);
+
+/// Processes whose heap is profiled: key [`Point::target`]. Written by the agent.
+#[map]
+pub static HEAP_TARGETS: Array<Target> = Array::with_max_entries(1, 0);
+
+/// Probes hit: key as [`HEAP_TARGETS`]. Written here, read by the agent.
+#[map]
+pub static HEAP_HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// Threads inside a probed function: key thread id. An entry is made and deleted here; that of a thread which never comes
+/// back is replaced when its id comes up again. When it is full, samples are dropped and counted.
+#[map]
+pub static HEAP_PENDING: HashMap<u32, Pending> = HashMap::with_max_entries(1, 0);
+
+/// `BPF_F_NO_PREALLOC`: memory is taken as entries are made.
+const NO_PREALLOC: u32 = 1;
+
+/// Sampled allocations in use, and the time of each one's sample. Made and deleted here; the agent reads all of them for a
+/// snapshot, and deletes those of processes that are gone. When it is full, a sample is not among those in use, counted.
+#[map]
+pub static HEAP_LIVE: HashMap<LiveKey, u64> = HashMap::with_max_entries(1, NO_PREALLOC);
+
+/// Counters: key [`HeapCounter`]. Written here, summed by the agent.
+#[map]
+pub static HEAP_STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(HeapCounter::COUNT, 0);
+
+/// Samples in the making. Only this program uses it.
+#[map]
+pub static HEAP_SCRATCH: PerCpuArray<HeapScratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// A sample in the making.
+#[repr(C)]
+pub struct HeapScratch {
+    /// 1 while a thread uses it.
+    busy: u64,
+    scratch: Scratch,
+}
+
+/// `BPF_RB_NO_WAKEUP`: the agent drains on a timer.
+const NO_WAKEUP: u64 = 1;
+
+/// What the program answers at the entry of a function: its return is of no interest.
+const SKIP_RETURN: u32 = 1;
+/// The program is to run at the function's return too.
+const WANT_RETURN: u32 = 0;
+
+/// A nested call lies below its caller's frame within this many bytes of stack, or in its place if it is the last thing
+/// that the caller does. Anything else is a thread that left the outer call otherwise than by returning.
+const NESTED_BYTES_MAX: u64 = 64 << 10;
+/// So is a call that began longer ago: a thread that was left by an exception may come back to the same depth.
+const NESTED_NS_MAX: u64 = 1_000_000_000;
+
+/// The function's entry or its return.
+#[inline(always)]
+pub fn probe(ctx: *mut c_void) -> u32 {
+    let index = attach_cookie(ctx) as u32;
+    let Some(point) = HEAP_POINTS.get(index) else {
+        count(HeapCounter::Stray, 1);
+        return SKIP_RETURN;
+    };
+    let (_, tid) = current_ids();
+    if load_context!(ctx, 128) == point.address {
+        return enter(ctx, index, point, tid);
+    }
+    leave(ctx, tid);
+    WANT_RETURN
+}
+
+#[inline(always)]
+fn enter(ctx: *mut c_void, index: u32, point: &Point, tid: u32) -> u32 {
+    let target = HEAP_TARGETS.get(point.target);
+    let (Some(target), Some(call)) = (target, Call::decode(point.call)) else {
+        count(HeapCounter::Stray, 1);
+        return SKIP_RETURN;
+    };
+    if let Some(hits) = HEAP_HITS.get_ptr_mut(point.target) {
+        add(hits, 1);
+    }
+    if let Call::Free = call {
+        take_live(target.id, argument(ctx, point, 0));
+        return SKIP_RETURN;
+    }
+    let sp = load_context!(ctx, 152);
+    if is_nested(tid, sp) {
+        return SKIP_RETURN;
+    }
+    let size = size(ctx, point, call);
+    let is_sample = toss(size, target.rate);
+    if !is_sample && point.flags & POINT_NESTS == 0 {
+        return SKIP_RETURN;
+    }
+    let mut pending = Pending {
+        sp,
+        size,
+        result: 0,
+        old: 0,
+        old_time_ns: 0,
+        time_ns: boot_time_ns(),
+        point: index,
+        rate: if is_sample { target.rate } else { 0 },
+    };
+    match call {
+        Call::AllocateInto => pending.result = argument(ctx, point, 0),
+        // It gives the old memory back, but only if it succeeds: then it is put back. Deleted now, for at the return
+        // another thread may have got the address.
+        Call::Reallocate | Call::ReallocateArray => {
+            let old = argument(ctx, point, 0);
+            if let Some(time_ns) = take_live(target.id, old) {
+                (pending.old, pending.old_time_ns) = (old, time_ns);
+            }
+        }
+        _ => {}
+    }
+    match HEAP_PENDING.insert(tid, pending, 0) {
+        Ok(()) => WANT_RETURN,
+        Err(_) => {
+            if is_sample {
+                count(HeapCounter::Taken, 1);
+                count(HeapCounter::DroppedPendingFull, 1);
+            }
+            SKIP_RETURN
+        }
+    }
+}
+
+/// Whether the thread is inside another probed function. One that it has left without returning is forgotten.
+#[inline(always)]
+fn is_nested(tid: u32, sp: u64) -> bool {
+    let Some(outer) = HEAP_PENDING.get_ptr(tid) else { return false };
+    // SAFETY: the look-up gave a value of a preallocated map, which stays readable; only this thread writes it.
+    let Pending { sp: outer_sp, time_ns, .. } = unsafe { outer.read() };
+    let is_inside = outer_sp.wrapping_sub(sp) < NESTED_BYTES_MAX;
+    if is_inside && boot_time_ns() - time_ns < NESTED_NS_MAX {
+        return true;
+    }
+    count(HeapCounter::Unreturned, 1);
+    // It is there: only this thread deletes it.
+    let _ = HEAP_PENDING.remove(tid);
+    false
+}
+
+/// Bytes asked for. A product that overflows is one that the allocator refuses.
+#[inline(always)]
+fn size(ctx: *mut c_void, point: &Point, call: Call) -> u64 {
+    match call {
+        Call::Allocate | Call::Free => argument(ctx, point, 0),
+        Call::Reallocate | Call::AllocateAligned => argument(ctx, point, 1),
+        Call::AllocateInto => argument(ctx, point, 2),
+        Call::AllocateArray => argument(ctx, point, 0).wrapping_mul(argument(ctx, point, 1)),
+        Call::ReallocateArray => argument(ctx, point, 1).wrapping_mul(argument(ctx, point, 2)),
+    }
+}
+
+/// The coin of one allocation.
+#[inline(always)]
+fn toss(size: u64, rate: u32) -> bool {
+    let exp = |k| {
+        let k = mask!(k, 2047) as usize;
+        // SAFETY: k is below 2048, the length of the table. Volatile, since LLVM would copy the table to the stack.
+        unsafe { EXP.as_ptr().add(k).read_volatile() }
+    };
+    rate != 0 && u64::from(random_u32()) >= unsampled(size, rate, exp)
+}
+
+/// The registers that an argument may be in, numbered by the psABI.
+#[inline(always)]
+fn argument(ctx: *mut c_void, point: &Point, index: u32) -> u64 {
+    match (point.arguments >> (4 * index)) & 15 {
+        5 => load_context!(ctx, 112),
+        4 => load_context!(ctx, 104),
+        1 => load_context!(ctx, 96),
+        2 => load_context!(ctx, 88),
+        8 => load_context!(ctx, 72),
+        9 => load_context!(ctx, 64),
+        0 => load_context!(ctx, 80),
+        _ => 0,
+    }
+}
+
+/// The time of a live sample, which no longer is one.
+#[inline(always)]
+fn take_live(target: u32, pointer: u64) -> Option<u64> {
+    if pointer == 0 {
+        return None;
+    }
+    let key = LiveKey { pointer, target, reserved: 0 };
+    let live = HEAP_LIVE.get_ptr(key)?;
+    // SAFETY: the look-up gave a value that stays readable for the run of the program.
+    let time_ns = unsafe { live.read() };
+    HEAP_LIVE.remove(key).ok()?;
+    count(HeapCounter::Freed, 1);
+    Some(time_ns)
+}
+
+#[inline(always)]
+fn leave(ctx: *mut c_void, tid: u32) {
+    let Some(pending) = HEAP_PENDING.get_ptr(tid) else {
+        count(HeapCounter::Stray, 1);
+        return;
+    };
+    // SAFETY: as in `is_nested`.
+    let pending = unsafe { pending.read() };
+    if load_context!(ctx, 152) != pending.sp + 8 {
+        count(HeapCounter::Stray, 1);
+        return;
+    }
+    // It is there: only this thread deletes it.
+    let _ = HEAP_PENDING.remove(tid);
+    let Some(point) = HEAP_POINTS.get(pending.point) else { return };
+    let Some(target) = HEAP_TARGETS.get(point.target) else { return };
+    let pointer = result(ctx, &pending);
+    if pointer == 0 {
+        if pending.old != 0 && pending.size != 0 {
+            let key = LiveKey { pointer: pending.old, target: target.id, reserved: 0 };
+            if HEAP_LIVE.insert(key, pending.old_time_ns, 0).is_err() {
+                count(HeapCounter::LiveFull, 1);
+            }
+        }
+        return;
+    }
+    if pending.rate != 0 {
+        count(HeapCounter::Taken, 1);
+        let part = AllocPart { pointer, target: target.id, rate: pending.rate };
+        sample(ctx, &part, pending.size);
+    }
+}
+
+/// The new allocation's address; 0 where there is none.
+#[inline(always)]
+fn result(ctx: *mut c_void, pending: &Pending) -> u64 {
+    let returned = load_context!(ctx, 80);
+    if pending.result == 0 {
+        return returned;
+    }
+    let mut pointer = 0;
+    match returned as u32 {
+        0 => read_user(pending.result, &raw mut pointer).map_or(0, |()| pointer),
+        _ => 0,
+    }
+}
+
+/// Takes the stack of the caller and writes the record.
+#[inline(always)]
+fn sample(ctx: *mut c_void, part: &AllocPart, size: u64) {
+    let Some((slot, value)) = claim_scratch() else {
+        count(HeapCounter::DroppedNoScratch, 1);
+        return;
+    };
+    // SAFETY: a value of this CPU, and `claim_scratch` made it this thread's alone.
+    let scratch = unsafe { &mut (*value).scratch };
+    fill(ctx, slot, scratch, part, size);
+    submit(scratch, part, size);
+    // SAFETY: as above; volatile, so that it comes last.
+    unsafe { (&raw mut (*value).busy).write_volatile(0) };
+}
+
+/// A slot of this CPU that no other thread uses, for one that was preempted may.
+#[inline(always)]
+fn claim_scratch() -> Option<(u32, *mut HeapScratch)> {
+    let mut slot = 0;
+    while slot < SCRATCH_SLOTS {
+        let value = HEAP_SCRATCH.get_ptr_mut(slot)?;
+        // SAFETY: a live map value; only its address is taken.
+        let busy = unsafe { &raw mut (*value).busy };
+        if exchange(busy, 1) == 0 {
+            return Some((slot, value));
+        }
+        slot += 1;
+    }
+    None
+}
+
+/// Walks the user stack, then fills in the header.
+#[inline(always)]
+fn fill(ctx: *mut c_void, slot: u32, scratch: &mut Scratch, part: &AllocPart, size: u64) {
+    let (tgid, tid) = current_ids();
+    let leader = task::group_leader();
+    let start_ns = task::start_ns(leader);
+    walk(ctx, slot, scratch, tgid, start_ns);
+    let header = &mut scratch.sample.header;
+    header.head = RecordHead {
+        version: WIRE_VERSION,
+        kind: RecordKind::AllocSample as u8,
+        user_end: scratch.end as u8,
+        flags: if scratch.chunk == NO_CHUNK { 0 } else { FLAG_TABLES },
+        user_frames: scratch.frames as u16,
+        kernel_frames: 0,
+        tgid,
+        tid,
+        time_ns: boot_time_ns(),
+    };
+    header.value = size;
+    header.cgroup_id = task::cgroup_id();
+    header.start_ns = start_ns;
+    header.thread_name = current_thread_name();
+    task::read_comm(leader, &raw mut header.comm);
+    let words = (&raw mut scratch.sample.frames).cast::<u64>();
+    // SAFETY: the first words of the array, which the walk leaves to the part.
+    unsafe { words.cast::<AllocPart>().write(*part) };
+}
+
+/// As `stack::walk_user`, from the caller of a function that has just returned. The frames lie behind the part.
+#[inline(always)]
+fn walk(ctx: *mut c_void, slot: u32, scratch: &mut Scratch, tgid: u32, start_ns: u64) {
+    arch::context_registers(ctx, &mut scratch.regs);
+    scratch.chunk = table::chunk_of(tgid, start_ns);
+    scratch.sample.frames[ALLOC_PART_WORDS] = Frame::raw(scratch.regs.ip, true).0;
+    // Inside the call instruction, where all registers are known.
+    scratch.regs.ip = scratch.regs.ip.wrapping_sub(1);
+    scratch.frames = 1;
+    scratch.end = 0;
+    let mut i = 1;
+    while i < HEAP_FRAMES_MAX as u32 {
+        if heap_step(i, slot) != 0 {
+            return;
+        }
+        i += 1;
+    }
+    scratch.end = StackEnd::DepthLimit as u64;
+}
+
+/// As `stack::step`, on a scratch slot of this program.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn heap_step(frame: u32, slot: u32) -> u32 {
+    let Some(value) = HEAP_SCRATCH.get_ptr_mut(slot) else { return 1 };
+    // SAFETY: the caller has claimed the slot, and a thread stays on its CPU while it runs a program.
+    let scratch = unsafe { &mut (*value).scratch };
+    match go_to_caller(scratch) {
+        Ok(()) => {
+            let index = mask!(u64::from(frame), 127) as usize + ALLOC_PART_WORDS;
+            let frames = (&raw mut scratch.sample.frames).cast::<u64>();
+            let is_return_address = scratch.regs.exact == 0;
+            // SAFETY: index is at most 129, and the array has FRAMES_MAX slots.
+            unsafe { frames.add(index).write(Frame::raw(scratch.regs.ip, is_return_address).0) };
+            scratch.frames = u64::from(frame) + 1;
+            0
+        }
+        Err(end) => {
+            scratch.end = end as u64;
+            1
+        }
+    }
+}
+
+/// Makes the sample one of those in use, and writes it to the ring buffer. One that does not get there is not in use
+/// either, for nobody would know its stack.
+#[inline(always)]
+fn submit(scratch: &Scratch, part: &AllocPart, size: u64) {
+    const FIXED_BYTES: u64 = (size_of::<SampleHeader>() + size_of::<AllocPart>()) as u64;
+    const { assert!(FIXED_BYTES + 8 * (HEAP_FRAMES_MAX as u64) < 2048, "the mask below lets every size through") };
+    let bytes = mask!(FIXED_BYTES + 8 * scratch.frames, 2047);
+    // SAFETY: `bytes` is below 2048, and the sample is larger.
+    let record =
+        unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
+    let key = LiveKey { pointer: part.pointer, target: part.target, reserved: 0 };
+    if HEAP_LIVE.insert(key, scratch.sample.header.head.time_ns, 0).is_err() {
+        count(HeapCounter::LiveFull, 1);
+        count(HeapCounter::LiveFullBytes, size);
+    }
+    match EVENTS.output::<[u8]>(record, NO_WAKEUP) {
+        Ok(()) => count(HeapCounter::Submitted, 1),
+        Err(_) => {
+            count(HeapCounter::DroppedRingFull, 1);
+            // It may not be there.
+            let _ = HEAP_LIVE.remove(key);
+        }
+    }
+}
+
+#[inline(always)]
+fn count(counter: HeapCounter, amount: u64) {
+    if let Some(slot) = HEAP_STATS.get_ptr_mut(counter as u32) {
+        add(slot, amount);
+    }
+}
+
+/// Adds to a map value that other threads add to as well. In assembly: rustc knows no atomics of this target.
+#[inline(always)]
+fn add(slot: *mut u64, amount: u64) {
+    // SAFETY: a live, aligned map value that programs only add to.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) slot, in(reg) amount, options(nostack)) };
+}
+
+/// Puts a value in place of another, which it gives (kernel 5.12).
+#[inline(always)]
+fn exchange(slot: *mut u64, value: u64) -> u64 {
+    let mut value = value;
+    // SAFETY: a live, aligned map value that programs exchange, or write while it is theirs.
+    unsafe { asm!("{1} = xchg_64({0} + 0, {1})", in(reg) slot, inout(reg) value, options(nostack)) };
+    value
+}
