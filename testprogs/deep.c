@@ -32,7 +32,9 @@ WORK static void sort_by(int *values, size_t count, int (*compare)(const void *,
 		}
 }
 #define SORT(values, count, compare) sort_by(values, count, compare)
+#define ALARM_SORTS 1
 #else
+#define ALARM_SORTS 8
 #define SORT(values, count, compare) qsort(values, count, sizeof *(values), compare)
 #endif
 
@@ -82,10 +84,10 @@ static void *worker(void *unused)
 	return unused;
 }
 
-/* Long enough to be sampled: some 10 % of the time. */
+/* Long enough to be sampled, some 20 % of the time, and far shorter than the time between two alarms. */
 WORK static void on_alarm(int signal)
 {
-	for (int i = 0; i < 50; i++)
+	for (int i = 0; i < ALARM_SORTS; i++)
 		sort();
 	sink += (uint64_t)signal;
 }
@@ -96,14 +98,25 @@ static void handle_alarms_on_another_stack(void)
 	struct sigaction action = { .sa_handler = on_alarm, .sa_flags = SA_ONSTACK | SA_RESTART };
 	struct itimerval every = { { 0, 5000 }, { 0, 5000 } };
 	sigaltstack(&stack, NULL);
-	sigaction(SIGALRM, &action, NULL);
-	setitimer(ITIMER_REAL, &every, NULL);
+	sigaction(SIGPROF, &action, NULL);
+	setitimer(ITIMER_PROF, &every, NULL);
+}
+
+/* The thread that waits for the end is inside the C library, which may be without unwind information. */
+static void stop_at_end_of_input_unalarmed(void)
+{
+	sigset_t alarm;
+	sigemptyset(&alarm);
+	sigaddset(&alarm, SIGPROF);
+	pthread_sigmask(SIG_BLOCK, &alarm, NULL);
+	stop_at_end_of_input();
+	pthread_sigmask(SIG_UNBLOCK, &alarm, NULL);
 }
 
 int main(void)
 {
 	pthread_t other;
-	stop_at_end_of_input();
+	stop_at_end_of_input_unalarmed();
 	handle_alarms_on_another_stack();
 	pthread_create(&other, NULL, worker, NULL);
 	say_ready();

@@ -39,7 +39,6 @@ fn every_key_is_documented_and_every_documented_key_is_there() {
     let there: BTreeSet<_> = command
         .get_arguments()
         .filter(|argument| !matches!(argument.get_id().as_str(), "config" | "print_config"))
-        // What is for tests alone is no key.
         .filter(|argument| !argument.is_hide_set())
         .map(|argument| {
             let variable = argument.get_env().expect("every flag has a variable");

@@ -216,6 +216,11 @@ impl View {
         counters.into_iter().map(|counter| self.kernel.get(counter).unwrap_or(0)).sum()
     }
 
+    /// Records of new cgroups that the ring had no room for.
+    pub(crate) fn cgroup_events_lost(&self) -> u64 {
+        self.kernel.get(Counter::CgroupDroppedRingFull).unwrap_or(0)
+    }
+
     /// Reads every term of the account. A counter that cannot be read counts as zero, which shows as a negative rest in
     /// the account, never as one that holds by accident.
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -319,13 +324,9 @@ impl Pipeline {
         let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
         let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
         let background = Background::new(config.budget_term, Instant::now());
-        let names = names(config, runtime);
-        let shared = Shared::new(exporters.collect(), config.memory, names, background)?;
+        let shared = Shared::new(exporters.collect(), config.memory, names(config, runtime), background)?;
         shared.background.allow(cpu_seconds(config.cpu_budget, cpus), Instant::now());
         let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
-        // Names that wait for CPU time come late in every window: the encoder must keep up all the same.
-        let keeps_up = SYMBOLS_DEADLINE.min(config.window / 2);
-        let symbols_deadline = if symbols_deadline > SYMBOLS_DEADLINE { symbols_deadline } else { keeps_up };
         let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
@@ -818,6 +819,16 @@ impl Worker {
         }
     }
 
+    /// Closed windows of samples, of allocations, and of what is in use.
+    fn close_due(&mut self, complete_ns: u64) -> Vec<Closed> {
+        let now = WallClock::now();
+        let mut closed = self.windows.close_due(complete_ns, now);
+        if let Some(heap) = &mut self.heap {
+            closed.extend(heap.close_due(complete_ns, now));
+        }
+        closed
+    }
+
     /// Reads processes with a new image; those there is no CPU time for are left to their first sample.
     fn read_ahead(&mut self) {
         let now = Instant::now();
@@ -831,16 +842,6 @@ impl Worker {
         self.reads_ahead.begin();
         self.processes.read_fresh(now);
         self.reads_ahead.pay();
-    }
-
-    /// Closed windows of samples, of allocations, and of what is in use.
-    fn close_due(&mut self, complete_ns: u64) -> Vec<Closed> {
-        let now = WallClock::now();
-        let mut closed = self.windows.close_due(complete_ns, now);
-        if let Some(heap) = &mut self.heap {
-            closed.extend(heap.close_due(complete_ns, now));
-        }
-        closed
     }
 
     /// Keeps the process table true and small. Gives the exec records lost so far.
@@ -1054,7 +1055,12 @@ impl Encoder {
 
     fn export(&self, window: &Closed, losses: &Losses) {
         let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
-        let resolved = symbols.resolve(code_locations(window), Instant::now() + self.symbols_deadline);
+        // Names that wait for CPU time come late in every window: the encoder must keep up all the same. A recording has
+        // nothing behind it.
+        let half = Duration::from_nanos(window.duration_ns / 2);
+        let longest = self.symbols_deadline;
+        let patience = if longest > SYMBOLS_DEADLINE { longest } else { longest.min(half) };
+        let resolved = symbols.resolve(code_locations(window), Instant::now() + patience);
         let encoded = export::encode(window, &resolved, losses);
         let account = ledger.of(window.measure.profile_type());
         account.leave(Place::EncodeQueue, window.samples);
@@ -1102,7 +1108,6 @@ fn code_locations(window: &Closed) -> impl Iterator<Item = LocationKey> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::budget::TERM;
     use crate::drain::tests::{batch, encode, sample, without};
 
     /// Sends a batch through worker and encoder to a destination that nobody serves, and gives its account. `between`
@@ -1111,7 +1116,7 @@ mod tests {
         let shared = {
             let memory = MemoryPlan::for_limit(128 << 20, false).expect("enough");
             let nobody = Exporter::new("nobody".to_owned(), memory.upload_bytes);
-            let background = Background::new(TERM, Instant::now());
+            let background = Background::new(crate::budget::TERM, Instant::now());
             Shared::new([nobody].into(), memory, symbolize::Sources::default(), background)
                 .expect("threads can be had")
         };

@@ -87,6 +87,16 @@ impl Targets {
         self.list.is_empty() && self.family.is_empty() && self.is_default_wanted
     }
 
+    /// The cgroups that are targets.
+    pub(crate) fn cgroups(&self) -> impl Iterator<Item = &Path> {
+        self.list.iter().filter_map(|target| target.cgroup.as_deref())
+    }
+
+    /// Those of them that are not there: nothing is in them until they are made.
+    pub(crate) fn missing_cgroups(&self, hierarchy: &Path) -> impl Iterator<Item = &Path> {
+        self.cgroups().filter(|cgroup| Cgroup::find(hierarchy, cgroup).is_none())
+    }
+
     /// The value for the kernel's map. `hierarchy` is where the v2 hierarchy is mounted; a cgroup that is not there
     /// matches nothing until it is, so the value is to be made again now and then.
     pub(crate) fn to_wire(&self, hierarchy: Option<&Path>) -> Box<WireList> {
@@ -205,9 +215,11 @@ mod tests {
         let targets = Targets::new(vec![target], true).expect("one");
         assert_eq!(targets.to_wire(Some(here.path())).targets[0].cgroup_id, 0);
         assert_eq!(targets.to_wire(None).targets[0].cgroup_id, 0);
+        assert_eq!(targets.missing_cgroups(here.path()).collect::<Vec<_>>(), [Path::new("/a/b")]);
         fs::create_dir_all(here.path().join("a/b")).expect("directories");
         let wire = targets.to_wire(Some(here.path())).targets[0];
         assert!(wire.cgroup_id != 0);
+        assert_eq!(targets.missing_cgroups(here.path()).next(), None);
         assert_eq!(wire.cgroup_level, 2);
     }
 

@@ -184,6 +184,11 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
         shared.ledger.lives_lost(),
     );
     text.counter(
+        "profiler_agent_cgroup_events_lost_total",
+        "Events of new cgroups lost: such cgroups are looked up with their first exec or sample.",
+        view.cgroup_events_lost(),
+    );
+    text.counter(
         "profiler_agent_processes_not_kept_total",
         "Times that the kernel's map of known processes had no room for one.",
         view.processes_not_kept(),

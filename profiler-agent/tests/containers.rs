@@ -85,11 +85,25 @@ fn a_container_that_is_killed_at_once_keeps_its_samples() {
         let all = agent.merge(&format!("{{{of_process}}}")).total;
         let labeled = agent.merge(&format!("{{{of_process},container_id=\"{}\"}}", container.id)).total;
         println!("{} ms, {} ms of them under its id", all / 1_000_000, labeled / 1_000_000);
-        assert_eq!(labeled, all, "nanoseconds of container {}, under its id and in all", container.id);
+        assert_eq!(
+            labeled,
+            all,
+            "nanoseconds of container {}, under its id and in all; {}",
+            container.id,
+            labels_in(&agent, &format!("{{{of_process}}}"))
+        );
         sampled += usize::from(all > 0);
     }
     assert!(sampled * 2 > SHORT_LIVED, "{sampled} of {SHORT_LIVED} containers were sampled at all");
     agent.stop();
+}
+
+/// What the samples that a selector selects are under, and how many cgroups were not found.
+fn labels_in(agent: &Agent, selector: &str) -> String {
+    let of = |label| format!("{label}: {:?}", values(agent, label, selector));
+    let labels = ["exe", "container_id", "unit", "slice"].map(of).join(", ");
+    let unknown = agent.metric("profiler_agent_cgroups_unknown_total");
+    format!("{labels}; cgroups not found: {unknown:?}")
 }
 
 /// Waits until a process has consumed enough CPU time, and gives it in nanoseconds.

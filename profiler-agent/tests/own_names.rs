@@ -40,6 +40,8 @@ fn node_in_namespaces(directory: &Path) -> Program {
     let unshare = "unshare --pid --fork --kill-child --mount --mount-proc";
     let mut command = Command::new("sh");
     command.args(["-c", &format!("exec {unshare} sh -c '{inside}' < {}", script.display())]);
+    // Node leaves logs where it is started.
+    command.current_dir(directory);
     Program::start_command(&mut command)
 }
 
@@ -58,9 +60,10 @@ fn generated_code_is_named_by_the_map_in_its_own_namespaces() {
 #[test]
 #[ignore = "needs root and BPF"]
 fn generated_code_without_a_map_says_which_switch_would_name_it() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
     let agent = Agent::start(&["-F", "99", "--window", "2s"]);
     let mut command = Command::new("node");
-    command.args(["-e", SCRIPT]);
+    command.args(["-e", SCRIPT]).current_dir(directory.path());
     let _node = Program::start_command(&mut command);
     let share = share(&agent, "node", "[jit: names with node --perf-basic-prof]", "");
     assert!(share > 0.7, "{share:.2} of node's time:\n{:#?}", agent.merge("{exe=\"node\"}"));

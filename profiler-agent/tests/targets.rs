@@ -108,7 +108,7 @@ fn one_in_n_samples_stand_for_all_of_the_cpu_time() {
         "--window",
         WINDOW,
     ]);
-    let program = Program::start("burn", &["-c", "20"]);
+    let program = Program::start("burn", &["-c", "10"]);
     let selector = selector(&program);
     let used: serde_json::Value = serde_json::from_str(&program.output()).expect("what it consumed, as JSON");
     let ended = SystemTime::now();

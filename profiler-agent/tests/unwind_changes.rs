@@ -15,6 +15,9 @@ use support::{Agent, Merged, Program, run, testprogs};
 /// Length of the windows, as given to the agent.
 const WINDOW: Duration = Duration::from_secs(2);
 
+/// How the names of the programs of this test begin. Nobody else is sampled, so that the load of others is not theirs.
+const NAMES: [&str; 5] = ["deleted", "deep", "program", "shapes", "burning_child"];
+
 /// CPU time of each program before shares mean something, in nanoseconds: 200 samples.
 const ENOUGH_NS: i64 = 500_000_000;
 
@@ -42,7 +45,10 @@ fn stacks_stay_whole_when_code_is_loaded_replaced_deleted_or_seen_from_elsewhere
     subjects.extend(replaced_program(folder.path()));
     let (mut loaded, mut became) = (loads(&testprogs().join("libplugin_1.so"), 1), becomes_another());
 
-    let agent = Agent::start(&["-F", "397", "--window", &format!("{}s", WINDOW.as_secs())]);
+    let window = format!("{}s", WINDOW.as_secs());
+    let options = ["-F", "397", "--cpu-budget", "off", "--window", &window];
+    let names = NAMES.iter().flat_map(|&name| ["--comm", name]);
+    let agent = Agent::start(&options.into_iter().chain(names).collect::<Vec<_>>());
     agent.wait_for("tables of the running programs", || {
         (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
     });

@@ -34,8 +34,9 @@ const _: () = assert!(UNWIND_SHARD_LEAVES.is_power_of_two());
 /// Times that room is made.
 pub const UNWIND_LEAF_SHARDS_MAX: u32 = 128;
 
-/// Directories of pages in the kernel, 2 KiB each: 768 KiB. An executable takes one for every 256 of its pages.
-pub const UNWIND_DIRECTORIES_MAX: u32 = 384;
+/// Directories of pages in the kernel, 2 KiB each: 2 MiB. An executable takes one, and one more for every 256 of
+/// its pages: a host that runs many programs has hundreds of libraries open.
+pub const UNWIND_DIRECTORIES_MAX: u32 = 1024;
 
 /// Sets of mappings that the kernel side knows, 4 KiB each: 3 MiB. Processes that were forked and have not changed
 /// their mappings share one.

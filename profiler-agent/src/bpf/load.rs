@@ -63,6 +63,11 @@ pub(crate) enum BpfError {
     Heap(#[from] HeapLoadError),
     #[error("the programs were loaded to sample everything")]
     NoTargets,
+    #[error(
+        "find target cgroup {}: no cgroup v2 hierarchy is mounted here as a whole; use a target's pid or comm",
+        .0.display()
+    )]
+    NoCgroup2(PathBuf),
     #[error("list the online CPUs")]
     Cpus(#[source] io::Error),
     #[error("open the clock event of CPU {cpu}")]

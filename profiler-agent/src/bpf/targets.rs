@@ -1,12 +1,13 @@
 //! The map of targets.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aya::{
     Ebpf, Pod,
     maps::{Array, HashMap, MapData},
 };
 use profiler_common::targets::Targets as WireList;
+use tracing::warn;
 
 use super::load::BpfError;
 use crate::targets::{Targets, cgroup2_mount};
@@ -35,12 +36,28 @@ fn take_families(ebpf: &mut Ebpf) -> Result<HashMap<MapData, u32, u32>, BpfError
     map.try_into().map_err(|source| BpfError::Map { map: FAMILIES, source })
 }
 
+/// Refuses targets that could never match. Cgroups may be made later, and names may be wrong: these are told.
+fn check_cgroups(wanted: &Targets, hierarchy: Option<&Path>) -> Result<(), BpfError> {
+    let Some(hierarchy) = hierarchy else {
+        return wanted.cgroups().next().map_or(Ok(()), |cgroup| Err(BpfError::NoCgroup2(cgroup.into())));
+    };
+    for cgroup in wanted.missing_cgroups(hierarchy) {
+        warn!(
+            cgroup = %cgroup.display(),
+            below = %hierarchy.display(),
+            "a target's cgroup is not there: nothing matches until it is"
+        );
+    }
+    Ok(())
+}
+
 impl TargetMap {
     /// Takes the map and writes the targets to it.
     pub(super) fn new(ebpf: &mut Ebpf, wanted: Targets) -> Result<Self, BpfError> {
         let map = ebpf.take_map(MAP).ok_or(BpfError::Missing { what: MAP })?;
         let map = map.try_into().map_err(|source| BpfError::Map { map: MAP, source })?;
         let hierarchy = cgroup2_mount("/proc".as_ref());
+        check_cgroups(&wanted, hierarchy.as_deref())?;
         let written = wanted.to_wire(hierarchy.as_deref());
         let families = take_families(ebpf)?;
         let mut targets = Self { map, families, wanted, written, hierarchy };

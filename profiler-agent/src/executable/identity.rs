@@ -106,20 +106,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "measures time: run alone, optimized, with --nocapture"]
-    fn cost_of_a_hash() {
-        for size in [64 << 10, 256 << 10, WHOLE_BYTES_MAX, WHOLE_BYTES_MAX + 1] {
-            let file = tempfile::tempfile().unwrap();
-            file.write_all_at(&vec![7; usize::try_from(size).unwrap()], 0).unwrap();
-            let begin = std::time::Instant::now();
-            for _ in 0..20 {
-                Identity::read(&file, size, BuildIds::default()).unwrap();
-            }
-            println!("{size} bytes: {} us", begin.elapsed().as_micros() / 20);
-        }
-    }
-
-    #[test]
     fn a_file_shorter_than_it_was_is_an_error() {
         let file = tempfile::tempfile().unwrap();
         assert!(Identity::read(&file, 10, BuildIds::default()).is_err());

@@ -85,7 +85,8 @@ impl CgroupNames {
     pub(crate) fn of_gone(&mut self, id: u64) -> Option<Arc<Owner>> {
         let known = self.at(id)?;
         if known.is_shared {
-            return None;
+            // One that is seen on its way into a container, hierarchy by hierarchy, has another owner for a moment.
+            return known.by_path.clone().filter(|owner| owner.container_id.is_some());
         }
         known.by_process.clone().or_else(|| known.by_path.clone())
     }
@@ -158,6 +159,17 @@ mod tests {
         names.note(7, &unit("a.service"));
         names.note(7, &unit("b.service"));
         assert_eq!(names.of_gone(7), None);
+    }
+
+    #[test]
+    fn a_cgroup_that_is_a_containers_stays_its_when_several_owners_were_seen() {
+        let mut names = CgroupNames::new(None);
+        names.note(7, &unit("containerd.service"));
+        let container = Arc::new(Owner { container_id: Some("c".to_owned()), ..Owner::default() });
+        names.note(7, &container);
+        assert_eq!(names.of_gone(7), None);
+        names.by_id.get_mut(&7).expect("it is known").by_path = Some(Arc::clone(&container));
+        assert_eq!(names.of_gone(7), Some(container));
     }
 
     #[test]

@@ -228,6 +228,8 @@ impl Processes {
         if !known {
             let process = self.unread(sampled, Instant::now());
             self.by_pid.insert(sampled.pid, process);
+        } else {
+            self.follow_into_container(sampled);
         }
         self.by_pid.get(&sampled.pid).expect("it was there or has just been inserted")
     }
@@ -507,7 +509,22 @@ impl Processes {
                 (process.series, process.program, process.cgroup_id) = (series, program, sampled.cgroup_id);
             }
             None if now - process.labels_read >= MOVED_INTERVAL => self.read_labels_again(sampled, now),
-            None => {}
+            None => self.follow_into_container(sampled),
+        }
+    }
+
+    /// A runtime's process has come to a container's cgroup and becomes what runs there: until its labels are read again,
+    /// or cannot be, the sample's cgroup is believed where it is a container's.
+    fn follow_into_container(&mut self, sampled: Sampled<'_>) {
+        let Some(process) = self.by_pid.get(&sampled.pid) else { return };
+        if process.cgroup_id == sampled.cgroup_id {
+            return;
+        }
+        let owner = self.names.of_gone(sampled.cgroup_id).filter(|owner| owner.container_id.is_some());
+        let Some(owner) = owner else { return };
+        let series = self.series(&process.program, sampled.comm, owner);
+        if let Some(process) = self.by_pid.get_mut(&sampled.pid) {
+            process.series = series;
         }
     }
 
@@ -593,6 +610,18 @@ mod tests {
         processes.names.note(1, &Arc::new(owner));
         let process = processes.get(sampled(u32::MAX - 1, 5, "short"));
         assert_eq!(process.series.get("container"), Some("web"));
+    }
+
+    #[test]
+    fn a_process_that_has_come_to_a_container_is_labeled_by_it_before_it_is_read_again() {
+        let mut processes = processes();
+        let owner = Owner { container_id: Some("web".into()), ..Owner::default() };
+        processes.names.note(2, &Arc::new(owner));
+        let pid = std::process::id();
+        let exe = processes.get(sampled(pid, 0, "runtime")).series.get("exe").map(str::to_owned);
+        let moved = Sampled { cgroup_id: 2, ..sampled(pid, 0, "program") };
+        let series = &processes.get_before_exec(moved).series;
+        assert_eq!((series.get("container"), series.get("exe")), (Some("web"), exe.as_deref()));
     }
 
     #[test]

@@ -340,6 +340,7 @@ mod tests {
     use super::*;
     use crate::addr::ElfAddr;
     use crate::background::Background;
+    use crate::budget::TERM;
     use crate::executable::testing::{compile, read, run};
     use crate::symbolize::native::tests::{PROGRAM, asm_addr};
     use crate::symbolize::{Location, LocationKey, NameStore, Reason, Sources, Symbols};
@@ -427,7 +428,7 @@ mod tests {
         Arc::get_mut(&mut fetcher.debuginfod).unwrap().file_bytes_max = file_bytes_max;
         let store = Some(Arc::new(NameStore::open(dir.join("names")).unwrap()));
         let sources = Sources { store, fetcher: Some(fetcher) };
-        let background = Arc::new(Background::new(crate::budget::TERM, Instant::now()));
+        let background = Arc::new(Background::new(TERM, Instant::now()));
         let symbols = Symbols::start("/proc".as_ref(), 1 << 20, sources, &background).unwrap();
         Asking { symbols, _runtime: runtime }
     }

@@ -880,38 +880,6 @@ pub(super) mod tests {
         assert_eq!((saved(), symbols.entries.len()), (1, 0), "nothing new to save");
     }
 
-    /// Prints what an address costs: symbolized, and from a store that has its name.
-    #[test]
-    #[ignore = "measures time: run alone, optimized, with --nocapture"]
-    fn cost_of_an_address() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
-        let executable = read("/proc/self/exe".as_ref()).unwrap();
-        let (code, _) = executable.code_range().unwrap();
-        let step = (code.end.0 - code.start.0) / 4096;
-        let addrs: Vec<u64> = (0..4096).map(|index| code.start.0 + index * step).collect();
-        let ask = |symbols: &mut NativeSymbols, what: &str| {
-            let begin = Instant::now();
-            let named = addrs
-                .chunks(64)
-                .map(|chunk| {
-                    symbols.symbolize(&executable, chunk).iter().filter(|found| found.is_ok()).count()
-                })
-                .sum::<usize>();
-            let ns = begin.elapsed().as_nanos() / addrs.len() as u128;
-            println!("{what}: {ns} ns an address, {named} of {} named", addrs.len());
-        };
-        let mut symbols = NativeSymbols::new(store(), None);
-        ask(&mut symbols, "file never read");
-        ask(&mut symbols, "names in memory");
-        symbols.save();
-        let mut symbols = NativeSymbols::new(store(), None);
-        ask(&mut symbols, "names on disk");
-        let mut symbols = NativeSymbols::new(None, None);
-        ask(&mut symbols, "no store");
-        ask(&mut symbols, "no store, file read");
-    }
-
     #[test]
     fn a_debug_link_is_not_followed_even_when_opening_it_would_block() {
         let dir = tempfile::tempdir().unwrap();
@@ -987,6 +955,41 @@ pub(super) mod tests {
                 Err(error) => assert!(matches!(error, ExecutableError::Elf { .. }), "{error} at {bytes}"),
             }
         }
+    }
+
+    /// CPU time of this thread, in nanoseconds.
+    fn cpu_ns() -> u64 {
+        let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        text.split(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// Nanoseconds an address that was not asked for before, of code that was: its file and its units are loaded.
+    fn warm_ns(function: u64) -> u64 {
+        const ADDRS: u64 = 8192;
+        // Odd, so that addresses fall anywhere in functions and lines.
+        const STEP: u64 = 61;
+        let (executable, first) = at(&ExecutableCache::new(4), function);
+        let (loading, measured): (Vec<u64>, Vec<u64>) =
+            (0..ADDRS / 2).map(|at| first.0 + at * 2 * STEP).map(|addr| (addr, addr + STEP)).unzip();
+        let mut symbols = NativeSymbols::new(None, None);
+        symbols.symbolize(&executable, &loading);
+        let start = cpu_ns();
+        // In batches, as the symbolizer threads ask.
+        let named: usize = measured
+            .chunks(64)
+            .map(|addrs| symbols.symbolize(&executable, addrs).iter().filter(|found| found.is_ok()).count())
+            .sum();
+        let ns = cpu_ns() - start;
+        assert!(named * 10 > measured.len() * 9, "{named} of {} have names", measured.len());
+        ns / measured.len() as u64
+    }
+
+    #[test]
+    #[ignore = "a measurement, by cargo xtask bench unwind"]
+    fn measure_a_warm_address() {
+        let with_lines = warm_ns(measure_a_warm_address as *const () as u64);
+        let by_symbols = warm_ns(libc::qsort as *const () as u64);
+        println!("\nMEASURED {{\"with_lines_ns\": {with_lines}, \"by_symbols_ns\": {by_symbols}}}");
     }
 
     proptest! {

@@ -126,8 +126,9 @@ pub struct EdgesFound {
 }
 
 impl EdgesFound {
-    pub fn share(&self) -> f64 {
-        self.found as f64 / self.total.max(1) as f64
+    /// `None` where perf has no call to compare.
+    pub fn share(&self) -> Option<f64> {
+        (self.total > 0).then(|| self.found as f64 / self.total as f64)
     }
 
     /// The most frequent ones that are missing.

@@ -12,14 +12,14 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use profiler_unwind::{UnwindError, UnwindTable, from_elf};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     load::{self, Running},
     proc::{BpfStats, SampleRuns},
     profiler, report,
 };
-use crate::project;
+use crate::{command, project};
 
 /// Frames of the sampled stacks.
 const DEPTHS: [u32; 3] = [10, 30, 100];
@@ -37,6 +37,20 @@ struct Measured {
     machine: report::Machine,
     stacks: Vec<StackCost>,
     tables: TableCost,
+    names: NameCost,
+}
+
+/// The test of the agent that measures it, and what it puts before its numbers.
+const NAME_TEST: &str = "symbolize::native::tests::measure_a_warm_address";
+const NAME_LINE: &str = "MEASURED ";
+
+/// CPU time of naming an address of a file that is loaded, for the first time: what is asked for again is remembered.
+#[derive(Serialize, Deserialize)]
+struct NameCost {
+    /// By DWARF: functions, inlined calls, files and lines.
+    with_lines_ns: u64,
+    /// By the symbol table alone.
+    by_symbols_ns: u64,
 }
 
 /// Time in the sampling program for stacks of one depth, kernel stack and ring buffer included.
@@ -65,9 +79,18 @@ pub(super) fn run(seconds: u64, work: &Path) -> Result<String> {
     let machine = report::Machine::read()?;
     let tables = convert_all(Path::new("/usr/lib"));
     let stacks = sample_stacks(Duration::from_secs(seconds), work)?;
-    let measured = Measured { format_version: 1, machine, stacks, tables };
+    let names = name_addresses()?;
+    let measured = Measured { format_version: 2, machine, stacks, tables, names };
     print!("{}", markdown(&measured));
     serde_json::to_string_pretty(&measured).context("write JSON")
+}
+
+fn name_addresses() -> Result<NameCost> {
+    let mut cargo = command::cargo();
+    cargo.args(["test", "--release", "--package", "profiler-agent", "--bin", "profiler-agent", "--"]);
+    let said = command::output(cargo.args(["--ignored", "--nocapture", "--exact", NAME_TEST]))?;
+    let line = said.lines().find_map(|line| line.strip_prefix(NAME_LINE));
+    serde_json::from_str(line.context("the test has measured nothing")?).context("read what it measured")
 }
 
 fn sample_stacks(duration: Duration, work: &Path) -> Result<Vec<StackCost>> {
@@ -181,7 +204,7 @@ fn libraries(folder: &Path, found: &mut Vec<PathBuf>) {
 }
 
 fn markdown(measured: &Measured) -> String {
-    let Measured { format_version: _, machine: _, stacks, tables } = measured;
+    let Measured { format_version: _, machine: _, stacks, tables, names } = measured;
     let mut text = String::from("| frames | samples | p50 | p99 | mean |\n| --- | --- | --- | --- | --- |\n");
     for &StackCost { frames, samples, p50_ns, p99_ns, mean_ns } in stacks {
         let us = |ns: u64| ns as f64 / 1000.0;
@@ -203,6 +226,11 @@ fn markdown(measured: &Measured) -> String {
         tables.bytes as f64 / f64::from(1 << 20),
         tables.bytes_per_row(),
         tables.refused
+    );
+    let _ = writeln!(
+        text,
+        "\nA warm address: {} ns with lines and inlined calls, {} ns by symbols alone",
+        names.with_lines_ns, names.by_symbols_ns
     );
     text
 }
