@@ -84,10 +84,10 @@ fn a_recording_ends_by_itself_as_svg_and_on_standard_output() {
 #[ignore = "needs root and BPF"]
 fn a_target_that_never_ran_is_an_error_and_leaves_no_file() {
     let dir = tempfile::tempdir().expect("a directory");
-    let pause = Program::start("pause", &[]);
-    let idle = record(dir.path(), &["-p", &pause.pid().to_string(), "-d", "1s"]);
-    assert_eq!(idle.status.code(), Some(1), "{}", message(&idle));
-    assert!(message(&idle).contains("no samples"), "{}", message(&idle));
+    let idle = Program::system("sleep", &["1000"]);
+    let output = record(dir.path(), &["-p", &idle.pid().to_string(), "-d", "1s"]);
+    assert_eq!(output.status.code(), Some(1), "{}", message(&output));
+    assert!(message(&output).contains("no samples"), "{}", message(&output));
     let gone = record(dir.path(), &["-p", "4194303"]);
     assert_eq!(gone.status.code(), Some(1), "{}", message(&gone));
     assert!(message(&gone).contains("find process 4194303"), "{}", message(&gone));
