@@ -111,7 +111,8 @@ fn without_the_v2_hierarchy_units_are_known_by_a_v1_controller() {
     let [all, labeled] = ["{comm=\"short\"}", "{comm=\"short\",unit=\"v1-test.service\"}"]
         .map(|selector| agent.merge(selector).total);
     assert!(all > 0, "no sample of eight programs of 3 ms");
-    assert_eq!(labeled, all, "nanoseconds under the unit and in all");
+    // Behind cgroup_exit() a task is in the root of every v1 hierarchy: a process whose only sample falls there has no unit.
+    assert!(labeled * 10 >= all * 9, "{labeled} of {all} ns under the unit");
     agent.stop();
 }
 
