@@ -98,17 +98,23 @@ fn run() -> anyhow::Result<ExitCode> {
     if let Some(command) = command {
         return command::run(command, &sources, &config);
     }
-    let missing = privileges::acquire()?;
-    let logs = Logs::start(&config.log, config.log_format)?;
-    privileges::tell(&missing);
-    doctor::kernel::check("/proc".as_ref(), config.allow_kernel)?;
-    // Kernels before 5.11 need it; later ones count maps against the memory cgroup.
-    let _ = sys::limits::lift_locked_memory();
+    let logs = prepare(&config, &config.log)?;
     let runtime = Runtime::new().context("start the async runtime")?;
     let result = profile(Reloader::new(sources, config), logs, &runtime);
     // A read of a file system that hangs must not keep the agent: what had to be joined has been.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Gets the privileges, starts logging with a filter, and looks whether this kernel may be sampled.
+fn prepare(config: &Config, log: &str) -> anyhow::Result<Logs> {
+    let missing = privileges::acquire()?;
+    let logs = Logs::start(log, config.log_format)?;
+    privileges::tell(&missing);
+    doctor::kernel::check("/proc".as_ref(), config.allow_kernel)?;
+    // Kernels before 5.11 need it; later ones count maps against the memory cgroup.
+    let _ = sys::limits::lift_locked_memory();
+    Ok(logs)
 }
 
 fn identity(config: &Config) -> Identity {

@@ -88,9 +88,11 @@ impl Sink {
         }
     }
 
-    fn symbols_deadline(&self) -> Duration {
+    /// How long a window of this length waits for names. Those that wait for CPU time come late in every window, and the
+    /// encoder must keep up all the same; a recording has nothing behind it.
+    fn patience(&self, window: Duration) -> Duration {
         match self {
-            Self::Upload(_) => SYMBOLS_DEADLINE,
+            Self::Upload(_) => SYMBOLS_DEADLINE.min(window / 2),
             Self::Collect(_) => RECORD_SYMBOLS_DEADLINE,
         }
     }
@@ -326,7 +328,8 @@ impl Pipeline {
         let background = Background::new(config.budget_term, Instant::now());
         let shared = Shared::new(exporters.collect(), config.memory, names(config, runtime), background)?;
         shared.background.allow(cpu_seconds(config.cpu_budget, cpus), Instant::now());
-        let symbols_deadline = sinks.iter().map(Sink::symbols_deadline).max().unwrap_or(SYMBOLS_DEADLINE);
+        let symbols_deadline =
+            sinks.iter().map(|sink| sink.patience(config.window)).max().unwrap_or(SYMBOLS_DEADLINE);
         let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;

@@ -20,7 +20,7 @@ use profiler_common::{
 
 use crate::{
     arch,
-    helpers::{attach_cookie, boot_time_ns, current_ids, current_thread_name, random_u32, read_user},
+    helpers::{attach_cookie, boot_time_ns, current_ids, current_thread_name, random, read_user},
     maps::{EVENTS, NO_CHUNK, Scratch},
     stack::{go_to_caller, load_context, mask},
     table, task,
@@ -191,7 +191,7 @@ fn toss(size: u64, rate: u32) -> bool {
         // SAFETY: k is below 2048, the length of the table. Volatile, since LLVM would copy the table to the stack.
         unsafe { EXP.as_ptr().add(k).read_volatile() }
     };
-    rate != 0 && u64::from(random_u32()) >= unsampled(size, rate, exp)
+    rate != 0 && u64::from(random()) >= unsampled(size, rate, exp)
 }
 
 /// The registers that an argument may be in, numbered by the psABI.

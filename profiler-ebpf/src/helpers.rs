@@ -43,7 +43,7 @@ pub fn ancestor_cgroup_id(level: u32) -> u64 {
     unsafe { raw::bpf_get_current_ancestor_cgroup_id(level as i32) }
 }
 
-/// A random number.
+/// 32 random bits.
 #[inline(always)]
 pub fn random() -> u32 {
     // SAFETY: takes nothing; its effect is on the kernel's random state.
@@ -98,14 +98,6 @@ pub fn current_user_regs() -> u64 {
 pub fn attach_cookie(ctx: *mut c_void) -> u64 {
     // SAFETY: `ctx` is the context of a running program.
     unsafe { raw::bpf_get_attach_cookie(ctx) }
-}
-
-/// 32 random bits.
-#[cfg(bpf_target_arch = "x86_64")]
-#[inline(always)]
-pub fn random_u32() -> u32 {
-    // SAFETY: takes nothing and has no effect.
-    unsafe { raw::bpf_get_prandom_u32() }
 }
 
 /// Writes the kernel stack of the sample, leaf first, to `to`, which has room for `bytes`; gives the bytes written.

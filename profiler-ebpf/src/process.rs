@@ -89,9 +89,10 @@ pub fn exit(_ctx: &RawTracePointContext) {
     }
 }
 
+/// The head of a record without a stack.
 #[inline(always)]
-fn record(kind: RecordKind, tgid: u32, tid: u32, start_ns: u64, parent: u32) -> ProcessRecord {
-    let head = RecordHead {
+fn head(kind: RecordKind, tgid: u32, tid: u32) -> RecordHead {
+    RecordHead {
         version: WIRE_VERSION,
         kind: kind as u8,
         user_end: 0,
@@ -101,7 +102,12 @@ fn record(kind: RecordKind, tgid: u32, tid: u32, start_ns: u64, parent: u32) -> 
         tgid,
         tid,
         time_ns: boot_time_ns(),
-    };
+    }
+}
+
+#[inline(always)]
+fn record(kind: RecordKind, tgid: u32, tid: u32, start_ns: u64, parent: u32) -> ProcessRecord {
+    let head = head(kind, tgid, tid);
     ProcessRecord { head, start_ns, cgroup_id: task::cgroup_id(), parent, reserved: 0 }
 }
 
@@ -115,17 +121,7 @@ pub fn cgroup_made(ctx: &RawTracePointContext) {
         return;
     }
     let (tgid, tid) = current_ids();
-    let head = RecordHead {
-        version: WIRE_VERSION,
-        kind: RecordKind::CgroupMade as u8,
-        user_end: 0,
-        flags: 0,
-        user_frames: 0,
-        kernel_frames: 0,
-        tgid,
-        tid,
-        time_ns: boot_time_ns(),
-    };
+    let head = head(RecordKind::CgroupMade, tgid, tid);
     let record = CgroupRecord { head, cgroup_id: task::id_of_cgroup(cgroup).unwrap_or(0) };
     if EVENTS.output::<CgroupRecord>(&record, WAKEUP).is_err() {
         count(Counter::CgroupDroppedRingFull);

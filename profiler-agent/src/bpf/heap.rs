@@ -10,7 +10,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, Pod,
+    Ebpf,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
 };
 use aya_obj::{Object, btf::BtfError, obj::ParseError, relocation::EbpfRelocationError};
@@ -18,7 +18,7 @@ use profiler_common::heap::{
     HeapCounter, LIVE_MAX, LiveKey, PENDING_MAX, POINTS_MAX, Point, SCRATCH_SLOTS, TARGETS_MAX, Target,
 };
 
-use super::load::BpfError;
+use super::{load::BpfError, value::Value};
 use crate::sys::bpf::{self, Code, Probe, Records};
 
 /// Sizes of the maps of heap profiling. Preallocated: 64 KiB of points, 2 KiB of targets, 0.9 MiB of threads; live
@@ -69,20 +69,6 @@ pub(crate) struct LiveMap {
 pub(crate) struct HeapCounts {
     map: std::sync::Arc<PerCpuArray<MapData, u64>>,
 }
-
-/// A map key or value of integers without padding.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Value<T>(T);
-
-trait Shared: Copy + 'static {}
-impl Shared for Point {}
-impl Shared for Target {}
-impl Shared for LiveKey {}
-
-// SAFETY: every `Shared` type consists of integers without padding, so that all of its bytes may be copied out, and any
-// bytes are a value.
-unsafe impl<T: Shared> Pod for Value<T> {}
 
 impl HeapProgram {
     /// Loads the program of `object` into the kernel, with the maps of `ebpf`, which was made from the same bytes and

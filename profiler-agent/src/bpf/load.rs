@@ -97,8 +97,7 @@ pub(crate) struct LoadOptions {
     pub(crate) processes: u32,
     /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
     pub(crate) stack_depth: u32,
-    /// What is sampled at first. Others can be set later unless these want everything: asking costs each sample some 50 ns,
-    /// and is left out then.
+    /// What is sampled. Where that is everything, no sample is asked about.
     pub(crate) targets: Targets,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,

@@ -6,6 +6,7 @@ mod probe;
 mod stats;
 mod targets;
 mod unwind;
+mod value;
 
 pub(crate) use heap::{HeapCounts, HeapProgram, LiveMap};
 pub(crate) use load::{BpfError, LoadOptions, Programs};

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use aya::{
-    Ebpf, Pod,
+    Ebpf,
     maps::{Array, HashMap, MapData},
 };
 use profiler_common::targets::Targets as WireList;
 use tracing::warn;
 
-use super::load::BpfError;
+use super::{load::BpfError, value::Value};
 use crate::targets::{Targets, cgroup2_mount};
 
 const MAP: &str = "TARGETS";
@@ -17,19 +17,12 @@ const FAMILIES: &str = "FAMILY";
 
 /// The map, and what is to be in it.
 pub(super) struct TargetMap {
-    map: Array<MapData, Value>,
+    map: Array<MapData, Value<WireList>>,
     families: HashMap<MapData, u32, u32>,
     wanted: Targets,
     written: Box<WireList>,
     hierarchy: Option<PathBuf>,
 }
-
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Value(WireList);
-
-// SAFETY: integers without padding, as `profiler_common` asserts: all bytes may be copied out, and any bytes are a value.
-unsafe impl Pod for Value {}
 
 fn take_families(ebpf: &mut Ebpf) -> Result<HashMap<MapData, u32, u32>, BpfError> {
     let map = ebpf.take_map(FAMILIES).ok_or(BpfError::Missing { what: FAMILIES })?;

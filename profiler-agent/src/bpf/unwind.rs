@@ -1,9 +1,6 @@
 //! The maps that unwinding by tables reads.
 
-use aya::{
-    Pod,
-    maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError},
-};
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError};
 use profiler_common::{
     limits::UNWIND_SHARD_LEAVES,
     unwind::{
@@ -12,7 +9,7 @@ use profiler_common::{
     },
 };
 
-use super::load::BpfError;
+use super::{load::BpfError, value::Value};
 
 /// The maps, for writing. Dropping it leaves them to the programs.
 pub(crate) struct UnwindMaps {
@@ -44,23 +41,6 @@ impl LeafShards {
         self.shards[shard as usize].set(at, Value(*leaf), 0)
     }
 }
-
-/// A map value of integers without padding.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Value<T>(T);
-
-/// Types that `profiler_common` lays out for the kernel: integers only, no implicit padding, sizes asserted there.
-trait Shared: Copy + 'static {}
-impl Shared for ProcessEntry {}
-impl Shared for MappingChunk {}
-impl Shared for Directory {}
-impl Shared for Leaf {}
-impl Shared for UnwindRule {}
-
-// SAFETY: every `Shared` type consists of integers without padding, so that all of its bytes may be copied out, and any
-// bytes are a value.
-unsafe impl<T: Shared> Pod for Value<T> {}
 
 impl UnwindMaps {
     pub(super) fn new(mut take: impl FnMut(&'static str) -> Result<Map, BpfError>) -> Result<Self, BpfError> {

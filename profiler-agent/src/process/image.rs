@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     fs,
-    io::Read as _,
+    io::{self, Read as _},
     ops::Range,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
@@ -81,6 +81,12 @@ pub(crate) struct ImageReader {
     counts: ImageCounts,
 }
 
+/// Every process there is.
+pub(crate) fn pids(proc_root: &Path) -> io::Result<Vec<u32>> {
+    let entries = fs::read_dir(proc_root)?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect())
+}
+
 impl ImageReader {
     /// Reads processes below `proc_root`.
     pub(crate) fn new(proc_root: PathBuf, executables: Arc<ExecutableCache>) -> Self {
@@ -104,8 +110,7 @@ impl ImageReader {
 
     /// Every process there is.
     pub(crate) fn pids(&self) -> Vec<u32> {
-        let Ok(entries) = fs::read_dir(&self.proc_root) else { return Vec::new() };
-        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+        pids(&self.proc_root).unwrap_or_default()
     }
 
     /// When the process with this pid started, in clock ticks since boot; `None` when there is none.

@@ -16,7 +16,7 @@ use std::{
 use fresh::Fresh;
 pub(crate) use generated::{GeneratedCode, PerfMapError};
 use image::ImageCounts;
-pub(crate) use image::{Backing, ImageReader, Mapping};
+pub(crate) use image::{Backing, ImageReader, Mapping, pids};
 use profiler_common::unwind::mappings::NS_PER_TICK;
 use stat::Stat;
 

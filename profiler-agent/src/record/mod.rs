@@ -23,12 +23,10 @@ use self::{command::Waiting, output::Output, progress::Progress, target::Target}
 use crate::{
     Signals,
     config::{self, Config, ConfigError},
-    doctor,
     export::Collector,
     ledger::ProfileType,
-    logs::Logs,
     pipeline::{Pipeline, Sink, Stopped},
-    privileges, sys, tell,
+    prepare, tell,
 };
 
 /// Samples per second and CPU of a recording, unless asked for otherwise: more than the agent's own, since it ends.
@@ -120,7 +118,7 @@ impl Arguments {
 pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let output = Output::parse(&arguments.output)?;
     let duration = arguments.duration()?;
-    privileges::tell(&start_quietly(config)?);
+    prepare(config, "warn")?;
     let target = Target::resolve(arguments)?;
     let file = output.open()?;
     let command = Waiting::spawn(&arguments.command)?;
@@ -150,16 +148,6 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
     };
     finish(&profile, &output, file)?;
     Ok(end.exit_code())
-}
-
-/// What the agent does before it starts, with warnings for all there is to read.
-fn start_quietly(config: &Config) -> anyhow::Result<Vec<sys::capabilities::Capability>> {
-    let missing = privileges::acquire()?;
-    Logs::start("warn", config.log_format)?;
-    doctor::kernel::check("/proc".as_ref(), config.allow_kernel)?;
-    // Kernels before 5.11 need it; later ones count maps against the memory cgroup.
-    let _ = sys::limits::lift_locked_memory();
-    Ok(missing)
 }
 
 /// The first stacks are worth as much as the last ones: what runs now gets its unwind tables first, within reason.

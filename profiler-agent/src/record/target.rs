@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use super::Arguments;
 use crate::{
     label::owner,
+    process::pids,
     targets::{self, Targets},
 };
 
@@ -110,10 +111,9 @@ struct Member {
 /// The container whose id begins so, or whose name it is: its cgroup, or else its processes.
 fn find_container(proc_root: &Path, container: &str) -> anyhow::Result<Target> {
     let mut members = Vec::new();
-    for entry in fs::read_dir(proc_root).context("list processes")?.flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+    for pid in pids(proc_root).context("list processes")? {
         // A process that ends meanwhile is in no container.
-        let Ok(cgroup) = fs::read_to_string(entry.path().join("cgroup")) else { continue };
+        let Ok(cgroup) = fs::read_to_string(proc_root.join(format!("{pid}/cgroup"))) else { continue };
         if let Some(id) = owner(&cgroup).container_id
             && (id == container || (container.len() >= ID_DIGITS_MIN && id.starts_with(container)))
         {

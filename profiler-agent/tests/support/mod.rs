@@ -10,7 +10,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use serde_json::Value;
@@ -68,15 +68,8 @@ impl Agent {
     }
 
     /// Asks until there is an answer, or fails with what the agent has logged.
-    pub fn wait_for<T>(&self, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-        let end = patience::end_of(PATIENCE);
-        loop {
-            if let Some(found) = probe() {
-                return found;
-            }
-            assert!(Instant::now() < end, "never: {what}\n--- agent's log\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(100));
-        }
+    pub fn wait_for<T>(&self, what: &str, probe: impl FnMut() -> Option<T>) -> T {
+        patience::wait_for(PATIENCE, Duration::from_millis(100), what, || self.log(), probe)
     }
 
     pub fn log(&self) -> String {

@@ -78,15 +78,8 @@ impl Spawned {
     }
 
     /// Asks until there is an answer, or fails with what the agent has logged.
-    pub fn wait_for<T>(&self, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-        let end = patience::end_of(PATIENCE);
-        loop {
-            if let Some(found) = probe() {
-                return found;
-            }
-            assert!(Instant::now() < end, "never: {what}\n--- agent's log\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+    pub fn wait_for<T>(&self, what: &str, probe: impl FnMut() -> Option<T>) -> T {
+        patience::wait_for(PATIENCE, Duration::from_millis(50), what, || self.log(), probe)
     }
 
     /// Where the agent's own HTTP listens, once it says so.
