@@ -2,13 +2,16 @@
 //!
 //! The tests marked `#[ignore]` are in three groups by the crate they are in, so that none belongs to no group: those of
 //! profiler-pprof need Go, those of the agent need root and BPF, all others need programs to look at.
+//!
+//! A group is chosen by its test programs and not by `--package`: cargo builds dependencies with the features that the chosen
+//! packages ask for, so that choosing others would build half of them again.
 
-use std::process::Command;
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    aarch64, command,
+    aarch64, command, project,
     tally::Tally,
     testprogs,
     tools::{self, CHROMIUM, CLANG, CONTAINERD, GO, LIBPYTHON, MUSL, NODE, PERF},
@@ -18,21 +21,25 @@ use crate::{
 /// Needs a library of the other architecture.
 const AARCH64_TEST: &str = "the_step_agrees_with_gimli_on_every_row_of_an_aarch64_library";
 
+const PPROF: &str = "profiler-pprof";
+const AGENT: &str = "profiler-agent";
+
 /// All tests that need nothing but a compiler.
 pub(crate) fn unit() -> Result<Tally> {
-    test(&mut command::cargo(), &["--workspace"], &[])
+    test(&mut command::cargo(), &[], &[])
 }
 
 /// Profiles are read by `go tool pprof`.
 pub(crate) fn golden() -> Result<Tally> {
     tools::need(&[GO])?;
-    test(&mut command::cargo(), &["--package", "profiler-pprof"], &["--ignored"])
+    test(&mut command::cargo(), &programs(|package| package == PPROF)?, &["--ignored"])
 }
 
 /// Tests against what is installed on the machine.
 pub(crate) fn host() -> Result<Tally> {
     tools::need(&[CLANG, MUSL, GO, NODE, LIBPYTHON])?;
-    let others = ["--workspace", "--exclude", "profiler-pprof", "--exclude", "profiler-agent"];
+    let mut others = programs(|package| ![PPROF, AGENT].contains(&package))?;
+    others.push("--lib".to_owned());
     let mut cargo = command::cargo();
     let mut options = vec!["--ignored"];
     let mut tally = Tally::default();
@@ -55,7 +62,9 @@ pub(crate) fn root() -> Result<Tally> {
     ui::install()?;
     let mut cargo = command::cargo();
     run_tests_as_root(&mut cargo)?;
-    test(&mut cargo, &["--package", "profiler-agent"], &["--ignored", "--test-threads=1"])
+    let mut programs = programs(|package| package == AGENT)?;
+    programs.extend(["--bin".to_owned(), AGENT.to_owned()]);
+    test(&mut cargo, &programs, &["--ignored", "--test-threads=1"])
 }
 
 /// Has cargo start the test programs, and nothing else, through sudo where we are not root.
@@ -74,9 +83,39 @@ fn run_tests_as_root(cargo: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `cargo test` on `packages` with `options` for the test programs.
-fn test(cargo: &mut Command, packages: &[&str], options: &[&str]) -> Result<Tally> {
-    cargo.args(["test", "--release", "--locked", "--no-fail-fast"]).args(packages).arg("--").args(options);
+/// `--test NAME` for each test program below the `tests/` of the packages that are wanted.
+fn programs(is_wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+    let mut programs = Vec::new();
+    for package in folder(project::root())? {
+        let tests = project::root().join(&package).join("tests");
+        if !is_wanted(&package) || !tests.is_dir() {
+            continue;
+        }
+        for entry in folder(&tests)? {
+            let program = match entry.strip_suffix(".rs") {
+                Some(name) => name,
+                None if tests.join(&entry).join("main.rs").exists() => &entry,
+                None => continue,
+            };
+            programs.extend(["--test".to_owned(), program.to_owned()]);
+        }
+    }
+    Ok(programs)
+}
+
+/// The names in a folder, sorted.
+fn folder(path: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(path).with_context(|| format!("list {}", path.display()))?;
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Runs `cargo test` on the `targets` of the workspace, or all of them, with `options` for the test programs.
+fn test(cargo: &mut Command, targets: &[String], options: &[&str]) -> Result<Tally> {
+    cargo.args(["test", "--release", "--locked", "--no-fail-fast", "--workspace"]);
+    cargo.args(targets).arg("--").args(options);
     let (mut tally, mut whole_skipped) = (Tally::default(), 0);
     let mut started = String::new();
     let succeeded = command::run_reading(cargo, |line| {
@@ -155,6 +194,12 @@ mod tests {
         assert_eq!(parse_test(line), Some(("cpus_go", "SKIP cpus_go: there is one CPU")));
         assert_eq!(parse_skip("SKIP cpus_go: there is one CPU"), Some("cpus_go"));
         assert_eq!(parse_skip("ok"), None);
+    }
+
+    #[test]
+    fn test_programs_are_found_as_cargo_finds_them() {
+        let found = programs(|package| [PPROF, "profiler-backend"].contains(&package)).expect("a checkout");
+        assert_eq!(found, ["--test", "backend", "--test", "golden", "--test", "properties"]);
     }
 
     #[test]

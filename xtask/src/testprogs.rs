@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     command, project,
     tally::Tally,
-    tools::{self, CC, GO},
+    tools::{self, CC, CLANG, GO, MUSL},
 };
 
 const C_PROGRAMS: [&str; 5] = ["burn", "short", "fork_storm", "identity", "crowd"];
@@ -93,6 +93,9 @@ pub(crate) fn build() -> Result<Tally> {
     let into = project::target().join("testprogs");
     fs::create_dir_all(into.join("container")).with_context(|| format!("create {}", into.display()))?;
     let from = project::root().join("testprogs");
+    if let Err(error) = tools::need(&[CLANG, MUSL]) {
+        println!("{error:#}: their programs are left out");
+    }
     let mut tally = Tally::default();
     for name in C_PROGRAMS {
         build_c(&from, name, &into, &[])?;
