@@ -20,7 +20,7 @@ use std::{
 use anyhow::Context as _;
 use profiler_common::{
     heap::{AllocPart, HeapCounter},
-    stats::Counter,
+    stats::{Counter, Timed},
     wire::StackEnd,
 };
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
@@ -557,7 +557,8 @@ const BACKEND_THREADS: &[&str] = &[embedded::THREAD_NAME, "wal-writer", "store-m
 /// Measures what profiling takes: the agent's threads but for the embedded backend's, and the programs in the kernel.
 struct Meter {
     backend: ThreadGroup,
-    bpf: BpfTime,
+    /// As `Timed::ALL`.
+    bpf: [BpfTime; Timed::ALL.len()],
     at: Instant,
     taken: Duration,
     background: Duration,
@@ -571,7 +572,7 @@ impl Meter {
     fn new() -> Self {
         Self {
             backend: ThreadGroup::new(BACKEND_THREADS),
-            bpf: BpfTime::default(),
+            bpf: Default::default(),
             at: Instant::now(),
             taken: Duration::ZERO,
             background: Duration::ZERO,
@@ -588,9 +589,12 @@ impl Meter {
         background: Duration,
     ) -> Option<(Use, Duration)> {
         let count = |counter| kernel.get(counter).ok();
-        self.bpf.update(count(Counter::CpuTaken)?, count(Counter::CpuTimed)?, count(Counter::CpuTimedNs)?);
+        for (programs, time) in Timed::ALL.into_iter().zip(&mut self.bpf) {
+            time.update(count(programs.runs())?, count(programs.timed())?, count(programs.timed_ns())?);
+        }
+        let bpf = self.bpf.each_ref().map(BpfTime::total);
         let backend = self.backend.cpu_time();
-        let taken = usage::cpu_time().saturating_sub(backend) + self.bpf.total();
+        let taken = usage::cpu_time().saturating_sub(backend) + bpf.iter().sum::<Duration>();
         let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
         let elapsed = now - self.at;
         let used = Use {
@@ -604,7 +608,7 @@ impl Meter {
         }
         self.recent.push_back(used);
         sampling.set_used(self.recent.iter().copied().sum::<Use>().ratio());
-        sampling.set_times(self.bpf.total(), backend);
+        sampling.set_times(bpf, backend);
         Some((used, elapsed))
     }
 }

@@ -252,8 +252,10 @@ fn sampling(text: &mut Text, sampling: &Sampling) {
     text.head(metric, help, "gauge");
     text.line(format_args!("{metric} {}", sampling.used()));
     let metric = "profiler_agent_bpf_seconds_total";
-    text.head(metric, "CPU time of the sampling program, estimated from 1 of 64 runs.", "counter");
-    text.line(format_args!("{metric} {}", sampling.bpf_time().as_secs_f64()));
+    text.head(metric, "CPU time of the programs in the kernel, estimated from 1 of 64 runs.", "counter");
+    for (programs, time) in sampling.bpf_times() {
+        text.line(format_args!("{metric}{{programs=\"{}\"}} {}", programs.name(), time.as_secs_f64()));
+    }
     let metric = "profiler_agent_backend_cpu_seconds_total";
     text.head(
         metric,

@@ -123,6 +123,20 @@ fn a_cgroup_outside_the_agents_cgroup_namespace_is_a_target() {
 
 #[test]
 #[ignore = "needs root and BPF"]
+fn the_budget_counts_samples_that_nobody_wants_and_events_of_processes() {
+    let _burn = Program::start("burn", &[]);
+    let _storm = Program::start("fork_storm", &["500", "600"]);
+    let agent = Agent::start(&["-F", "199", "--cpu-budget", "off", "--window", WINDOW, "--comm", "nobody"]);
+    for programs in ["samples", "process_events"] {
+        let metric = format!("profiler_agent_bpf_seconds_total{{programs=\"{programs}\"}}");
+        agent.wait_for(&metric, || agent.metric(&metric).filter(|&seconds| seconds > 0.0));
+    }
+    assert_eq!(agent.metric("profiler_agent_samples_taken_total"), Some(0.0));
+    agent.stop();
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
 fn one_in_n_samples_stand_for_all_of_the_cpu_time() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let config = directory.path().join("agent.toml");
