@@ -2,7 +2,8 @@
  * Stacks of processes that change: `load LIBRARY` burns, and at a line on standard input loads the library and burns
  * below it (main -> call_plugin -> plugin_work -> plugin_inner_1 -> work); `exec PROGRAM ARGUMENT` becomes that program at
  * a line on standard input; `fork` burns in a child alone (main -> in_child -> work). Built without frame pointers. Ends
- * when the pipe on standard input closes.
+ * when the pipe on standard input closes. `brief LIBRARY MILLISECONDS` burns for 15 ms, loads the library, burns below it
+ * for so much CPU time, and ends.
  */
 #include "burn.h"
 
@@ -53,6 +54,22 @@ WORK static int call_plugin(const char *path)
 	return sum == -1;
 }
 
+WORK static int brief(const char *path, uint64_t milliseconds)
+{
+	while (now_ns(CLOCK_PROCESS_CPUTIME_ID) < 15 * 1000000u)
+		work();
+	void *library = dlopen(path, RTLD_NOW);
+	int (*plugin_work)(void (*)(void)) = library ? dlsym(library, "plugin_work") : NULL;
+	if (!plugin_work) {
+		fprintf(stderr, "%s\n", dlerror());
+		return 1;
+	}
+	uint64_t end_ns = now_ns(CLOCK_PROCESS_CPUTIME_ID) + milliseconds * 1000000u;
+	while (now_ns(CLOCK_PROCESS_CPUTIME_ID) < end_ns)
+		sink += (uint64_t)plugin_work(work);
+	return 0;
+}
+
 WORK static uint64_t in_child(void)
 {
 	uint64_t rounds = 0;
@@ -84,6 +101,11 @@ int main(int argc, char **argv)
 		sink += (uint64_t)fork_and_burn();
 		return 1;
 	}
+	if (strcmp(shape, "brief") == 0 && argc > 3) {
+		int failed = brief(argv[2], strtoull(argv[3], NULL, 10));
+		sink += 1;
+		return failed;
+	}
 	pthread_create(&reader, NULL, read_lines, NULL);
 	say_ready();
 	if (argc > 2 && before_call() == UINT64_MAX)
@@ -96,6 +118,6 @@ int main(int argc, char **argv)
 		execl(argv[2], argv[2], argv[3], (char *)NULL);
 	if (atomic_load(&stop))
 		return 0;
-	fprintf(stderr, "usage: %s load LIBRARY | exec PROGRAM ARGUMENT | fork\n", argv[0]);
+	fprintf(stderr, "usage: %s load LIBRARY | exec PROGRAM ARGUMENT | fork | brief LIBRARY MILLISECONDS\n", argv[0]);
 	return 2;
 }

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use profiler_common::limits::FREQUENCY_HZ_MIN;
+use profiler_common::{limits::FREQUENCY_HZ_MIN, stats::Timed};
 
 /// How long a frequency is kept before its use is judged.
 pub(crate) const TERM: Duration = Duration::from_secs(30);
@@ -200,13 +200,13 @@ impl Governor {
     }
 }
 
-/// Time of the sampling programs, from the measured ones among them.
+/// Time of programs in the kernel, from the measured ones among their runs.
 #[derive(Debug, Default)]
 pub(crate) struct BpfTime {
-    taken: u64,
+    runs: u64,
     timed: u64,
     timed_ns: u64,
-    ns_per_sample: f64,
+    ns_per_run: f64,
     total: Duration,
 }
 
@@ -214,17 +214,17 @@ impl BpfTime {
     /// Measured runs that make a mean: at 19 Hz and 2 CPUs, those of 14 s.
     const TIMED_MIN: u64 = 8;
 
-    /// Takes the counters of now, all since load. Until enough runs were measured, samples take what earlier ones did.
-    pub(crate) fn update(&mut self, taken: u64, timed: u64, timed_ns: u64) {
-        let runs = timed.saturating_sub(self.timed);
-        let is_first = self.ns_per_sample == 0.0 && runs > 0;
-        if runs >= Self::TIMED_MIN || is_first {
-            self.ns_per_sample = timed_ns.saturating_sub(self.timed_ns) as f64 / runs as f64;
+    /// Takes the counters of now, all since load. Until enough runs were measured, others take what earlier ones did.
+    pub(crate) fn update(&mut self, runs: u64, timed: u64, timed_ns: u64) {
+        let new = timed.saturating_sub(self.timed);
+        let is_first = self.ns_per_run == 0.0 && new > 0;
+        if new >= Self::TIMED_MIN || is_first {
+            self.ns_per_run = timed_ns.saturating_sub(self.timed_ns) as f64 / new as f64;
             (self.timed, self.timed_ns) = (timed, timed_ns);
         }
-        let samples = taken.saturating_sub(self.taken);
-        self.taken = taken;
-        self.total += Duration::from_secs_f64(samples as f64 * self.ns_per_sample / 1e9);
+        let others = runs.saturating_sub(self.runs);
+        self.runs = runs;
+        self.total += Duration::from_secs_f64(others as f64 * self.ns_per_run / 1e9);
     }
 
     /// Since load, estimated.
@@ -240,7 +240,8 @@ pub(crate) struct Sampling {
     wanted_hz: AtomicU32,
     budget_millionths: AtomicU32,
     used_billionths: AtomicU64,
-    bpf_ns: AtomicU64,
+    /// As `Timed::ALL`.
+    bpf_ns: [AtomicU64; Timed::ALL.len()],
     backend_ns: AtomicU64,
     halved: AtomicU64,
     doubled: AtomicU64,
@@ -264,9 +265,11 @@ impl Sampling {
     }
 
     /// CPU time since the start: of the programs in the kernel, and of the embedded backend.
-    pub(crate) fn set_times(&self, bpf: Duration, backend: Duration) {
+    pub(crate) fn set_times(&self, bpf: [Duration; Timed::ALL.len()], backend: Duration) {
         let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.bpf_ns.store(ns(bpf), Relaxed);
+        for (kept, time) in self.bpf_ns.iter().zip(bpf) {
+            kept.store(ns(time), Relaxed);
+        }
         self.backend_ns.store(ns(backend), Relaxed);
     }
 
@@ -294,9 +297,10 @@ impl Sampling {
         self.used_billionths.load(Relaxed) as f64 / 1e9
     }
 
-    /// CPU time of the programs in the kernel since the start.
-    pub(crate) fn bpf_time(&self) -> Duration {
-        Duration::from_nanos(self.bpf_ns.load(Relaxed))
+    /// CPU time of the programs in the kernel since the start, by what they do.
+    pub(crate) fn bpf_times(&self) -> impl Iterator<Item = (Timed, Duration)> {
+        let times = self.bpf_ns.iter().map(|ns| Duration::from_nanos(ns.load(Relaxed)));
+        Timed::ALL.into_iter().zip(times)
     }
 
     /// CPU time of the embedded backend since the start.

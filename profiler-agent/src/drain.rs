@@ -1,5 +1,7 @@
 //! Ring buffer to worker: copies records out and nothing else, so that it never waits for a file, a symbol or the
 //! network. A batch that the worker has no room for is dropped here and counted.
+//!
+//! What the rings of perf events say of new mappings goes the same way, beside the records of the programs.
 
 use std::{
     io::PipeReader,
@@ -28,6 +30,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     ledger::{Cause, Ledger, PerType, Place, ProfileType},
+    mapping_events::MappingEvents,
     process::Exec,
     sys::clock,
 };
@@ -49,23 +52,35 @@ pub(crate) struct Batch {
     execs: u64,
     /// Fork and exit records.
     lives: u64,
+    /// Records of perf events, as `bytes`; they have an order of their own.
+    perf_bytes: Vec<u8>,
+    perf_records: u64,
 }
 
 impl Batch {
     /// Appends one record. `false`, and nothing appended, when it does not fit.
     fn push(&mut self, record: &[u8]) -> bool {
-        if !self.bytes.is_empty() && self.bytes.len() + LENGTH_BYTES + record.len() > BATCH_BYTES_MAX {
+        if !self.has_room(record) || !append(&mut self.bytes, record) {
             return false;
         }
-        let Ok(length) = u32::try_from(record.len()) else { return false };
-        self.bytes.extend_from_slice(&length.to_ne_bytes());
-        self.bytes.extend_from_slice(record);
         if let Some(profile_type) = sample_type(record) {
             *self.samples.of_mut(profile_type) += 1;
         }
         self.execs += u64::from(kind(record) == Some(RecordKind::Exec));
         self.lives += u64::from(matches!(kind(record), Some(RecordKind::Fork | RecordKind::Exit)));
         true
+    }
+
+    /// Appends one record of a perf event, as [`Self::push`].
+    fn push_perf(&mut self, record: &[u8]) -> bool {
+        let is_in = self.has_room(record) && append(&mut self.perf_bytes, record);
+        self.perf_records += u64::from(is_in);
+        is_in
+    }
+
+    fn has_room(&self, record: &[u8]) -> bool {
+        let bytes = self.bytes.len() + self.perf_bytes.len();
+        bytes == 0 || bytes + LENGTH_BYTES + record.len() <= BATCH_BYTES_MAX
     }
 
     /// Samples among the records, by type.
@@ -75,17 +90,34 @@ impl Batch {
 
     /// The records, in order.
     pub(crate) fn records(&self) -> impl Iterator<Item = &[u8]> {
-        let mut rest = self.bytes.as_slice();
-        std::iter::from_fn(move || {
-            let (length, behind) = rest.split_first_chunk::<LENGTH_BYTES>()?;
-            let (record, behind) = behind.split_at_checked(u32::from_ne_bytes(*length) as usize)?;
-            rest = behind;
-            Some(record)
-        })
+        each(&self.bytes)
+    }
+
+    /// The records of perf events, by CPU and in order.
+    pub(crate) fn perf_records(&self) -> impl Iterator<Item = &[u8]> {
+        each(&self.perf_bytes)
     }
 }
 
 const LENGTH_BYTES: usize = 4;
+
+/// Appends a record behind its length; `false` for one that has none.
+fn append(bytes: &mut Vec<u8>, record: &[u8]) -> bool {
+    let Ok(length) = u32::try_from(record.len()) else { return false };
+    bytes.extend_from_slice(&length.to_ne_bytes());
+    bytes.extend_from_slice(record);
+    true
+}
+
+/// What was appended, in order.
+fn each(mut rest: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let (length, behind) = rest.split_first_chunk::<LENGTH_BYTES>()?;
+        let (record, behind) = behind.split_at_checked(u32::from_ne_bytes(*length) as usize)?;
+        rest = behind;
+        Some(record)
+    })
+}
 
 /// The type of a record that stands for a sample, by its kind; also when the rest of it is broken.
 pub(crate) fn sample_type(record: &[u8]) -> Option<ProfileType> {
@@ -125,6 +157,7 @@ impl Progress {
 /// timer; records that must be looked at soon wake us ([`INTERVAL_MIN`] after the last drain at the earliest).
 pub(crate) fn run(
     mut ring: RingBuf<MapData>,
+    mappings: &MappingEvents,
     batches: &SyncSender<Batch>,
     ledger: &Ledger,
     progress: &Progress,
@@ -132,13 +165,13 @@ pub(crate) fn run(
 ) {
     let mut drained = Instant::now();
     loop {
-        let stopping = wait(&ring, stop);
+        let stopping = wait(&ring, mappings, stop);
         if !stopping {
             thread::sleep(INTERVAL_MIN.saturating_sub(drained.elapsed()));
         }
         drained = Instant::now();
         let began_ns = clock::boot_ns();
-        drain(&mut ring, batches, ledger);
+        drain(&mut ring, mappings, batches, ledger);
         progress.reach(began_ns);
         if stopping {
             return;
@@ -146,24 +179,41 @@ pub(crate) fn run(
     }
 }
 
-/// Waits until the timer is up, a program wakes us, or the other end of `stop` is closed, which it tells.
+/// Waits until the timer is up, a program or a new mapping wakes us, or the other end of `stop` is closed, which it tells.
 ///
 /// Records written without waking are not waited for, but end the wait if they are there when it begins. Source:
 /// kernel/bpf/ringbuf.c: ringbuf_map_poll_kern.
-fn wait(ring: &impl AsFd, stop: &PipeReader) -> bool {
+fn wait(ring: &impl AsFd, mappings: &impl AsFd, stop: &PipeReader) -> bool {
     let timeout = Timespec { tv_sec: 0, tv_nsec: INTERVAL.subsec_nanos().into() };
-    let mut descriptors = [PollFd::new(ring, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+    let mut descriptors = [
+        PollFd::new(ring, PollFlags::IN),
+        PollFd::new(mappings, PollFlags::IN),
+        PollFd::new(stop, PollFlags::IN),
+    ];
     if poll(&mut descriptors, Some(&timeout)).is_err() {
         // A signal, or no memory: neither must make this a busy loop.
         thread::sleep(INTERVAL_MIN);
         return false;
     }
-    let [_, stop] = descriptors;
+    let [_, _, stop] = descriptors;
     stop.revents().contains(PollFlags::HUP)
 }
 
-fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledger: &Ledger) {
+fn drain(
+    ring: &mut RingBuf<MapData>,
+    mappings: &MappingEvents,
+    batches: &SyncSender<Batch>,
+    ledger: &Ledger,
+) {
     let mut batch = Batch::default();
+    // First, so that the samples that follow find them.
+    let broken = mappings.take(|record| {
+        if !batch.push_perf(record) {
+            send(std::mem::take(&mut batch), batches, ledger);
+            batch.push_perf(record);
+        }
+    });
+    ledger.lose_mappings(broken);
     while let Some(record) = ring.next() {
         if !batch.push(&record) {
             send(std::mem::take(&mut batch), batches, ledger);
@@ -175,10 +225,10 @@ fn drain(ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledger: &Ledg
 
 /// Hands a batch on; its samples wait in the channel or are dropped.
 pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
-    if batch.bytes.is_empty() {
+    if batch.bytes.is_empty() && batch.perf_bytes.is_empty() {
         return;
     }
-    let Batch { bytes: _, samples, execs, lives } = batch;
+    let Batch { bytes: _, samples, execs, lives, perf_bytes: _, perf_records } = batch;
     let accounts = ProfileType::ALL.map(|profile_type| (ledger.of(profile_type), *samples.of(profile_type)));
     for (account, samples) in accounts {
         account.add_drained(samples);
@@ -191,6 +241,7 @@ pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
         }
         ledger.lose_execs(execs);
         ledger.lose_lives(lives);
+        ledger.lose_mappings(perf_records);
     }
 }
 
@@ -502,9 +553,9 @@ pub(crate) mod tests {
     fn closing_the_other_end_ends_the_wait() {
         let (ring, _held_open) = std::io::pipe().expect("a pipe");
         let (stop, stopper) = std::io::pipe().expect("a pipe");
-        assert!(!wait(&ring, &stop));
+        assert!(!wait(&ring, &ring, &stop));
         drop(stopper);
-        assert!(wait(&ring, &stop));
+        assert!(wait(&ring, &ring, &stop));
     }
 
     #[test]
@@ -544,12 +595,26 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_batch_keeps_the_records_of_programs_and_of_perf_events_apart_and_holds_no_more_of_both() {
+        let mut batch = batch(&[encode(&sample(1))]);
+        let record = [7; 1000];
+        let taken = (0..100).take_while(|_| batch.push_perf(&record)).count();
+        assert_eq!(taken, (BATCH_BYTES_MAX - batch.bytes.len()) / (LENGTH_BYTES + record.len()));
+        assert_eq!((batch.records().count(), batch.perf_records().count()), (1, taken));
+        assert!(batch.perf_records().all(|found| found == record));
+        assert!(!batch.push(&record), "there is no room for either");
+    }
+
+    #[test]
     fn a_batch_the_worker_has_no_room_for_is_dropped_and_counted() {
         let ledger = Ledger::default();
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         for _ in 0..3 {
-            send(batch(&[encode(&sample(1))]), &sender, &ledger);
+            let mut batch = batch(&[encode(&sample(1))]);
+            assert!(batch.push_perf(&[7; 8]));
+            send(batch, &sender, &ledger);
         }
+        assert_eq!(ledger.mappings_lost(), 2);
         let account = ledger.of(ProfileType::Cpu);
         assert_eq!(account.drained(), 3);
         assert_eq!(account.waiting(Place::DrainQueue), 1);

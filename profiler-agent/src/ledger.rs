@@ -141,6 +141,7 @@ pub(crate) struct Ledger {
     execs_lost_in_queue: AtomicU64,
     lives_lost_in_ring: AtomicU64,
     lives_lost_in_queue: AtomicU64,
+    mappings_lost: AtomicU64,
 }
 
 /// Counts of one profile type.
@@ -170,6 +171,16 @@ impl Ledger {
     /// Fork and exit records lost: children are read from `/proc`, and the dead found by looking for them.
     pub(crate) fn lives_lost(&self) -> u64 {
         self.lives_lost_in_ring.load(Relaxed) + self.lives_lost_in_queue.load(Relaxed)
+    }
+
+    /// Records of new mappings that a CPU's ring, or the drain, had no room for.
+    pub(crate) fn lose_mappings(&self, records: u64) {
+        self.mappings_lost.fetch_add(records, Relaxed);
+    }
+
+    /// Records of new mappings lost: what is known of processes may lack some.
+    pub(crate) fn mappings_lost(&self) -> u64 {
+        self.mappings_lost.load(Relaxed)
     }
 
     /// Exec records that the drain had no room for.

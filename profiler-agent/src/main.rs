@@ -21,6 +21,7 @@ mod instance;
 mod label;
 mod ledger;
 mod logs;
+mod mapping_events;
 mod memory;
 mod normalize;
 mod pipeline;

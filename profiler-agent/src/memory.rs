@@ -33,10 +33,11 @@ const UNWIND_PARTS: u64 = 8;
 const RING_PARTS: u64 = 4;
 const DRAIN_PARTS: u64 = 4;
 const WINDOWS_PARTS: u64 = 15;
-const SYMBOLS_PARTS: u64 = 16;
+const SYMBOLS_PARTS: u64 = 15;
 const UPLOAD_PARTS: u64 = 8;
 const EXECUTABLES_PARTS: u64 = 2;
 const PROCESSES_PARTS: u64 = 7;
+const MAPPING_RINGS_PARTS: u64 = 1;
 const _: () = assert!(
     UNWIND_PARTS
         + RING_PARTS
@@ -46,6 +47,7 @@ const _: () = assert!(
         + UPLOAD_PARTS
         + EXECUTABLES_PARTS
         + PROCESSES_PARTS
+        + MAPPING_RINGS_PARTS
         == PARTS
 );
 
@@ -67,6 +69,7 @@ const UPLOAD_BYTES_MAX: u64 = 256 * MIB;
 const DRAIN_BATCHES_MAX: u64 = 1024;
 const EXECUTABLES_MAX: u64 = 8192;
 const PROCESSES_MAX: u64 = 65_536;
+const MAPPING_RINGS_BYTES_MAX: u64 = 16 * MIB;
 const RING_BYTES_MAX: u64 = 16 * MIB;
 const RING_BYTES_MIN: u64 = 256 << 10;
 
@@ -104,6 +107,8 @@ pub(crate) struct MemoryPlan {
     pub(crate) executables: usize,
     /// Processes remembered.
     pub(crate) processes: usize,
+    /// Bytes of the rings that new mappings are told by, of all CPUs.
+    pub(crate) mapping_rings_bytes: usize,
 }
 
 /// The limit is too small to divide.
@@ -133,12 +138,13 @@ impl MemoryPlan {
             upload_bytes: at_most(part(UPLOAD_PARTS), UPLOAD_BYTES_MAX),
             executables: at_most(part(EXECUTABLES_PARTS) / EXECUTABLE_BYTES, EXECUTABLES_MAX),
             processes: at_most(part(PROCESSES_PARTS) / PROCESS_BYTES, PROCESSES_MAX),
+            mapping_rings_bytes: at_most(part(MAPPING_RINGS_PARTS), MAPPING_RINGS_BYTES_MAX),
         })
     }
 
     /// What each may take, in bytes, by name.
-    pub(crate) fn parts(&self) -> [(&'static str, u64); 9] {
-        let Self { limit_bytes: _, ring_bytes_max, unwind, .. } = *self;
+    pub(crate) fn parts(&self) -> [(&'static str, u64); 10] {
+        let Self { limit_bytes: _, ring_bytes_max, unwind, mapping_rings_bytes, .. } = *self;
         let Self {
             drain_batches, windows_bytes, symbols_bytes, upload_bytes, executables, processes, ..
         } = *self;
@@ -152,6 +158,7 @@ impl MemoryPlan {
             ("upload_queue", upload_bytes as u64),
             ("executables", executables as u64 * EXECUTABLE_BYTES),
             ("processes", processes as u64 * PROCESS_BYTES),
+            ("mapping_rings", mapping_rings_bytes as u64),
         ]
     }
 }
@@ -309,7 +316,7 @@ mod tests {
     fn the_default_holds_what_a_machine_of_some_hundred_processes_needs() {
         let plan = plan(256, false);
         let expect = "limit 256 MiB: base 32.0, ring 8.0, unwind_tables 28.0, drain_queue 14.0, windows 52.5, symbols \
-                      56.0, upload_queue 28.0, executables 7.0, processes 24.5";
+                      52.5, upload_queue 28.0, executables 7.0, processes 24.5, mapping_rings 3.5";
         assert_eq!(plan.to_string(), expect);
         assert_eq!(plan.unwind.processes, UNWIND_PROCESSES_MAX);
         assert!(plan.unwind.leaves >= 10_000, "two compilers with their libraries: {plan:?}");

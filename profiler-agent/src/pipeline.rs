@@ -20,7 +20,7 @@ use std::{
 use anyhow::Context as _;
 use profiler_common::{
     heap::{AllocPart, HeapCounter},
-    stats::Counter,
+    stats::{Counter, Timed},
     wire::StackEnd,
 };
 use tokio::{runtime, sync::watch, task::JoinHandle as Task};
@@ -39,6 +39,7 @@ use crate::{
     heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Orders, Targets},
     label::{CgroupNames, Labeler, SeriesLabels, fold_kworker, task_name},
     ledger::{Account, Balance, Cause, KernelTotals, Ledger, PerType, Place, ProfileType, Snapshot},
+    mapping_events::MappingEvents,
     memory::MemoryPlan,
     normalize::{self, Location},
     process::{ImageReader, Processes, Sampled},
@@ -47,6 +48,7 @@ use crate::{
         cgroup::Hierarchy,
         clock::{self, WallClock},
         cpu,
+        perf_record::{self, Mapped, PerfRecord},
         threads::ThreadGroup,
         usage,
     },
@@ -218,6 +220,11 @@ impl View {
         counters.into_iter().map(|counter| self.kernel.get(counter).unwrap_or(0)).sum()
     }
 
+    /// Children of recorded families that there was no room for.
+    pub(crate) fn families_not_followed(&self) -> u64 {
+        self.kernel.get(Counter::FamilyNotFollowed).unwrap_or(0)
+    }
+
     /// Records of new cgroups that the ring had no room for.
     pub(crate) fn cgroup_events_lost(&self) -> u64 {
         self.kernel.get(Counter::CgroupDroppedRingFull).unwrap_or(0)
@@ -281,6 +288,7 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    mappings: Arc<MappingEvents>,
     is_attached: bool,
     labelers: Sender<Labeler>,
     governor: Governor,
@@ -333,6 +341,9 @@ impl Pipeline {
         let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
         let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
+        let mappings = MappingEvents::new(config.memory.mapping_rings_bytes);
+        let mappings = Arc::new(mappings.context("make a set of descriptors")?);
+        let drained_mappings = Arc::clone(&mappings);
         let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
@@ -373,12 +384,15 @@ impl Pipeline {
         let pipeline = Self {
             is_attached: false,
             labelers,
-            drain: spawn("drain", move || drain::run(ring, &batch_sender, &ledger, &drained, &drain_stop))?,
+            drain: spawn("drain", move || {
+                drain::run(ring, &drained_mappings, &batch_sender, &ledger, &drained, &drain_stop);
+            })?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
             unwinder,
             heap,
             programs,
+            mappings,
             governor: Governor::new(config.cpu_budget, config.frequency_hz, config.budget_term),
             meter: Meter::new(),
             periods,
@@ -403,6 +417,7 @@ impl Pipeline {
             self.programs.stop();
             return Err(error).context("attach to the kernel");
         }
+        self.follow_mappings();
         if let Some((heap, _)) = &self.heap {
             heap.resume();
         }
@@ -414,6 +429,8 @@ impl Pipeline {
     /// Detaches everything. What was sampled goes its way; the stages wait.
     pub(crate) fn pause(&mut self) {
         self.programs.stop();
+        self.mappings.clear();
+        self.view.shared.gauges.set_mapping_cpus(0);
         if let Some((heap, _)) = &self.heap {
             heap.pause();
         }
@@ -449,6 +466,16 @@ impl Pipeline {
             // Once a second at most, and only while sysfs cannot be read.
             warn!(error = %format!("{:#}", anyhow::Error::from(error)), "look for CPUs that came online");
         }
+        self.follow_mappings();
+    }
+
+    /// Has the new mappings of the CPUs told that are online now.
+    fn follow_mappings(&self) {
+        // A list that cannot be read is told by those who sample the CPUs.
+        if let Ok(online) = cpu::online("/sys".as_ref()) {
+            self.mappings.follow(&online);
+        }
+        self.view.shared.gauges.set_mapping_cpus(self.mappings.cpus());
     }
 
     /// Samples so many times a second and CPU from now on, as far as the CPU budget lets it. The open window ends.
@@ -557,7 +584,8 @@ const BACKEND_THREADS: &[&str] = &[embedded::THREAD_NAME, "wal-writer", "store-m
 /// Measures what profiling takes: the agent's threads but for the embedded backend's, and the programs in the kernel.
 struct Meter {
     backend: ThreadGroup,
-    bpf: BpfTime,
+    /// As `Timed::ALL`.
+    bpf: [BpfTime; Timed::ALL.len()],
     at: Instant,
     taken: Duration,
     background: Duration,
@@ -571,7 +599,7 @@ impl Meter {
     fn new() -> Self {
         Self {
             backend: ThreadGroup::new(BACKEND_THREADS),
-            bpf: BpfTime::default(),
+            bpf: Default::default(),
             at: Instant::now(),
             taken: Duration::ZERO,
             background: Duration::ZERO,
@@ -588,9 +616,12 @@ impl Meter {
         background: Duration,
     ) -> Option<(Use, Duration)> {
         let count = |counter| kernel.get(counter).ok();
-        self.bpf.update(count(Counter::CpuTaken)?, count(Counter::CpuTimed)?, count(Counter::CpuTimedNs)?);
+        for (programs, time) in Timed::ALL.into_iter().zip(&mut self.bpf) {
+            time.update(count(programs.runs())?, count(programs.timed())?, count(programs.timed_ns())?);
+        }
+        let bpf = self.bpf.each_ref().map(BpfTime::total);
         let backend = self.backend.cpu_time();
-        let taken = usage::cpu_time().saturating_sub(backend) + self.bpf.total();
+        let taken = usage::cpu_time().saturating_sub(backend) + bpf.iter().sum::<Duration>();
         let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
         let elapsed = now - self.at;
         let used = Use {
@@ -604,7 +635,7 @@ impl Meter {
         }
         self.recent.push_back(used);
         sampling.set_used(self.recent.iter().copied().sum::<Use>().ratio());
-        sampling.set_times(self.bpf.total(), backend);
+        sampling.set_times(bpf, backend);
         Some((used, elapsed))
     }
 }
@@ -776,6 +807,13 @@ fn start_uploads(
     sinks.into_iter().zip(exporters).map(start).collect()
 }
 
+/// Events of processes that were lost since the start.
+#[derive(Clone, Copy, Debug, Default)]
+struct LostEvents {
+    execs: u64,
+    mappings: u64,
+}
+
 /// Normalizes, labels and counts. The only owner of the process table and the open windows.
 struct Worker {
     shared: Shared,
@@ -793,7 +831,7 @@ struct Worker {
 impl Worker {
     fn run(mut self, batches: &Receiver<drain::Batch>, progress: &Progress) {
         let mut looked_after = Instant::now();
-        let mut execs_lost = 0;
+        let mut lost = LostEvents::default();
         loop {
             let wait = clock::until(self.windows.next_end_ns()).clamp(WAIT_MIN, TICK);
             let fresh = self.processes.next_fresh();
@@ -812,7 +850,7 @@ impl Worker {
             }
             if looked_after.elapsed() >= TICK {
                 looked_after = Instant::now();
-                execs_lost = self.look_after_processes(execs_lost);
+                lost = self.look_after_processes(lost);
             }
         }
         let now_ns = clock::boot_ns();
@@ -847,15 +885,16 @@ impl Worker {
         self.reads_ahead.pay();
     }
 
-    /// Keeps the process table true and small. Gives the exec records lost so far.
-    fn look_after_processes(&mut self, execs_lost_before: u64) -> u64 {
-        let execs_lost = self.shared.ledger.execs_lost();
-        if execs_lost > execs_lost_before {
-            warn!(
-                lost = execs_lost - execs_lost_before,
-                "exec events were lost; all processes are read again"
-            );
+    /// Keeps the process table true and small. Gives what was lost so far.
+    fn look_after_processes(&mut self, before: LostEvents) -> LostEvents {
+        let ledger = &self.shared.ledger;
+        let lost = LostEvents { execs: ledger.execs_lost(), mappings: ledger.mappings_lost() };
+        if lost.execs > before.execs {
+            warn!(lost = lost.execs - before.execs, "exec events were lost; all processes are read again");
             self.processes.forget_all();
+        }
+        if lost.mappings > before.mappings {
+            self.processes.doubt_mappings();
         }
         if self.shared.gauges.is_paused() {
             // Nobody says which of them exec meanwhile.
@@ -868,7 +907,32 @@ impl Worker {
         self.processes.forget_exited();
         self.shared.gauges.set_processes(&self.processes);
         self.shared.gauges.set_late(self.windows.late());
-        execs_lost
+        lost
+    }
+
+    /// What CPUs' rings say of new mappings.
+    fn take_mappings(&mut self, batch: &drain::Batch) {
+        for record in batch.perf_records() {
+            match perf_record::parse(record) {
+                Some(PerfRecord::Mapped(mapped)) => self.add_mapping(&mapped),
+                Some(PerfRecord::Lost(records)) => self.shared.ledger.lose_mappings(records),
+                Some(PerfRecord::Other) => {}
+                None => self.shared.ledger.lose_mappings(1),
+            }
+        }
+    }
+
+    /// Opens what a known process has mapped, where there is CPU time for it.
+    fn add_mapping(&mut self, mapped: &Mapped<'_>) {
+        if !self.processes.is_news(mapped) {
+            return;
+        }
+        if self.reads_ahead.wait(Instant::now()).is_some() {
+            return self.processes.defer_mapping(mapped.pid);
+        }
+        self.reads_ahead.begin();
+        self.processes.add_mapping(mapped);
+        self.reads_ahead.pay();
     }
 
     /// Takes a batch. Its samples stop waiting in the channel one by one, each when it is counted elsewhere.
@@ -876,6 +940,7 @@ impl Worker {
         for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
             self.windows.set_period(period_ns, at_ns);
         }
+        self.take_mappings(batch);
         let mut samples_left = batch.samples();
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
@@ -932,6 +997,9 @@ impl Worker {
         let stack = normalize::stack(raw, &mut self.processes);
         if lacks_tables(raw) {
             self.processes.lacks_tables(raw.tgid);
+        }
+        if raw.user_end != StackEnd::NoUserStack && self.processes.is_first_sample(raw.tgid) {
+            self.shared.gauges.count_first_stack(raw.by_tables);
         }
         self.shared.gauges.count_stack(raw.user_end, raw.by_tables);
         if let Some(cut) = raw.kernel_cut {

@@ -86,6 +86,12 @@ pub(crate) struct Health {
     pub(crate) complete_ratio: Option<f64>,
     /// Share of named frames in the last window.
     pub(crate) named_ratio: Option<f64>,
+    /// Share of the first user stacks of processes that were walked by tables.
+    #[serde(default)]
+    pub(crate) first_by_tables_ratio: Option<f64>,
+    /// Children of recorded processes that there was no room for.
+    #[serde(default)]
+    pub(crate) families_not_followed: u64,
     /// CPU time used so far, in seconds.
     pub(crate) cpu_seconds: f64,
     /// Resident memory.
@@ -169,6 +175,8 @@ impl fmt::Display for Health {
             containers,
             complete_ratio,
             named_ratio,
+            first_by_tables_ratio,
+            families_not_followed,
             cpu_seconds,
             resident_bytes,
             sampling,
@@ -177,12 +185,19 @@ impl fmt::Display for Health {
         let share =
             |ratio: &Option<f64>| ratio.map_or("-".to_owned(), |ratio| format!("{:.1}%", ratio * 100.0));
         let (complete, named) = (share(complete_ratio), share(named_ratio));
-        let mebibytes = resident_bytes >> 20;
+        let (mebibytes, first) = (resident_bytes >> 20, share(first_by_tables_ratio));
         write!(
             f,
-            "{processes} processes, {containers} containers; {complete} of stacks to the root, {named} of frames named; \
-             {cpu_seconds:.1} s CPU, {mebibytes} MiB\nsampling: {sampling}\nmemory: {memory}"
-        )
+            "{processes} processes, {containers} containers; {complete} of stacks to the root, {named} of frames named, \
+             {first} of first stacks by tables; {cpu_seconds:.1} s CPU, {mebibytes} MiB"
+        )?;
+        if *families_not_followed > 0 {
+            write!(
+                f,
+                "\n{families_not_followed} child processes of recorded ones are not sampled: too many"
+            )?;
+        }
+        write!(f, "\nsampling: {sampling}\nmemory: {memory}")
     }
 }
 
@@ -210,6 +225,8 @@ mod tests {
             containers: 1,
             complete_ratio: Some(0.9951),
             named_ratio: None,
+            first_by_tables_ratio: Some(0.5),
+            families_not_followed: 7,
             cpu_seconds: 1.23,
             resident_bytes: 31 << 20,
             sampling: "19 Hz".to_owned(),
@@ -229,7 +246,8 @@ mod tests {
         insta::assert_snapshot!(report().to_string(), @r"
         paused: /run/profiler/off exists
         profiler-agent 1.2.3, pid 71, node n, instance db; profiles: cpu
-        3 processes, 1 containers; 99.5% of stacks to the root, - of frames named; 1.2 s CPU, 31 MiB
+        3 processes, 1 containers; 99.5% of stacks to the root, - of frames named, 50.0% of first stacks by tables; 1.2 s CPU, 31 MiB
+        7 child processes of recorded ones are not sampled: too many
         sampling: 19 Hz
         memory: limit 256 MiB
         flame graphs: http://127.0.0.1:7700/

@@ -97,7 +97,7 @@ impl Targets {
         self.cgroups().filter(|cgroup| Cgroup::find(hierarchy, cgroup).is_none())
     }
 
-    /// The value for the kernel's map. `hierarchy` is where the v2 hierarchy is mounted; a cgroup that is not there
+    /// The value for the kernel's map. `hierarchy` is the root of the v2 hierarchy; a cgroup that is not there
     /// matches nothing until it is, so the value is to be made again now and then.
     pub(crate) fn to_wire(&self, hierarchy: Option<&Path>) -> Box<WireList> {
         let mut targets = [Wire::default(); TARGETS_MAX];
@@ -164,21 +164,6 @@ fn names(path: &Path) -> impl Iterator<Item = &std::ffi::OsStr> {
     })
 }
 
-/// Where the v2 hierarchy is mounted; `None` where it is not. Source: proc_pid_mountinfo(5).
-pub(crate) fn cgroup2_mount(proc_root: &Path) -> Option<PathBuf> {
-    let mounts = fs::read_to_string(proc_root.join("self/mountinfo")).ok()?;
-    mounts.lines().find_map(parse_cgroup2)
-}
-
-/// `34 25 0:29 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw`
-fn parse_cgroup2(line: &str) -> Option<PathBuf> {
-    let (mount, file_system) = line.split_once(" - ")?;
-    let mut fields = mount.split(' ').skip(3);
-    let (root, at) = (fields.next()?, fields.next()?);
-    // Part of the hierarchy, as containers have it, would shift the levels.
-    (file_system.split(' ').next()? == "cgroup2" && root == "/").then(|| at.into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,14 +218,5 @@ mod tests {
     fn names_the_kernel_would_cut_are_refused() {
         assert!(CommPrefix::new("").is_none() && CommPrefix::new("0123456789abcdef").is_none());
         assert!(CommPrefix::new("a\0").is_none() && CommPrefix::new("0123456789abcde").is_some());
-    }
-
-    #[test]
-    fn the_whole_v2_hierarchy_is_found_among_mounts() {
-        let whole = "34 25 0:29 / /sys/fs/cgroup/unified rw,nosuid shared:4 - cgroup2 cgroup2 rw";
-        assert_eq!(parse_cgroup2(whole), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(parse_cgroup2("34 25 0:29 /a /sys/fs/cgroup rw - cgroup2 cgroup2 rw"), None);
-        assert_eq!(parse_cgroup2("34 25 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu"), None);
-        assert_eq!(parse_cgroup2(""), None);
     }
 }

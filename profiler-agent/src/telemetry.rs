@@ -36,11 +36,14 @@ pub(crate) struct Gauges {
     kernel_cuts: [AtomicU64; KernelCut::ALL.len()],
     walked_by_tables: AtomicU64,
     walked_by_frame_pointers: AtomicU64,
+    first_by_tables: AtomicU64,
+    first_by_frame_pointers: AtomicU64,
     processes: AtomicU64,
     containers: AtomicU64,
     executables: AtomicU64,
     process_counts: Mutex<ProcessCounts>,
     cgroups: Mutex<NameCounts>,
+    mapping_cpus: AtomicU64,
     late: AtomicU64,
     named: AtomicU64,
     unnamed: AtomicU64,
@@ -58,6 +61,12 @@ impl Gauges {
         self.stacks[slot].fetch_add(1, Relaxed);
     }
 
+    /// The first stack of a process, or of its new image, by how it was walked.
+    pub(crate) fn count_first_stack(&self, by_tables: bool) {
+        let walked = if by_tables { &self.first_by_tables } else { &self.first_by_frame_pointers };
+        walked.fetch_add(1, Relaxed);
+    }
+
     /// A kernel stack that is not whole.
     pub(crate) fn count_kernel_cut(&self, cut: KernelCut) {
         let slot = KernelCut::ALL.iter().position(|&known| known == cut).expect("ALL holds every way");
@@ -71,6 +80,11 @@ impl Gauges {
         self.executables.store(processes.executables() as u64, Relaxed);
         *self.process_counts.lock().unwrap_or_else(PoisonError::into_inner) = processes.counts();
         *self.cgroups.lock().unwrap_or_else(PoisonError::into_inner) = processes.cgroups();
+    }
+
+    /// CPUs whose new executable mappings are told.
+    pub(crate) fn set_mapping_cpus(&self, cpus: usize) {
+        self.mapping_cpus.store(cpus as u64, Relaxed);
     }
 
     /// Samples that came after their window had closed.
@@ -89,6 +103,13 @@ impl Gauges {
         self.stacks().fold((0, 0), |(complete, all), (end, count)| {
             (complete + if end.is_complete() { count } else { 0 }, all + count)
         })
+    }
+
+    /// First stacks that were walked by tables, and all of them.
+    fn first_stacks(&self) -> (u64, u64) {
+        let (tables, others) =
+            (self.first_by_tables.load(Relaxed), self.first_by_frame_pointers.load(Relaxed));
+        (tables, tables + others)
     }
 
     /// Named frames of the last window, and all of them.
@@ -123,7 +144,10 @@ pub(crate) fn health(view: &View) -> Health {
     let gauges = &view.shared.gauges;
     let ((complete, all), (named, frames)) = (gauges.complete(), gauges.named());
     let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+    let (first_by_tables, first) = gauges.first_stacks();
     Health {
+        first_by_tables_ratio: ratio(first_by_tables, first),
+        families_not_followed: view.families_not_followed(),
         processes: gauges.processes.load(Relaxed),
         containers: gauges.containers.load(Relaxed),
         complete_ratio: ratio(complete, all),
@@ -162,6 +186,11 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
     text.gauge("profiler_agent_executables", "Executables open now.", gauges.executables.load(Relaxed));
     process_counts(&mut text, *gauges.process_counts.lock().unwrap_or_else(PoisonError::into_inner));
+    text.gauge(
+        "profiler_agent_mapping_event_cpus",
+        "CPUs whose new executable mappings are told as they are made.",
+        gauges.mapping_cpus.load(Relaxed),
+    );
     cgroups(&mut text, *gauges.cgroups.lock().unwrap_or_else(PoisonError::into_inner));
     let execs_lost = shared.ledger.execs_lost();
     text.counter(
@@ -187,6 +216,16 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
         "profiler_agent_cgroup_events_lost_total",
         "Events of new cgroups lost: such cgroups are looked up with their first exec or sample.",
         view.cgroup_events_lost(),
+    );
+    text.counter(
+        "profiler_agent_mapping_events_lost_total",
+        "Events of new executable mappings lost: processes are read again with their next sample.",
+        shared.ledger.mappings_lost(),
+    );
+    text.counter(
+        "profiler_agent_families_not_followed_total",
+        "Children of recorded processes that there was no room for: they are not sampled.",
+        view.families_not_followed(),
     );
     text.counter(
         "profiler_agent_processes_not_kept_total",
@@ -252,8 +291,10 @@ fn sampling(text: &mut Text, sampling: &Sampling) {
     text.head(metric, help, "gauge");
     text.line(format_args!("{metric} {}", sampling.used()));
     let metric = "profiler_agent_bpf_seconds_total";
-    text.head(metric, "CPU time of the sampling program, estimated from 1 of 64 runs.", "counter");
-    text.line(format_args!("{metric} {}", sampling.bpf_time().as_secs_f64()));
+    text.head(metric, "CPU time of the programs in the kernel, estimated from 1 of 64 runs.", "counter");
+    for (programs, time) in sampling.bpf_times() {
+        text.line(format_args!("{metric}{{programs=\"{}\"}} {}", programs.name(), time.as_secs_f64()));
+    }
     let metric = "profiler_agent_backend_cpu_seconds_total";
     text.head(
         metric,
@@ -264,13 +305,24 @@ fn sampling(text: &mut Text, sampling: &Sampling) {
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
-    let ProcessCounts { gone, unusable_files, ranges_cut, evicted, read_late } = counts;
+    let ProcessCounts { gone, unusable_files, ranges_cut, evicted, read_late, .. } = counts;
+    let ProcessCounts { mappings_added, mappings_deferred, .. } = counts;
     let counters = [
         ("processes_gone", "Processes gone before they could be read.", gone),
         ("processes_evicted", "Processes forgotten to make room for others.", evicted),
         ("processes_read_late", "New images left to their first sample, there being too many.", read_late),
         ("unusable_files", "Mappings whose file could not be used.", unusable_files),
         ("mappings_cut", "Processes with more executable ranges than are kept.", ranges_cut),
+        (
+            "mappings_added",
+            "New executable mappings of known processes, added as they were made.",
+            mappings_added,
+        ),
+        (
+            "mappings_deferred",
+            "New executable mappings there was no CPU time or room for: read with the process's next sample.",
+            mappings_deferred,
+        ),
     ];
     for (name, help, value) in counters {
         text.counter(&format!("profiler_agent_{name}_total"), help, value);
@@ -408,6 +460,13 @@ fn stacks(text: &mut Text, shared: &Shared) {
     text.head(metric, "Kernel stacks that are not whole, by reason.", "counter");
     for (cut, count) in KernelCut::ALL.iter().zip(&shared.gauges.kernel_cuts) {
         text.line(format_args!("{metric}{{reason=\"{}\"}} {}", cut.name(), count.load(Relaxed)));
+    }
+    let metric = "profiler_agent_first_stacks_total";
+    let help = "First user stacks of processes, once for each image they run, by how they were walked.";
+    text.head(metric, help, "counter");
+    let Gauges { first_by_tables, first_by_frame_pointers, .. } = &*shared.gauges;
+    for (by, count) in [("tables", first_by_tables), ("frame_pointers", first_by_frame_pointers)] {
+        text.line(format_args!("{metric}{{by=\"{by}\"}} {}", count.load(Relaxed)));
     }
     let metric = "profiler_agent_stacks_walked_total";
     text.head(metric, "User stacks, by what led from frame to caller.", "counter");

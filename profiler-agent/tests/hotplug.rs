@@ -33,16 +33,19 @@ fn what_runs_is_sampled_while_a_cpu_goes_and_comes() {
         return support::skip(NAME, "CPU 1 cannot be taken offline here");
     }
     let agent = Agent::start(&["-F", "99", "--window", "2s"]);
+    let cpus = agent.metric("profiler_agent_mapping_event_cpus").expect("metrics");
     let two_threads = Program::start("burn", &["-t", "2", "-c", "6"]);
     let selector = format!("{{exe=\"burn\",pid=\"{}\"}}", two_threads.pid());
     match Offline::now() {
         Err(error) => return support::skip(NAME, &format!("CPU 1 cannot be taken offline here: {error}")),
         Ok(offline) => {
             logged(&agent, "CPU went offline");
+            mappings_told_on(&agent, cpus - 1.0);
             drop(offline);
         }
     }
     logged(&agent, "CPU came online and is sampled");
+    mappings_told_on(&agent, cpus);
     let used: serde_json::Value = serde_json::from_str(&two_threads.output()).expect("JSON");
     let used_ns = used["cpu_ns"].as_f64().expect("a number");
     agent.wait_for_window_after(SystemTime::now());
@@ -57,4 +60,10 @@ fn what_runs_is_sampled_while_a_cpu_goes_and_comes() {
 
 fn logged(agent: &Agent, line: &str) {
     agent.wait_for(line, || agent.log().contains(line).then_some(()));
+}
+
+/// New mappings of so many CPUs are told.
+fn mappings_told_on(agent: &Agent, cpus: f64) {
+    let is_told = || (agent.metric("profiler_agent_mapping_event_cpus")? == cpus).then_some(());
+    agent.wait_for(&format!("mappings of {cpus} CPUs are told"), is_told);
 }

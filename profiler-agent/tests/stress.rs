@@ -58,6 +58,26 @@ fn a_thousand_processes_and_forks_a_second_are_accounted_for_and_labeled() {
 
 #[test]
 #[ignore = "needs root and BPF"]
+fn a_storm_of_threads_is_one_process() {
+    let memory = MemoryCgroup::new("threads");
+    let agent = Agent::start_after(&memory.moves(), &["-F", "99", "--window", "2s"]);
+    let known = agent.metric("profiler_agent_unwind_processes").expect("metrics");
+    let storm = Program::start("fork_storm", &["2000", &(seconds() / 3).to_string(), "threads"]);
+    let selector = format!("{{pid=\"{}\"}}", storm.pid());
+    let started = storm.output();
+    let at_most = agent.metric("profiler_agent_unwind_processes").expect("metrics");
+    agent.wait_for_window_after(SystemTime::now());
+    let of_both = agent.merge(&format!("{}exe=\"fork_storm\"}}", selector.replace('}', ",")));
+    let share = of_both.total as f64 / agent.merge(&selector).total as f64;
+    println!("{}: {:.1} % under its name; {memory}", started.trim(), share * 100.0);
+    assert!(share >= RIGHT, "{share} of its time is under its name");
+    assert!(of_both.mentions("child_work"), "{of_both:#?}");
+    assert!(at_most < known + 500.0, "threads are no processes: {known}, then {at_most}");
+    end(agent, &memory);
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
 fn twenty_thousand_threads_in_two_thousand_cgroups_fit_into_the_memory_there_is() {
     let memory = MemoryCgroup::new("crowd");
     let agent = Agent::start_after(&memory.moves(), &["-F", "99", "--window", "2s"]);

@@ -91,6 +91,50 @@ fn only_the_processes_names_and_cgroups_that_are_wanted_are_sampled() {
     drop(inner);
 }
 
+/// As in a container: what is mounted of the hierarchy begins at the agent's own cgroup, and says that it is the root.
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_cgroup_outside_the_agents_cgroup_namespace_is_a_target() {
+    let name = format!("profiler-test-namespace-{}", std::process::id());
+    let point = hierarchy();
+    let (own, wanted) =
+        (Cgroup::create(point.join(format!("{name}-own"))), Cgroup::create(point.join(&name)));
+    let inner = Cgroup::create(wanted.0.join("inner"));
+    let in_cgroup = Program::start("burn", &[]);
+    let unwanted = Program::start("burn", &[]);
+    inner.take(&in_cgroup);
+    let point = point.display();
+    let enter = format!(
+        "echo $$ >'{}/cgroup.procs' && exec unshare --cgroup sh -c \
+         'umount -l {point} && mount -t cgroup2 none {point} && test ! -e {point}/{name} && exec \"$0\" \"$@\"' \
+         \"$0\" \"$@\" &&",
+        own.0.display()
+    );
+    let target = format!("/{name}");
+    let agent = Agent::start_after(&enter, &["-F", "199", "--window", WINDOW, "--cgroup", &target]);
+    agent.wait_for("samples of what is wanted", || {
+        (agent.merge(&selector(&in_cgroup)).total > 500_000_000).then_some(())
+    });
+    assert_eq!(agent.merge(&selector(&unwanted)).total, 0, "nobody wants it");
+    agent.stop();
+    drop(in_cgroup);
+    drop(inner);
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn the_budget_counts_samples_that_nobody_wants_and_events_of_processes() {
+    let _burn = Program::start("burn", &[]);
+    let _storm = Program::start("fork_storm", &["500", "600"]);
+    let agent = Agent::start(&["-F", "199", "--cpu-budget", "off", "--window", WINDOW, "--comm", "nobody"]);
+    for programs in ["samples", "process_events"] {
+        let metric = format!("profiler_agent_bpf_seconds_total{{programs=\"{programs}\"}}");
+        agent.wait_for(&metric, || agent.metric(&metric).filter(|&seconds| seconds > 0.0));
+    }
+    assert_eq!(agent.metric("profiler_agent_samples_taken_total"), Some(0.0));
+    agent.stop();
+}
+
 #[test]
 #[ignore = "needs root and BPF"]
 fn one_in_n_samples_stand_for_all_of_the_cpu_time() {

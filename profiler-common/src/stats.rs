@@ -4,7 +4,7 @@
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Counter {
-    /// Samples taken: raised by the first instruction of the sampling program.
+    /// Samples taken: raised by the sampling program as soon as a target, where there are any, wants the sample.
     CpuTaken = 0,
     /// Samples written to the ring buffer.
     CpuSubmitted = 1,
@@ -16,7 +16,8 @@ pub enum Counter {
     ExecSubmitted = 4,
     /// Exec records dropped: the ring buffer was full.
     ExecDroppedRingFull = 5,
-    /// Runs of the sampling program whose duration was measured: 1 of [`TIMED_EVERY`].
+    /// Runs of the sampling program whose duration was measured: 1 of [`TIMED_EVERY`]. This counter, and the others of
+    /// [`Timed`], are for its use.
     CpuTimed = 6,
     /// Nanoseconds that the measured runs took.
     CpuTimedNs = 7,
@@ -40,6 +41,79 @@ pub enum Counter {
     CpuThinned = 16,
     /// Children of a family that `FAMILY` had no room for: they are not sampled.
     FamilyNotFollowed = 17,
+    /// Runs of the sampling program, those of samples that no target wants too.
+    CpuRuns = 18,
+    /// Runs of the programs that follow processes and cgroups, those that have nothing to tell too.
+    ProcessRuns = 19,
+    /// Of these, as `CpuTimed`.
+    ProcessTimed = 20,
+    /// As `CpuTimedNs`.
+    ProcessTimedNs = 21,
+    /// Runs of the program in allocator functions.
+    HeapRuns = 22,
+    /// Of these, as `CpuTimed`.
+    HeapTimed = 23,
+    /// As `CpuTimedNs`.
+    HeapTimedNs = 24,
+}
+
+/// Programs whose time is measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timed {
+    /// The sampling program.
+    Samples,
+    /// Those that follow processes and cgroups.
+    ProcessEvents,
+    /// The one in allocator functions.
+    Heap,
+}
+
+impl Timed {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Samples, Self::ProcessEvents, Self::Heap];
+
+    /// Counter of all runs.
+    #[inline(always)]
+    #[must_use]
+    pub const fn runs(self) -> Counter {
+        match self {
+            Self::Samples => Counter::CpuRuns,
+            Self::ProcessEvents => Counter::ProcessRuns,
+            Self::Heap => Counter::HeapRuns,
+        }
+    }
+
+    /// Counter of the runs that were measured.
+    #[inline(always)]
+    #[must_use]
+    pub const fn timed(self) -> Counter {
+        match self {
+            Self::Samples => Counter::CpuTimed,
+            Self::ProcessEvents => Counter::ProcessTimed,
+            Self::Heap => Counter::HeapTimed,
+        }
+    }
+
+    /// Counter of the nanoseconds that those took.
+    #[inline(always)]
+    #[must_use]
+    pub const fn timed_ns(self) -> Counter {
+        match self {
+            Self::Samples => Counter::CpuTimedNs,
+            Self::ProcessEvents => Counter::ProcessTimedNs,
+            Self::Heap => Counter::HeapTimedNs,
+        }
+    }
+
+    /// The name used in metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Samples => "samples",
+            Self::ProcessEvents => "process_events",
+            Self::Heap => "heap",
+        }
+    }
 }
 
 /// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
@@ -48,7 +122,7 @@ const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 18;
+    pub const COUNT: u32 = 25;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -70,6 +144,13 @@ impl Counter {
         Self::CpuFiltered,
         Self::CpuThinned,
         Self::FamilyNotFollowed,
+        Self::CpuRuns,
+        Self::ProcessRuns,
+        Self::ProcessTimed,
+        Self::ProcessTimedNs,
+        Self::HeapRuns,
+        Self::HeapTimed,
+        Self::HeapTimedNs,
     ];
 }
 

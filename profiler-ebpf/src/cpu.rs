@@ -15,24 +15,23 @@ use profiler_common::{
 
 use crate::{
     helpers::{boot_time_ns, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, add, count, setting},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, count, setting},
     stack::{mask, walk_user},
-    targets, task, timing,
+    targets, task,
 };
 
 /// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no sample pays for a wake-up.
 const NO_WAKEUP: u64 = 1;
 
-/// Counts a sample, takes it, and measures now and then how long that takes.
+/// Counts a sample and takes it, if it is wanted.
 #[inline(always)]
 pub fn sample(ctx: &PerfEventContext) {
     let weight = if setting!(has_targets) == 1 { targets::weight(period_ns(ctx)) } else { 1 };
     if weight == 0 {
         return;
     }
-    let began_ns = timing::begin(add(Counter::CpuTaken, 1));
+    count(Counter::CpuTaken);
     take(ctx, weight);
-    timing::end(began_ns);
 }
 
 /// Nanoseconds of CPU time that a sample stands for.

@@ -8,6 +8,7 @@ use aya_ebpf::{
     macros::{perf_event, raw_tracepoint},
     programs::{PerfEventContext, RawTracePointContext},
 };
+use profiler_common::stats::Timed;
 
 #[cfg(bpf_target_arch = "x86_64")]
 mod alloc;
@@ -27,35 +28,45 @@ mod timing;
 /// On-CPU samples: attached to one clock event per CPU.
 #[perf_event]
 pub fn cpu_sample(ctx: PerfEventContext) -> u32 {
+    let began_ns = timing::begin(Timed::Samples);
     cpu::sample(&ctx);
+    timing::end(Timed::Samples, began_ns);
     0
 }
 
 /// A process has a new image.
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub fn process_exec(ctx: RawTracePointContext) -> i32 {
+    let began_ns = timing::begin(Timed::ProcessEvents);
     process::exec(&ctx);
+    timing::end(Timed::ProcessEvents, began_ns);
     0
 }
 
 /// A task was made.
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
 pub fn process_fork(ctx: RawTracePointContext) -> i32 {
+    let began_ns = timing::begin(Timed::ProcessEvents);
     process::fork(&ctx);
+    timing::end(Timed::ProcessEvents, began_ns);
     0
 }
 
 /// A task exits.
 #[raw_tracepoint(tracepoint = "sched_process_exit")]
 pub fn process_exit(ctx: RawTracePointContext) -> i32 {
+    let began_ns = timing::begin(Timed::ProcessEvents);
     process::exit(&ctx);
+    timing::end(Timed::ProcessEvents, began_ns);
     0
 }
 
 /// A cgroup was made.
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
 pub fn cgroup_made(ctx: RawTracePointContext) -> i32 {
+    let began_ns = timing::begin(Timed::ProcessEvents);
     process::cgroup_made(&ctx);
+    timing::end(Timed::ProcessEvents, began_ns);
     0
 }
 

@@ -1,25 +1,35 @@
-//! What sampling costs, measured by the program itself on 1 of [`TIMED_EVERY`] runs.
+//! What our programs cost, measured by themselves on 1 of [`TIMED_EVERY`] runs.
 //!
 //! The kernel's own account of BPF time is a sysctl of the whole machine, and makes every program of everybody slower.
+//!
+//! An entry point is to be between the two calls as a whole, whatever way it goes:
+//! ```text
+//! let began_ns = timing::begin(Timed::Heap);
+//! ..
+//! timing::end(Timed::Heap, began_ns);
+//! ```
+//! Counts of a program that may be preempted by itself are near enough: a run that comes between the reading and the
+//! writing of a counter is not in it.
 
-use profiler_common::stats::{Counter, TIMED_EVERY};
+use profiler_common::stats::{TIMED_EVERY, Timed};
 
 use crate::{
     helpers::monotonic_ns,
     maps::{add, count},
 };
 
-/// When a run began; 0 for a run that is not timed. `run` is its number on this CPU.
+/// Counts a run, and gives when it began; 0 for a run that is not timed.
 #[inline(always)]
-pub fn begin(run: u64) -> u64 {
+pub fn begin(programs: Timed) -> u64 {
+    let run = add(programs.runs(), 1);
     if run % TIMED_EVERY == 0 { monotonic_ns() } else { 0 }
 }
 
-/// The end of a run of the sampling program.
+/// The end of a run.
 #[inline(always)]
-pub fn end(began_ns: u64) {
+pub fn end(programs: Timed, began_ns: u64) {
     if began_ns != 0 {
-        add(Counter::CpuTimedNs, monotonic_ns().wrapping_sub(began_ns));
-        count(Counter::CpuTimed);
+        add(programs.timed_ns(), monotonic_ns().wrapping_sub(began_ns));
+        count(programs.timed());
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     tools::{self, CC, CLANG, GO, MUSL},
 };
 
-const C_PROGRAMS: [&str; 5] = ["burn", "short", "fork_storm", "identity", "crowd"];
+const C_PROGRAMS: [&str; 6] = ["burn", "short", "fork_storm", "identity", "crowd", "map_code"];
 
 /// Linked statically into `container/`, which is all that the test's container images hold.
 const CONTAINER_PROGRAMS: [&str; 2] = ["burn", "pause"];

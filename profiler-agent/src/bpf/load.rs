@@ -62,7 +62,8 @@ pub(crate) enum BpfError {
     #[error(transparent)]
     Heap(#[from] HeapLoadError),
     #[error(
-        "find target cgroup {}: no cgroup v2 hierarchy is mounted here as a whole; use a target's pid or comm",
+        "find target cgroup {}: no cgroup v2 hierarchy is mounted here, or a part of it alone and CAP_DAC_READ_SEARCH \
+         is missing; use a target's pid or comm",
         .0.display()
     )]
     NoCgroup2(PathBuf),

@@ -1,6 +1,6 @@
 //! The map of targets.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use aya::{
     Ebpf,
@@ -10,7 +10,7 @@ use profiler_common::targets::Targets as WireList;
 use tracing::warn;
 
 use super::{load::BpfError, value::Value};
-use crate::targets::{Targets, cgroup2_mount};
+use crate::{sys::cgroup::WholeV2, targets::Targets};
 
 const MAP: &str = "TARGETS";
 const FAMILIES: &str = "FAMILY";
@@ -21,7 +21,7 @@ pub(super) struct TargetMap {
     families: HashMap<MapData, u32, u32>,
     wanted: Targets,
     written: Box<WireList>,
-    hierarchy: Option<PathBuf>,
+    hierarchy: Option<WholeV2>,
 }
 
 fn take_families(ebpf: &mut Ebpf) -> Result<HashMap<MapData, u32, u32>, BpfError> {
@@ -49,9 +49,10 @@ impl TargetMap {
     pub(super) fn new(ebpf: &mut Ebpf, wanted: Targets) -> Result<Self, BpfError> {
         let map = ebpf.take_map(MAP).ok_or(BpfError::Missing { what: MAP })?;
         let map = map.try_into().map_err(|source| BpfError::Map { map: MAP, source })?;
-        let hierarchy = cgroup2_mount("/proc".as_ref());
-        check_cgroups(&wanted, hierarchy.as_deref())?;
-        let written = wanted.to_wire(hierarchy.as_deref());
+        let hierarchy = WholeV2::find("/proc".as_ref());
+        let root = hierarchy.as_ref().map(WholeV2::path);
+        check_cgroups(&wanted, root)?;
+        let written = wanted.to_wire(root);
         let families = take_families(ebpf)?;
         let mut targets = Self { map, families, wanted, written, hierarchy };
         targets.write()?;
@@ -60,7 +61,7 @@ impl TargetMap {
 
     /// Writes the targets when they, or the cgroups they name, have changed.
     pub(super) fn follow_cgroups(&mut self) -> Result<(), BpfError> {
-        let wanted = self.wanted.to_wire(self.hierarchy.as_deref());
+        let wanted = self.wanted.to_wire(self.hierarchy.as_ref().map(WholeV2::path));
         if wanted == self.written {
             return Ok(());
         }

@@ -239,6 +239,11 @@ mod tests {
                 expect: Id,
             },
             Fixture {
+                layout: "CRI-O, cgroupfs driver, v1",
+                cgroup: "9:pids:/kubepods/besteffort/podUID/crio-ID\n1:name=systemd:/kubepods/besteffort/podUID/crio-ID\n",
+                expect: Id,
+            },
+            Fixture {
                 layout: "CRI-O's watcher of a container",
                 cgroup: "0::/kubepods.slice/kubepods-podUID.slice/crio-conmon-ID.scope\n",
                 expect: Unit(concat!(
@@ -269,6 +274,11 @@ mod tests {
                 expect: Id,
             },
             Fixture {
+                layout: "Docker, systemd driver, v1",
+                cgroup: "12:pids:/system.slice/docker-ID.scope\n1:name=systemd:/system.slice/docker-ID.scope\n",
+                expect: Id,
+            },
+            Fixture {
                 layout: "Docker, systemd in the container",
                 cgroup: "0::/system.slice/docker-ID.scope/system.slice/nginx.service\n",
                 expect: Id,
@@ -286,6 +296,11 @@ mod tests {
             Fixture {
                 layout: "Podman, systemd manager, v1",
                 cgroup: "8:memory:/machine.slice/libpod-ID.scope\n",
+                expect: Id,
+            },
+            Fixture {
+                layout: "Podman, cgroupfs, v1",
+                cgroup: "8:memory:/libpod_parent/libpod-ID\n1:name=systemd:/libpod_parent/libpod-ID\n",
                 expect: Id,
             },
             Fixture { layout: "Podman, cgroupfs", cgroup: "0::/libpod_parent/libpod-ID\n", expect: Id },
@@ -336,6 +351,23 @@ mod tests {
             Fixture {
                 layout: "kind, v1, cgroupfs driver",
                 cgroup: "7:memory:/docker/OUTER/kubelet/kubepods/burstable/podUID/ID\n",
+                expect: Id,
+            },
+            Fixture {
+                layout: "kind, v1, systemd driver",
+                cgroup: "7:memory:/system.slice/docker-OUTER.scope/kubelet.slice/kubelet-kubepods.slice/\
+                         kubelet-kubepods-podUID.slice/cri-containerd-ID.scope\n",
+                expect: Id,
+            },
+            Fixture {
+                layout: "kind, v2, cgroupfs driver",
+                cgroup: "0::/docker/OUTER/kubelet/kubepods/besteffort/podUID/ID\n",
+                expect: Id,
+            },
+            Fixture {
+                layout: "kind in Podman, v2, systemd driver",
+                cgroup: "0::/machine.slice/libpod-OUTER.scope/container/kubelet.slice/kubelet-kubepods.slice/\
+                         kubelet-kubepods-podUID.slice/cri-containerd-ID.scope\n",
                 expect: Id,
             },
             Fixture {

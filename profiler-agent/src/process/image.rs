@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Executable ranges of one process. JITs that split their code cache reach hundreds.
-const RANGES_MAX: usize = 4096;
+pub(super) const RANGES_MAX: usize = 4096;
 /// Threads that are looked at for one that lives.
 const THREADS_MAX: usize = 64;
 /// Bytes of `/proc/<pid>/maps` that are read: 65,000 lines.
@@ -44,7 +44,7 @@ pub(crate) enum Backing {
 pub(crate) struct Mapping {
     pub(super) start: Addr,
     pub(super) end: Addr,
-    offset: FileOffset,
+    pub(super) offset: FileOffset,
     pub(crate) backing: Backing,
 }
 
@@ -164,7 +164,8 @@ impl ImageReader {
         others.into_iter().find(|&thread| fs::read_link(self.directory(thread).join("exe")).is_ok())
     }
 
-    fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {
+    /// The range of an entry, with what lies behind it.
+    pub(super) fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {
         let &MapsEntry { start, end, offset, device: _, inode, path } = entry;
         Mapping { start, end, offset, backing: self.backing(pid, start, end, inode, path) }
     }

@@ -4,6 +4,7 @@ mod fresh;
 mod generated;
 mod image;
 pub(crate) mod maps;
+mod splice;
 mod stat;
 
 use std::{
@@ -17,13 +18,15 @@ use fresh::Fresh;
 pub(crate) use generated::{GeneratedCode, PerfMapError};
 use image::ImageCounts;
 pub(crate) use image::{Backing, ImageReader, Mapping, pids};
+use maps::MapsEntry;
 use profiler_common::unwind::mappings::NS_PER_TICK;
 use stat::Stat;
 
 use crate::{
-    addr::Addr,
+    addr::{Addr, FileOffset},
     drain::Fork,
     label::{CgroupNames, Labeler, NameCounts, Owner, SeriesLabels, Subject, owner},
+    sys::{clock, perf_record::Mapped},
     unwind::TableRequests,
 };
 
@@ -64,9 +67,15 @@ pub(crate) struct Process {
     is_labeled_by_id: bool,
     cgroup_id: u64,
     mappings_read: Instant,
+    /// The same on the boot clock: what was mapped before is among them.
+    mappings_read_ns: u64,
     reread_interval: Duration,
+    /// It may have mappings that are not known: they are read again with its next sample.
+    lacks_mappings: bool,
     labels_read: Instant,
-    tables_requested: Instant,
+    /// `None` before the first time.
+    tables_requested: Option<Instant>,
+    is_sampled: bool,
     last_sampled: Instant,
 }
 
@@ -119,9 +128,12 @@ impl Process {
             is_labeled_by_id: self.is_labeled_by_id,
             cgroup_id: self.cgroup_id,
             mappings_read: self.mappings_read,
+            mappings_read_ns: self.mappings_read_ns,
             reread_interval: self.reread_interval,
+            lacks_mappings: self.lacks_mappings,
             labels_read: self.labels_read,
-            tables_requested: now,
+            tables_requested: Some(now),
+            is_sampled: false,
             last_sampled: now,
         }
     }
@@ -170,6 +182,10 @@ pub(crate) struct ProcessCounts {
     pub(crate) evicted: u64,
     /// New images that were not read before their first sample, there being too many.
     pub(crate) read_late: u64,
+    /// New mappings that were added to what is known of their processes.
+    pub(crate) mappings_added: u64,
+    /// New mappings there was no CPU time or no room for: their processes are read again with their next sample.
+    pub(crate) mappings_deferred: u64,
 }
 
 /// The process table. Owned by the worker thread; reading `/proc` is its own doing, the drain does not wait for it.
@@ -211,10 +227,14 @@ impl Processes {
                 self.make_room();
                 let process = self.read(sampled, now);
                 self.by_pid.insert(sampled.pid, process);
-                self.request_tables(sampled.pid);
+                self.request_tables_of(sampled.pid, now);
             }
             Known::OldLabels => self.read_labels_again(sampled, now),
             Known::OldCgroup => self.follow(sampled, now),
+        }
+        if self.by_pid.get(&sampled.pid).is_some_and(|process| process.lacks_mappings) {
+            // Where that is not due yet, the next sample will.
+            let _ = self.reread_after(sampled.pid, REREAD_INTERVAL);
         }
         let process = self.by_pid.get_mut(&sampled.pid).expect("it was there or has just been inserted");
         process.last_sampled = now;
@@ -247,19 +267,68 @@ impl Processes {
 
     /// Reads the mappings again, after an address was found in none of them. Gives the process when that was due.
     pub(crate) fn reread(&mut self, pid: u32) -> Option<&Process> {
+        let interval = self.by_pid.get(&pid)?.reread_interval;
+        self.reread_after(pid, interval)
+    }
+
+    /// The same, when the last reading is so long ago.
+    fn reread_after(&mut self, pid: u32, interval: Duration) -> Option<&Process> {
         let process = self.by_pid.get(&pid)?;
-        if process.mappings_read.elapsed() < process.reread_interval {
+        if process.mappings_read.elapsed() < interval {
             return None;
         }
         self.request_tables(pid);
+        let read_ns = clock::boot_ns();
         let mappings = self.images.mappings(pid);
         let process = self.by_pid.get_mut(&pid)?;
         if !mappings.is_empty() {
             process.mappings = mappings.into();
         }
+        (process.mappings_read_ns, process.lacks_mappings) = (read_ns, false);
         process.mappings_read = Instant::now();
         process.reread_interval = (process.reread_interval * 2).min(REREAD_INTERVAL);
         Some(process)
+    }
+
+    /// Whether a new mapping says something of a process that is known: of others, all is read with their first sample.
+    pub(crate) fn is_news(&self, mapped: &Mapped<'_>) -> bool {
+        let &Mapped { pid, time_ns, start, end, inode, .. } = mapped;
+        self.by_pid.get(&pid).is_some_and(|process| {
+            let is_old = time_ns < process.mappings_read_ns || !process.is_read || process.lacks_mappings;
+            let is_known = inode == 0 && splice::is_known_memory(&process.mappings, Addr(start), Addr(end));
+            !is_old && !is_known
+        })
+    }
+
+    /// Adds a mapping that [`Self::is_news`] to what is known of its process, and to its unwind tables.
+    pub(crate) fn add_mapping(&mut self, mapped: &Mapped<'_>) {
+        let &Mapped { pid, time_ns: _, start, end, offset, device, inode, path } = mapped;
+        let entry =
+            MapsEntry { start: Addr(start), end: Addr(end), offset: FileOffset(offset), device, inode, path };
+        let mapping = self.images.mapping(pid, &entry);
+        let Some(process) = self.by_pid.get_mut(&pid) else { return };
+        if process.mappings.len() >= image::RANGES_MAX {
+            return self.defer_mapping(pid);
+        }
+        process.mappings = splice::with(&process.mappings, mapping.clone());
+        process.tables_requested = Some(Instant::now());
+        self.counts.mappings_added += 1;
+        if let Some(tables) = &self.tables {
+            tables.mapped(pid, mapping);
+        }
+    }
+
+    /// Leaves new mappings of a process to its next sample.
+    pub(crate) fn defer_mapping(&mut self, pid: u32) {
+        self.counts.mappings_deferred += 1;
+        if let Some(process) = self.by_pid.get_mut(&pid) {
+            process.lacks_mappings = true;
+        }
+    }
+
+    /// News of mappings were lost: whoever is sampled next is read again.
+    pub(crate) fn doubt_mappings(&mut self) {
+        self.by_pid.values_mut().for_each(|process| process.lacks_mappings = true);
     }
 
     /// The process has a new image.
@@ -348,13 +417,24 @@ impl Processes {
         self.fresh.skip(now);
     }
 
+    /// Whether this is the first sample of what a known process runs; asked once for each.
+    pub(crate) fn is_first_sample(&mut self, pid: u32) -> bool {
+        self.by_pid.get_mut(&pid).is_some_and(|process| !std::mem::replace(&mut process.is_sampled, true))
+    }
+
     /// A sample of the process lacked tables: asks for them, unless that was done of late.
     pub(crate) fn lacks_tables(&mut self, pid: u32) {
         let Some(process) = self.by_pid.get_mut(&pid) else { return };
-        if process.tables_requested.elapsed() >= TABLES_INTERVAL {
-            process.tables_requested = Instant::now();
-            self.request_tables(pid);
+        if process.tables_requested.is_none_or(|last| last.elapsed() >= TABLES_INTERVAL) {
+            self.request_tables_of(pid, Instant::now());
         }
+    }
+
+    fn request_tables_of(&mut self, pid: u32, now: Instant) {
+        if let Some(process) = self.by_pid.get_mut(&pid) {
+            process.tables_requested = Some(now);
+        }
+        self.request_tables(pid);
     }
 
     fn request_tables(&self, pid: u32) {
@@ -430,6 +510,7 @@ impl Processes {
             self.counts.gone += 1;
             return unread;
         }
+        let mappings_read_ns = clock::boot_ns();
         let mappings = self.images.mappings(sampled.pid);
         let Some(Identity { program, owner, is_by_id }) = self.identify(sampled) else {
             self.counts.gone += 1;
@@ -442,6 +523,7 @@ impl Processes {
             series,
             program,
             mappings: mappings.into(),
+            mappings_read_ns,
             generated,
             is_read: true,
             is_labeled_by_id: is_by_id,
@@ -490,9 +572,12 @@ impl Processes {
             is_labeled_by_id: false,
             cgroup_id,
             mappings_read: now,
+            mappings_read_ns: 0,
             reread_interval: REREAD_INTERVAL_MIN,
+            lacks_mappings: false,
             labels_read: now,
-            tables_requested: now,
+            tables_requested: None,
+            is_sampled: false,
             last_sampled: now,
         }
     }
@@ -636,6 +721,69 @@ mod tests {
         let process = processes.known(pid).expect("it has been read");
         assert!(process.is_read && !process.mappings.is_empty());
         assert_eq!(processes.next_fresh(), None);
+    }
+
+    /// New memory without a file, as the kernel tells of it.
+    fn memory(pid: u32, time_ns: u64) -> Mapped<'static> {
+        let (start, end) = (0x10_0000, 0x11_0000);
+        Mapped { pid, time_ns, start, end, offset: 0, device: (0, 0), inode: 0, path: b"" }
+    }
+
+    #[test]
+    fn what_a_known_process_maps_is_added_and_what_is_known_or_older_is_no_news() {
+        let mut processes = processes();
+        let (pid, before_ns) = (std::process::id(), clock::boot_ns());
+        assert!(
+            !processes.is_news(&memory(pid, clock::boot_ns())),
+            "all of it is read with its first sample"
+        );
+        processes.get(sampled(pid, 0, "x"));
+        assert!(!processes.is_news(&memory(pid, before_ns)), "it was read later");
+        let mapped = memory(pid, clock::boot_ns());
+        assert!(processes.is_news(&mapped));
+        processes.add_mapping(&mapped);
+        let process = processes.known(pid).expect("it was sampled");
+        assert!(matches!(
+            process.mapping(Addr(0x10_8000)),
+            Some(Mapping { backing: Backing::Anonymous, .. })
+        ));
+        let again = Mapped { start: 0x10_1000, end: 0x10_2000, ..mapped };
+        assert!(!processes.is_news(&again), "a part of it became executable again");
+        assert_eq!(processes.counts().mappings_added, 1);
+    }
+
+    #[test]
+    fn a_process_whose_news_were_lost_is_read_again_with_a_sample_when_that_is_due() {
+        let mut processes = processes();
+        let pid = std::process::id();
+        processes.get(sampled(pid, 0, "x"));
+        processes.add_mapping(&memory(pid, clock::boot_ns()));
+        processes.doubt_mappings();
+        assert!(!processes.is_news(&memory(pid, clock::boot_ns())), "all of it will be read");
+        assert!(processes.get(sampled(pid, 0, "x")).lacks_mappings, "it was read a moment ago");
+        let process = processes.by_pid.get_mut(&pid).expect("it was sampled");
+        process.mappings_read =
+            Instant::now().checked_sub(REREAD_INTERVAL).expect("the machine runs for longer");
+        let process = processes.get(sampled(pid, 0, "x"));
+        assert!(!process.lacks_mappings && process.mapping(Addr(0x10_8000)).is_none(), "as /proc has it");
+    }
+
+    #[test]
+    fn a_process_that_was_read_ahead_gets_its_tables_with_the_first_sample_that_lacks_them() {
+        let (tables, requests) = crate::unwind::requests(Arc::default());
+        let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
+        let mut processes =
+            Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), Some(tables), 64);
+        let (pid, now) = (std::process::id(), Instant::now());
+        processes.exec(Exec { pid, start_ns: 0, cgroup_id: 1 }, now);
+        processes.read_fresh(processes.next_fresh().expect("it is to be read"));
+        assert!(requests.try_recv().is_err(), "most programs end before they are sampled");
+        processes.get(sampled(pid, 0, "x"));
+        assert!(processes.is_first_sample(pid) && !processes.is_first_sample(pid));
+        processes.lacks_tables(pid);
+        assert!(requests.try_recv().is_ok());
+        processes.lacks_tables(pid);
+        assert!(requests.try_recv().is_err(), "it was asked for a moment ago");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use profiler_common::limits;
 use profiler_pprof::proto::Profile;
 use tokio::runtime::Runtime;
 
@@ -131,6 +132,7 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
     wait_for_tables(&pipeline);
     pipeline.resume()?;
     let end = observe(&runtime, &mut pipeline, duration, command)?;
+    let view = pipeline.view().clone();
     let Stopped { balances, failure } = pipeline.stop(runtime.handle());
     runtime.shutdown_background();
     if balances.iter().any(|balance| balance.delivered != balance.taken) {
@@ -138,6 +140,13 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
     }
     if let Some(failure) = failure {
         return Err(failure.into());
+    }
+    let not_followed = view.families_not_followed();
+    if not_followed > 0 {
+        eprintln!(
+            "missing: {not_followed} child processes, for more than {} ran at a time",
+            limits::FAMILY_MAX
+        );
     }
     let profile = collector.take("cpu").context("sum up the recording")?;
     let Some(profile) = profile.filter(|profile| !profile.sample.is_empty()) else {

@@ -5,11 +5,7 @@ use std::{collections::BTreeSet, fmt, fs, path::Path};
 use anyhow::{Context as _, bail};
 
 use super::Arguments;
-use crate::{
-    label::owner,
-    process::pids,
-    targets::{self, Targets},
-};
+use crate::{label::owner, process::pids, sys::cgroup::WholeV2, targets::Targets};
 
 /// Digits of a container id that are enough to mean it.
 const ID_DIGITS_MIN: usize = 4;
@@ -65,10 +61,10 @@ impl Target {
         let list = match self {
             Self::Processes(pids) => return Targets::family(pids),
             Self::Everything => Vec::new(),
-            Self::Cgroup(path) => vec![targets::Target {
+            Self::Cgroup(path) => vec![crate::targets::Target {
                 cgroup: Some(path.into()),
                 is_wanted: true,
-                ..targets::Target::default()
+                ..crate::targets::Target::default()
             }],
         };
         Targets::new(list, matches!(self, Self::Everything)).expect("one target fits")
@@ -89,13 +85,14 @@ fn check_process(proc_root: &Path, pid: u32) -> anyhow::Result<()> {
 
 /// `/sys/fs/cgroup/unified/a/b` and `a/b` -> `/a/b`.
 fn cgroup_path(given: &str) -> anyhow::Result<String> {
-    let Some(mount) = targets::cgroup2_mount("/proc".as_ref()) else {
+    let Some(hierarchy) = WholeV2::find("/proc".as_ref()) else {
         bail!("cgroup {given}: no cgroup v2 hierarchy is mounted; record its processes with -p");
     };
-    let below = Path::new(given).strip_prefix(&mount).unwrap_or(Path::new(given));
+    let root = hierarchy.path();
+    let below = Path::new(given).strip_prefix(root).unwrap_or(Path::new(given));
     let path = format!("/{}", below.to_string_lossy().trim_matches('/'));
-    if !mount.join(path.trim_start_matches('/')).is_dir() {
-        bail!("cgroup {given}: no such directory below {}", mount.display());
+    if !root.join(path.trim_start_matches('/')).is_dir() {
+        bail!("cgroup {given}: no such directory below {}", root.display());
     }
     Ok(path)
 }

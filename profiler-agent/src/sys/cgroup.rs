@@ -5,7 +5,7 @@ use std::{
     io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::ffi::OsStrExt as _,
+        unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -89,6 +89,53 @@ fn choose(mounts: &str, controllers: &str) -> Option<(Version, PathBuf)> {
     })
 }
 
+/// The whole v2 hierarchy. A container, or any other cgroup namespace, has but a part of it mounted; a handle leads from
+/// there to the root.
+#[derive(Debug)]
+pub(crate) struct WholeV2 {
+    /// The root, as a directory of ours or of the mount.
+    path: PathBuf,
+    _root: Option<OwnedFd>,
+}
+
+impl WholeV2 {
+    /// `None` where no part of it is mounted, or where CAP_DAC_READ_SEARCH is missing in a container.
+    pub(crate) fn find(proc_root: &Path) -> Option<Self> {
+        let mounts = fs::read_to_string(proc_root.join("self/mountinfo")).ok()?;
+        let points: Vec<_> = mounts.lines().filter_map(v2_mount).collect();
+        points
+            .iter()
+            .find_map(|point| Self::at(point))
+            .or_else(|| points.iter().find_map(|point| Self::above(point)))
+    }
+
+    /// The directory that is the hierarchy's root.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the mount is of all of it. What mountinfo says of that is relative to the cgroup namespace.
+    fn at(point: &Path) -> Option<Self> {
+        (fs::metadata(point).ok()?.ino() == ROOT_ID).then(|| Self { path: point.into(), _root: None })
+    }
+
+    fn above(point: &Path) -> Option<Self> {
+        let root = open_by_id(&File::open(point).ok()?, ROOT_ID).ok()?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
+        Self::at(&path).map(|_| Self { path, _root: Some(root) })
+    }
+}
+
+/// Id of a hierarchy's root on 64-bit machines. Source: fs/kernfs/dir.c: kernfs_create_root.
+const ROOT_ID: u64 = 1;
+
+/// `34 25 0:29 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw`. Source: proc_pid_mountinfo(5).
+fn v2_mount(line: &str) -> Option<PathBuf> {
+    let (mount, file_system) = line.split_once(" - ")?;
+    let point = mount.split(' ').nth(4)?;
+    (file_system.split(' ').next()? == "cgroup2").then(|| point.into())
+}
+
 /// `struct file_handle` of open_by_handle_at(2), with a handle of kernfs: the node's id.
 #[repr(C)]
 struct Handle {
@@ -150,10 +197,16 @@ mod tests {
     }
 
     #[test]
+    fn the_v2_hierarchy_is_found_among_mounts() {
+        let found = v2_mount("34 25 0:29 / /sys/fs/cgroup/unified rw,nosuid shared:4 - cgroup2 cgroup2 rw");
+        assert_eq!(found, Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(v2_mount("34 25 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu"), None);
+        assert_eq!(v2_mount(""), None);
+    }
+
+    #[test]
     #[ignore = "needs root and BPF"]
     fn a_cgroup_is_found_by_its_id_until_it_is_removed() {
-        use std::os::unix::fs::MetadataExt as _;
-
         let hierarchy = Hierarchy::find("/proc".as_ref()).expect("this machine has cgroups");
         let name = format!("profiler-unit-test-{}", std::process::id());
         let directory = hierarchy.point.join(&name);

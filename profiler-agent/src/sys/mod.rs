@@ -12,6 +12,8 @@ pub(crate) mod hold;
 pub(crate) mod limits;
 pub(crate) mod memory;
 pub(crate) mod perf_event;
+pub(crate) mod perf_record;
+pub(crate) mod perf_ring;
 pub(crate) mod random;
 pub(crate) mod sigbus;
 pub(crate) mod threads;

@@ -1,4 +1,4 @@
-//! One clock event per CPU, with the sampling program on it.
+//! Perf events of a CPU: the clock with the sampling program on it, and the one that tells of executable mappings.
 //!
 //! aya opens perf events too, but without `exclude_idle`, and it enables them at once.
 
@@ -7,7 +7,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-/// `perf_event_attr` up to the fields used here. Source: include/uapi/linux/perf_event.h, PERF_ATTR_SIZE_VER0.
+/// `perf_event_attr` up to the fields used here. Source: include/uapi/linux/perf_event.h, PERF_ATTR_SIZE_VER3 (Linux 3.7).
 #[repr(C)]
 #[derive(Default)]
 struct Attr {
@@ -18,19 +18,37 @@ struct Attr {
     sample_type: u64,
     read_format: u64,
     flags: u64,
-    wakeup_events: u32,
+    /// In bytes, with [`WATERMARK`].
+    wakeup_watermark: u32,
     bp_type: u32,
     config1: u64,
+    config2: u64,
+    branch_sample_type: u64,
+    sample_regs_user: u64,
+    sample_stack_user: u32,
+    clock_id: i32,
 }
 
-const _: () = assert!(size_of::<Attr>() == 64, "PERF_ATTR_SIZE_VER0");
+const _: () = assert!(size_of::<Attr>() == 96, "PERF_ATTR_SIZE_VER3");
 
 const PERF_TYPE_SOFTWARE: u32 = 1;
 const PERF_COUNT_SW_CPU_CLOCK: u64 = 0;
+const PERF_COUNT_SW_DUMMY: u64 = 9;
+const PERF_SAMPLE_TIME: u64 = 1 << 2;
 /// Bit of `perf_event_attr.disabled`.
 const DISABLED: u64 = 1 << 0;
 /// Bit of `perf_event_attr.exclude_idle`.
 const EXCLUDE_IDLE: u64 = 1 << 7;
+/// Bit of `perf_event_attr.mmap`: executable mappings; `mmap_data` would be all others.
+const MMAP: u64 = 1 << 8;
+/// Bit of `perf_event_attr.watermark`.
+const WATERMARK: u64 = 1 << 14;
+/// Bit of `perf_event_attr.sample_id_all`.
+const SAMPLE_ID_ALL: u64 = 1 << 18;
+/// Bit of `perf_event_attr.mmap2`: with device and inode.
+const MMAP2: u64 = 1 << 23;
+/// Bit of `perf_event_attr.use_clockid`.
+const USE_CLOCK_ID: u64 = 1 << 25;
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 
 const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
@@ -56,23 +74,7 @@ impl CpuClock {
             flags: DISABLED | EXCLUDE_IDLE,
             ..Attr::default()
         };
-        // SAFETY: `attr` is a valid perf_event_attr of the size it states; the kernel copies it.
-        let fd = unsafe {
-            libc::syscall(
-                libc::SYS_perf_event_open,
-                &raw const attr,
-                -1 as libc::pid_t,
-                cpu.cast_signed(),
-                -1 as libc::c_int,
-                PERF_FLAG_FD_CLOEXEC,
-            )
-        };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the call has just given us this descriptor, nobody else knows it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-        Ok(Self { fd, period_ns })
+        Ok(Self { fd: open(&attr, cpu)?, period_ns })
     }
 
     /// The period it was opened with, which it keeps: `PERF_EVENT_IOC_PERIOD` changes when a clock event fires, but not
@@ -102,6 +104,42 @@ impl CpuClock {
         let status = unsafe { libc::ioctl(self.fd.as_fd().as_raw_fd(), request, argument) };
         if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
+}
+
+/// Opens an event that counts nothing, and writes a record of each executable mapping that is made on `cpu` from now on,
+/// by whomever, with its time on CLOCK_BOOTTIME. Each record makes the descriptor readable.
+#[doc(alias = "PERF_RECORD_MMAP2")]
+pub(super) fn open_mapping_event(cpu: u32) -> io::Result<OwnedFd> {
+    let attr = Attr {
+        kind: PERF_TYPE_SOFTWARE,
+        size: size_of::<Attr>() as u32,
+        config: PERF_COUNT_SW_DUMMY,
+        sample_type: PERF_SAMPLE_TIME,
+        flags: MMAP | MMAP2 | WATERMARK | SAMPLE_ID_ALL | USE_CLOCK_ID,
+        wakeup_watermark: 1,
+        clock_id: libc::CLOCK_BOOTTIME,
+        ..Attr::default()
+    };
+    open(&attr, cpu)
+}
+
+fn open(attr: &Attr, cpu: u32) -> io::Result<OwnedFd> {
+    // SAFETY: `attr` is a valid perf_event_attr of the size it states; the kernel copies it.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const *attr,
+            -1 as libc::pid_t,
+            cpu.cast_signed(),
+            -1 as libc::c_int,
+            PERF_FLAG_FD_CLOEXEC,
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has just given us this descriptor, nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 #[cfg(test)]

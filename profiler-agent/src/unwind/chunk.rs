@@ -44,16 +44,36 @@ pub(super) type Record = (u64, MappingRecord);
 /// ```
 pub(super) fn records(ranges: &[CodeRange]) -> Option<Vec<Record>> {
     let mut records = Vec::new();
-    for CodeRange { addresses, table } in ranges.iter().filter(|range| range.addresses.end <= UNUSED_START) {
-        let mut at = addresses.start;
-        for piece in table.iter().flat_map(|table| pieces(table, addresses)) {
-            push(&mut records, without_table(at..piece.0));
-            at = piece.1.end;
-            push(&mut records, piece);
-        }
-        push(&mut records, without_table(at..addresses.end));
-    }
+    ranges.iter().for_each(|range| push_range(&mut records, range));
     (records.len() <= CHUNK_RECORDS).then_some(records)
+}
+
+/// The records with those of one more range, which takes the place of what they had there. They may be more than a chunk
+/// holds.
+pub(super) fn with(records: &[Record], range: &CodeRange) -> Vec<Record> {
+    let Range { start, end } = range.addresses;
+    let mut merged = Vec::with_capacity(records.len() + 2);
+    for &(from, record) in records.iter().filter(|(from, _)| *from < start) {
+        push(&mut merged, (from, MappingRecord { end: record.end.min(start), ..record }));
+    }
+    push_range(&mut merged, range);
+    for &(from, record) in records.iter().filter(|(_, record)| record.end > end) {
+        push(&mut merged, (from.max(end), record));
+    }
+    merged
+}
+
+fn push_range(records: &mut Vec<Record>, CodeRange { addresses, table }: &CodeRange) {
+    if addresses.end > UNUSED_START {
+        return;
+    }
+    let mut at = addresses.start;
+    for piece in table.iter().flat_map(|table| pieces(table, addresses)) {
+        push(records, without_table(at..piece.0));
+        at = piece.1.end;
+        push(records, piece);
+    }
+    push(records, without_table(at..addresses.end));
 }
 
 /// The parts of a table inside a range.
@@ -172,6 +192,30 @@ mod tests {
         check(&ranges, 0x1800, Some((NO_DIRECTORY, 0)));
         check(&ranges, 0x7800, Some((NO_DIRECTORY, 0)));
         check(&ranges, 0xffff_ffff_ff60_0000, None);
+    }
+
+    #[test]
+    fn one_more_range_is_as_if_it_had_been_there_when_all_were_read() {
+        let range = |start: u64, end: u64, directory: Option<u32>| CodeRange {
+            addresses: start..end,
+            table: directory.and_then(|id| table(start, &[(0..end - start, id)])),
+        };
+        let (a, b) = (range(0x1000, 0x3000, Some(1)), range(0x5000, 0x7000, None));
+        for new in [range(0x3000, 0x5000, Some(2)), range(0x7000, 0x8000, None), range(0x100, 0x200, Some(2))]
+        {
+            let mut all = vec![a.clone(), b.clone(), new.clone()];
+            all.sort_by_key(|range| range.addresses.start);
+            let read = records(&[a.clone(), b.clone()]).expect("few records");
+            assert_eq!(with(&read, &new), records(&all).expect("few records"), "{new:x?}");
+        }
+        let over = with(&records(&[a, b]).expect("few records"), &range(0x2000, 0x6000, Some(2)));
+        let found: Vec<_> = over.iter().map(|&(at, record)| (at, record.end, record.directory)).collect();
+        assert_eq!(
+            found,
+            [(0x1000, 0x2000, 1), (0x2000, 0x6000, 2), (0x6000, 0x7000, NO_DIRECTORY)],
+            "what it lies over is no more"
+        );
+        assert_eq!(over[0].1.bias, 0x1000, "what is left of a range keeps its addresses");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use std::{
 };
 
 use aya::maps::MapError;
-use profiler_common::unwind::mappings::{NS_PER_TICK, ProcessEntry};
+use profiler_common::unwind::mappings::{CHUNK_RECORDS, NS_PER_TICK, ProcessEntry};
 use profiler_unwind::{Architecture, Source};
 use tracing::{debug, warn};
 
@@ -55,6 +55,8 @@ const ARCHITECTURE: Architecture = Architecture::Aarch64;
 
 /// Requests between worker and unwind thread, 16 bytes each. A machine that starts more processes at a time asks again.
 const REQUESTS_MAX: usize = 4096;
+/// New mappings of one process that wait: with more of them all of its mappings are read.
+const NEW_MAPPINGS_MAX: usize = 32;
 /// Time between two looks for processes that have exited.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// Time between two attempts to find room for what had none: the largest tables take 0.15 s to make.
@@ -98,10 +100,12 @@ pub(crate) struct TableRequests {
 }
 
 /// What the worker has learned of a process.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Request {
     /// It may have other mappings than before.
     Read(u32),
+    /// It has one more mapping.
+    Mapped(u32, Mapping),
     /// It was forked from a process that was known.
     Forked(u32),
     /// It has ended. With its start on the boot clock, in nanoseconds.
@@ -112,6 +116,11 @@ impl TableRequests {
     /// Asks for the tables of a process as it is now. Never waits.
     pub(crate) fn request(&self, pid: u32) {
         self.send(Request::Read(pid));
+    }
+
+    /// Tells of a new mapping. Where that is lost, the first sample whose stack ends there asks for all of them.
+    pub(crate) fn mapped(&self, pid: u32, mapping: Mapping) {
+        self.send(Request::Mapped(pid, mapping));
     }
 
     /// Tells of a fork. Where that is lost, the child's first sample without tables asks for them.
@@ -153,6 +162,8 @@ pub(crate) struct Unwinder {
     incomplete: HashSet<u32>,
     /// Processes to look at.
     waiting: VecDeque<u32>,
+    /// What those have mapped that need not be read for it: all else of theirs is known.
+    new_mappings: HashMap<u32, Vec<Mapping>>,
     has_made_tables: bool,
     payer: Payer,
 }
@@ -197,6 +208,7 @@ impl Unwinder {
             crowded_out: HashMap::new(),
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
+            new_mappings: HashMap::new(),
             has_made_tables: false,
             payer,
         }
@@ -214,7 +226,10 @@ impl Unwinder {
             if wait.is_none()
                 && let Some(pid) = self.waiting.pop_front()
             {
-                self.update(pid);
+                match self.new_mappings.remove(&pid) {
+                    Some(mappings) => self.extend(pid, &mappings),
+                    None => self.update(pid),
+                }
             }
             if self.waiting.is_empty() {
                 self.counts.has_scanned.store(true, Relaxed);
@@ -255,14 +270,44 @@ impl Unwinder {
     /// Forks and ends are a look-up each and done at once, in their order; readings wait for their turn.
     fn take(&mut self, request: Request) {
         match request {
-            Request::Read(pid) if self.waiting.contains(&pid) => {}
-            Request::Read(_) if self.waiting.len() >= REQUESTS_MAX => {
-                self.counts.requests_dropped.fetch_add(1, Relaxed);
+            Request::Read(pid) => {
+                // All of them are read: the new ones are among them.
+                self.new_mappings.remove(&pid);
+                self.enqueue(pid);
             }
-            Request::Read(pid) => self.waiting.push_back(pid),
+            Request::Mapped(pid, mapping) => self.take_mapping(pid, mapping),
             Request::Forked(pid) => self.adopt(pid),
             Request::Exited(pid, start_ns) => self.bury(pid, start_ns),
         }
+    }
+
+    /// Remembers a new mapping until its process's turn, unless all of them are to be read then.
+    fn take_mapping(&mut self, pid: u32, mapping: Mapping) {
+        match self.new_mappings.get_mut(&pid) {
+            Some(mappings) if mappings.len() < NEW_MAPPINGS_MAX => mappings.push(mapping),
+            Some(_) => {
+                self.new_mappings.remove(&pid);
+            }
+            None if self.waiting.contains(&pid) => {}
+            None => {
+                if self.enqueue(pid) {
+                    self.new_mappings.insert(pid, vec![mapping]);
+                }
+            }
+        }
+    }
+
+    /// The process is looked at when its turn comes; `false` where too many wait.
+    fn enqueue(&mut self, pid: u32) -> bool {
+        if self.waiting.contains(&pid) {
+            return true;
+        }
+        if self.waiting.len() >= REQUESTS_MAX {
+            self.counts.requests_dropped.fetch_add(1, Relaxed);
+            return false;
+        }
+        self.waiting.push_back(pid);
+        true
     }
 
     /// The child is one more user of the chunk that the kernel side gave it.
@@ -319,6 +364,38 @@ impl Unwinder {
             self.release(image.owners, now);
             self.renew(pid);
         } else if let Err(reason) = self.publish(pid, image, now) {
+            self.counts.count_error(reason);
+            self.withdraw(pid, now);
+        }
+    }
+
+    /// Adds mappings to those of a process that has its tables; another one is read.
+    fn extend(&mut self, pid: u32, mappings: &[Mapping]) {
+        let now = Instant::now();
+        // After an exec its entry is gone, or another: what is known is of the image before.
+        let entry = self.maps.entry(pid).ok().flatten();
+        let known = self.processes.get(&pid).filter(|known| Some(known.entry()) == entry).and_then(|known| {
+            let (records, owners) = self.chunks.content(known.chunk)?;
+            Some((known.start_ticks, records.to_vec(), owners.clone()))
+        });
+        let Some((start_ticks, mut records, mut owners)) = known else {
+            return self.update(pid);
+        };
+        owners.iter().for_each(|&owner| self.tables.hold(owner));
+        let before = records.clone();
+        for mapping in mappings {
+            let range = self.code_range(pid, mapping, &mut owners, now);
+            records = chunk::with(&records, &range);
+        }
+        if records.len() > CHUNK_RECORDS || records == before {
+            self.release(owners, now);
+            if records != before {
+                self.counts.count_error(Reason::TooManyMappings);
+                self.withdraw(pid, now);
+            }
+            return;
+        }
+        if let Err(reason) = self.publish(pid, Image { start_ticks, records, owners }, now) {
             self.counts.count_error(reason);
             self.withdraw(pid, now);
         }

@@ -87,9 +87,14 @@ impl Chunks {
 
     /// What a chunk in use holds.
     pub(super) fn records(&self, of: ChunkRef) -> Option<&[Record]> {
+        self.content(of).map(|(records, _)| records)
+    }
+
+    /// The same, with the tables that are held for it.
+    pub(super) fn content(&self, of: ChunkRef) -> Option<(&[Record], &HashSet<Owner>)> {
         let is_current = self.generations.get(of.chunk as usize) == Some(&of.generation);
         let shared = self.shared.get(of.chunk as usize)?.as_ref().filter(|_| is_current)?;
-        Some(&shared.records)
+        Some((&shared.records, &shared.owners))
     }
 
     fn get_mut(&mut self, of: ChunkRef) -> Option<&mut Shared> {

@@ -306,6 +306,18 @@ impl Merged {
         self.nodes.iter().filter(|node| node.name == function).map(|node| node.total).sum()
     }
 
+    /// The same where the outermost frame is a certain one.
+    pub fn total_from(&self, root: &str, function: &str) -> i64 {
+        let is_from_root = |node: &&Node| {
+            let ancestors = std::iter::successors(node.parent, |&at| self.nodes[at].parent);
+            // The last one stands for the whole, the one below it is the outermost frame.
+            let path: Vec<_> = ancestors.collect();
+            path.iter().rev().nth(1).is_some_and(|&at| self.nodes[at].name == root)
+        };
+        let nodes = self.nodes.iter().filter(|node| node.name == function);
+        nodes.filter(is_from_root).map(|node| node.total).sum()
+    }
+
     /// Whether any frame has this name.
     pub fn mentions(&self, function: &str) -> bool {
         self.nodes.iter().any(|node| node.name.contains(function))

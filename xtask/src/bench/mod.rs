@@ -8,6 +8,7 @@
 mod case;
 mod churn;
 mod load;
+mod memory_cgroup;
 mod proc;
 mod profiler;
 mod report;
