@@ -173,14 +173,20 @@ fn rules_change_while_the_agent_runs_and_what_is_in_use_stays() {
 fn children_are_profiled_from_their_fork_on() {
     const CHILDREN: usize = 5;
     let mut program = Program::start("heap_life", &["0"]);
+    let before = SystemTime::now();
     let agent = Agent::start(&["--window", "2s", "--heap", "exe=heap_life@4KiB@off"]);
     wait_for_targets(&agent, 1.0);
+    // Forks are told once the process has its unwind tables, which it gets with the scan at the start.
+    agent.wait_for("forks are told", || {
+        let pid = ask(&mut program, "child 100");
+        agent.log().contains(&format!("profiling the heap pid={pid} ")).then_some(())
+    });
     // Each lives for a second: a look at all processes now and then finds one in ten.
     let children: Vec<f64> = (0..CHILDREN).map(|_| ask(&mut program, "child 10000")).collect();
     agent.wait_for_window_after(SystemTime::now());
     for pid in children {
         let selector = format!("{{exe=\"heap_life\",pid=\"{pid}\"}}");
-        let merged = agent.merge_type(&selector, ("allocs", "alloc_space"), SystemTime::UNIX_EPOCH);
+        let merged = agent.merge_type(&selector, ("allocs", "alloc_space"), before);
         assert!(merged.total_of("place_child") > 0, "pid {pid}\n{}", agent.log());
     }
     agent.stop();
@@ -190,12 +196,13 @@ fn children_are_profiled_from_their_fork_on() {
 #[ignore = "needs root and BPF"]
 fn an_allocator_that_is_loaded_later_is_profiled_too() {
     let mut program = Program::start("heap_life", &["1"]);
+    let before = SystemTime::now();
     let agent = Agent::start(&["--window", "2s", "--heap", "exe=heap_life@4KiB@off"]);
     wait_for_targets(&agent, 1.0);
     let plugin = testprogs().join("libheap_plugin.so");
     assert_eq!(ask(&mut program, &format!("load {}", plugin.display())), 0.0, "it is loaded");
     agent.wait_for("its allocations are seen", || {
-        let merged = agent.merge_type(&selector(&program), ("allocs", "alloc_space"), SystemTime::UNIX_EPOCH);
+        let merged = agent.merge_type(&selector(&program), ("allocs", "alloc_space"), before);
         (merged.total_of("place_plugin") > 0 && merged.total_of("place_paced") > 0).then_some(())
     });
     agent.stop();
@@ -247,7 +254,9 @@ fn a_program_under_a_seccomp_filter_survives_and_its_allocations_are_seen() {
         ask(&mut later, "hold 1000");
         assert_eq!(ask(&mut later, "filter"), 0.0, "it is filtered");
         agent.wait_for("both are under a filter", || entry_only(2.0));
+        // What comes now is in windows that have not begun yet.
         let since = SystemTime::now();
+        agent.wait_for_window_after(since);
         ask(&mut later, "hold 1000");
         agent.wait_for_window_after(SystemTime::now());
         for program in [&mut filtered, &mut later] {
