@@ -353,7 +353,7 @@ impl Pipeline {
             Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room.clone());
         let (heap_sender, new_heap) = channel();
         let parts = HeapParts { executables, room, windows: heap_sender, view: view.clone() };
-        let mut heap = Heap::New(programs.take_heap().map(|source| (source, parts)));
+        let mut heap = Heap::New(programs.take_heap().map(|source| Box::new((source, parts))));
         heap.start(config)?;
         let (periods, new_periods) = channel();
         let worker = Worker {
@@ -724,7 +724,7 @@ fn start_unwinder(
 /// Heap profiling.
 enum Heap {
     /// Nobody's heap was ever to be profiled; with what it takes to begin. `None` where that was tried in vain.
-    New(Option<(HeapSource, HeapParts)>),
+    New(Option<Box<(HeapSource, HeapParts)>>),
     /// How to tell what attaches what to do, and its thread.
     Runs(Orders, JoinHandle<()>),
 }
@@ -745,7 +745,7 @@ impl Heap {
         if config.heap.list.is_empty() {
             return Ok(());
         }
-        let Some((source, parts)) = parts.take() else { return Ok(()) };
+        let Some((source, parts)) = parts.take().map(|parts| *parts) else { return Ok(()) };
         let (program, live, kernel) = match source.load(config.heap_options.live_max) {
             Ok(heap) => heap,
             Err(error) => {

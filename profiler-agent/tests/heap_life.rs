@@ -22,6 +22,12 @@ fn wait_for_targets(agent: &Agent, targets: f64) {
     });
 }
 
+/// Waits until a process is among them.
+fn wait_for_profile(agent: &Agent, pid: u32) {
+    let line = format!("profiling the heap pid={pid} ");
+    agent.wait_for(&line, || agent.log().contains(&line).then_some(()));
+}
+
 fn ask(program: &mut Program, line: &str) -> f64 {
     program.ask(line).trim().parse().expect("a number")
 }
@@ -163,7 +169,7 @@ fn rules_change_while_the_agent_runs_and_what_is_in_use_stays() {
     configured.change(&rule(&program, "0", "2%"));
     wait_for_targets(agent, 0.0);
     configured.change("");
-    configured.change("heap_budget = \"off\"\n[[heap]]\nmatch = \"exe=heap_life\"\n");
+    configured.change(&format!("heap_budget = \"off\"\n[[heap]]\nmatch = \"pid={}\"\n", program.pid()));
     wait_for_targets(agent, 1.0);
     configured.agent.stop();
 }
@@ -175,7 +181,7 @@ fn children_are_profiled_from_their_fork_on() {
     let mut program = Program::start("heap_life", &["0"]);
     let before = SystemTime::now();
     let agent = Agent::start(&["--window", "2s", "--heap", "exe=heap_life@4KiB@off"]);
-    wait_for_targets(&agent, 1.0);
+    wait_for_profile(&agent, program.pid());
     // Forks are told once the process has its unwind tables, which it gets with the scan at the start.
     agent.wait_for("forks are told", || {
         let pid = ask(&mut program, "child 100");
@@ -197,7 +203,8 @@ fn children_are_profiled_from_their_fork_on() {
 fn an_allocator_that_is_loaded_later_is_profiled_too() {
     let mut program = Program::start("heap_life", &["1"]);
     let before = SystemTime::now();
-    let agent = Agent::start(&["--window", "2s", "--heap", "exe=heap_life@4KiB@off"]);
+    let rule = format!("pid={}@4KiB@off", program.pid());
+    let agent = Agent::start(&["--window", "2s", "--heap", &rule]);
     wait_for_targets(&agent, 1.0);
     let plugin = testprogs().join("libheap_plugin.so");
     assert_eq!(ask(&mut program, &format!("load {}", plugin.display())), 0.0, "it is loaded");
@@ -244,7 +251,8 @@ fn a_program_under_a_seccomp_filter_survives_and_its_allocations_are_seen() {
         let mut filtered = Program::start("heap_life", &["5"]);
         assert_eq!(ask(&mut filtered, "filter"), 0.0, "it is filtered");
         let mut later = Program::start("heap_life", &["5"]);
-        let flags = ["--window", "2s", "--heap", "exe=heap_life@64KiB@off", "--test-heap-kind", kind];
+        let rules = [&filtered, &later].map(|program| format!("pid={}@64KiB@off", program.pid())).join(",");
+        let flags = ["--window", "2s", "--heap", &rules, "--test-heap-kind", kind];
         let agent = Agent::start(&[&flags[..], &["--test-heap-seccomp-kills"]].concat());
         wait_for_targets(&agent, 2.0);
         let entry_only =
@@ -280,7 +288,8 @@ fn a_program_under_a_seccomp_filter_survives_and_its_allocations_are_seen() {
 fn a_filter_that_lets_probed_returns_pass_is_no_reason_to_do_without() {
     let mut program = Program::start("heap_life", &["5"]);
     assert_eq!(ask(&mut program, "filter"), 0.0, "it is filtered");
-    let agent = Agent::start(&["--window", "2s", "--heap", "exe=heap_life@1@off"]);
+    let rule = format!("pid={}@1@off", program.pid());
+    let agent = Agent::start(&["--window", "2s", "--heap", &rule]);
     wait_for_targets(&agent, 1.0);
     let ready = agent.log();
     let ready = ready.lines().find(|line| line.contains("heap profiling is ready")).expect("a line");
