@@ -399,7 +399,8 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
 }
 
 fn alloc_part(reader: &mut Reader<'_>) -> Option<AllocPart> {
-    Some(AllocPart { pointer: reader.u64()?, target: reader.u32()?, rate: reader.u32()? })
+    let (pointer, target, rate) = (reader.u64()?, reader.u32()?, reader.u32()?);
+    Some(AllocPart { pointer, target, rate, scale: reader.u32()?, flags: reader.u32()? })
 }
 
 /// Takes integers off the front of a record.
@@ -463,16 +464,18 @@ pub(crate) mod tests {
     }
 
     /// Some sampled allocation.
-    pub(crate) const PART: AllocPart = AllocPart { pointer: 0x5000, target: 3, rate: 1 << 19 };
+    pub(crate) const PART: AllocPart =
+        AllocPart { pointer: 0x5000, target: 3, rate: 1 << 19, scale: 3 << 15, flags: 1 };
 
     /// The bytes of a sampled allocation as the kernel side writes them; it has no kernel frames.
     pub(crate) fn encode_alloc(sample: &RawSample, part: AllocPart) -> Vec<u8> {
         let sample = RawSample { kernel: Vec::new(), ..sample.clone() };
         let mut bytes = encode(&sample);
         bytes[1] = RecordKind::AllocSample as u8;
-        let words = [part.pointer.to_ne_bytes().to_vec(), part.target.to_ne_bytes().to_vec()].concat();
+        let AllocPart { pointer, target, rate, scale, flags } = part;
+        let words = [target, rate, scale, flags].into_iter().flat_map(u32::to_ne_bytes);
         let header = size_of::<SampleHeader>();
-        bytes.splice(header..header, words.into_iter().chain(part.rate.to_ne_bytes()));
+        bytes.splice(header..header, pointer.to_ne_bytes().into_iter().chain(words));
         bytes
     }
 

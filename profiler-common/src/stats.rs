@@ -49,28 +49,21 @@ pub enum Counter {
     ProcessTimed = 20,
     /// As `CpuTimedNs`.
     ProcessTimedNs = 21,
-    /// Runs of the program in allocator functions.
-    HeapRuns = 22,
-    /// Of these, as `CpuTimed`.
-    HeapTimed = 23,
-    /// As `CpuTimedNs`.
-    HeapTimedNs = 24,
 }
 
-/// Programs whose time is measured together.
+/// Programs whose time is measured together. Those in allocator functions have a budget and an account of their own: most of
+/// what they cost is the trap, which no program can time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timed {
     /// The sampling program.
     Samples,
     /// Those that follow processes and cgroups.
     ProcessEvents,
-    /// The one in allocator functions.
-    Heap,
 }
 
 impl Timed {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Samples, Self::ProcessEvents, Self::Heap];
+    pub const ALL: [Self; 2] = [Self::Samples, Self::ProcessEvents];
 
     /// Counter of all runs.
     #[inline(always)]
@@ -79,7 +72,6 @@ impl Timed {
         match self {
             Self::Samples => Counter::CpuRuns,
             Self::ProcessEvents => Counter::ProcessRuns,
-            Self::Heap => Counter::HeapRuns,
         }
     }
 
@@ -90,7 +82,6 @@ impl Timed {
         match self {
             Self::Samples => Counter::CpuTimed,
             Self::ProcessEvents => Counter::ProcessTimed,
-            Self::Heap => Counter::HeapTimed,
         }
     }
 
@@ -101,7 +92,6 @@ impl Timed {
         match self {
             Self::Samples => Counter::CpuTimedNs,
             Self::ProcessEvents => Counter::ProcessTimedNs,
-            Self::Heap => Counter::HeapTimedNs,
         }
     }
 
@@ -111,7 +101,6 @@ impl Timed {
         match self {
             Self::Samples => "samples",
             Self::ProcessEvents => "process_events",
-            Self::Heap => "heap",
         }
     }
 }
@@ -122,7 +111,7 @@ const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 25;
+    pub const COUNT: u32 = 22;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -148,9 +137,6 @@ impl Counter {
         Self::ProcessRuns,
         Self::ProcessTimed,
         Self::ProcessTimedNs,
-        Self::HeapRuns,
-        Self::HeapTimed,
-        Self::HeapTimedNs,
     ];
 }
 

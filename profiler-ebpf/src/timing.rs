@@ -4,9 +4,9 @@
 //!
 //! An entry point is to be between the two calls as a whole, whatever way it goes:
 //! ```text
-//! let began_ns = timing::begin(Timed::Heap);
+//! let began_ns = timing::begin(Timed::Samples);
 //! ..
-//! timing::end(Timed::Heap, began_ns);
+//! timing::end(Timed::Samples, began_ns);
 //! ```
 //! Counts of a program that may be preempted by itself are near enough: a run that comes between the reading and the
 //! writing of a counter is not in it.

@@ -14,7 +14,7 @@ use crate::{
     tools::{self, CC, CLANG, GO, MUSL},
 };
 
-const C_PROGRAMS: [&str; 6] = ["burn", "short", "fork_storm", "identity", "crowd", "map_code"];
+const C_PROGRAMS: [&str; 7] = ["burn", "short", "fork_storm", "identity", "crowd", "map_code", "heap_life"];
 
 /// Linked statically into `container/`, which is all that the test's container images hold.
 const CONTAINER_PROGRAMS: [&str; 2] = ["burn", "pause"];
@@ -45,7 +45,7 @@ struct Unframed {
 }
 
 /// Those whose compiler is not installed are skipped.
-const UNFRAMED: [Unframed; 14] = [
+const UNFRAMED: [Unframed; 15] = [
     Unframed { name: "deep_gcc", compiler: "gcc", source: "deep.c", flags: &[] },
     Unframed { name: "deep_clang", compiler: "clang", source: "deep.c", flags: &[] },
     Unframed { name: "recurse", compiler: "gcc", source: "recurse.c", flags: &[] },
@@ -70,6 +70,12 @@ const UNFRAMED: [Unframed; 14] = [
         compiler: "gcc",
         source: "plugin.c",
         flags: &["-shared", "-fPIC", "-DVERSION=2"],
+    },
+    Unframed {
+        name: "libheap_plugin.so",
+        compiler: "gcc",
+        source: "heap_plugin.c",
+        flags: &["-shared", "-fPIC"],
     },
 ];
 
