@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::{heap::HeapCounter, wire::StackEnd};
+use profiler_common::{heap::HeapCounter, stats::Counter, wire::StackEnd};
 
 use crate::{
     background::Background,
@@ -171,6 +171,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
         late,
     );
     sampling(&mut text, &shared.sampling);
+    durations(&mut text, view);
     background(&mut text, &shared.background);
     stacks(&mut text, shared);
     memory(&mut text, &shared.memory);
@@ -302,6 +303,23 @@ fn sampling(text: &mut Text, sampling: &Sampling) {
         "counter",
     );
     text.line(format_args!("{metric} {}", sampling.backend_time().as_secs_f64()));
+}
+
+/// Empty slots stand too: a histogram's buckets never change.
+fn durations(text: &mut Text, view: &View) {
+    let metric = "profiler_agent_bpf_sample_seconds";
+    text.head(metric, "Time of a sample in the kernel, of the 1 of 64 that are timed.", "histogram");
+    let mut up_to = 0;
+    for (bound_ns, count) in view.kernel.durations().unwrap_or_default() {
+        up_to += count;
+        match bound_ns {
+            Some(ns) => text.line(format_args!("{metric}_bucket{{le=\"{}\"}} {up_to}", ns as f64 / 1e9)),
+            None => text.line(format_args!("{metric}_bucket{{le=\"+Inf\"}} {up_to}")),
+        }
+    }
+    let sum_ns = view.kernel.get(Counter::CpuTimedNs).unwrap_or(0);
+    text.line(format_args!("{metric}_sum {}", sum_ns as f64 / 1e9));
+    text.line(format_args!("{metric}_count {up_to}"));
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {

@@ -109,6 +109,46 @@ impl Timed {
 pub const TIMED_EVERY: u64 = 64;
 const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
+/// Slots of a histogram of durations: each octave in [`STEPS`], those below the first bound in the first slot, those of
+/// the last bound and more in the last.
+pub mod durations {
+    /// Durations below `2^FIRST_LOG2` ns are in the first slot: 512 ns.
+    const FIRST_LOG2: u32 = 9;
+    /// Durations of `2^END_LOG2` ns and more are in the last slot: 2 ms.
+    const END_LOG2: u32 = 21;
+    /// Parts of an octave.
+    const STEPS: u32 = 4;
+
+    /// Number of slots.
+    pub const SLOTS: u32 = (END_LOG2 - FIRST_LOG2) * STEPS + 2;
+
+    /// The slot of a duration.
+    #[inline(always)]
+    #[must_use]
+    pub const fn slot(ns: u64) -> u32 {
+        if ns < 1 << FIRST_LOG2 {
+            return 0;
+        }
+        if ns >= 1 << END_LOG2 {
+            return SLOTS - 1;
+        }
+        let log2 = 63 - ns.leading_zeros();
+        // The two bits behind the first.
+        let step = (ns >> (log2 - 2)) as u32 & (STEPS - 1);
+        1 + (log2 - FIRST_LOG2) * STEPS + step
+    }
+
+    /// All durations in a slot are less than so many nanoseconds; `None` for the last.
+    #[must_use]
+    pub const fn bound_ns(slot: u32) -> Option<u64> {
+        if slot >= SLOTS - 1 {
+            return None;
+        }
+        let (octave, step) = (slot / STEPS, slot % STEPS);
+        Some((1 << (FIRST_LOG2 + octave - 2)) * (STEPS + step) as u64)
+    }
+}
+
 impl Counter {
     /// Number of counters: the size of `STATS`.
     pub const COUNT: u32 = 22;
@@ -142,7 +182,22 @@ impl Counter {
 
 #[cfg(test)]
 mod tests {
-    use super::Counter;
+    use super::{
+        Counter,
+        durations::{SLOTS, bound_ns, slot},
+    };
+
+    #[test]
+    fn a_duration_is_below_the_bound_of_its_slot_and_not_below_the_one_before() {
+        let edges = (0..30).flat_map(|log2| [0_u64, 1, 3, 7].map(|more| (1_u64 << log2) + more));
+        for ns in edges.flat_map(|ns| [ns - 1, ns, ns + ns / 4, ns + ns / 2, ns + ns / 4 * 3]) {
+            let at = slot(ns);
+            assert!(bound_ns(at).is_none_or(|bound| ns < bound), "{ns} in slot {at}");
+            let before = at.checked_sub(1).and_then(bound_ns).unwrap_or(0);
+            assert!(before <= ns, "{ns} in slot {at}");
+        }
+        assert_eq!((bound_ns(0), bound_ns(1), slot(u64::MAX)), (Some(512), Some(640), SLOTS - 1));
+    }
 
     #[test]
     fn every_counter_has_its_own_slot() {

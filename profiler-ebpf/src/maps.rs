@@ -8,7 +8,7 @@ use aya_ebpf::{
 use profiler_common::{
     config::{CgroupFacts, KernelFacts, Settings},
     limits::{EVENTS_BYTES, UNWIND_LEAF_SHARDS_MAX, UNWIND_SHARD_LEAVES, USER_FRAMES_MAX},
-    stats::Counter,
+    stats::{Counter, durations},
     targets::{TARGETS_MAX, Targets, Turn},
     unwind::{
         Block, Directory, Leaf, UnwindRule,
@@ -27,6 +27,11 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
 /// Counters: key `Counter`, value events on this CPU since load. Written here, summed by the agent.
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);
+
+/// How long the timed runs of `cpu_sample` took: key slot of [`durations`], value runs on this CPU since load. Written by
+/// `cpu_sample`, summed by the agent.
+#[map]
+pub static CPU_DURATIONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(durations::SLOTS, 0);
 
 /// Processes that are known: key process id, value [`ProcessEntry`]. Written by the agent when it has tables for one, by
 /// `cpu_sample` at a process's first sample, by `process_fork` for children of known ones; deleted by `process_exec` and

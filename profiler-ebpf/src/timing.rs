@@ -11,11 +11,11 @@
 //! Counts of a program that may be preempted by itself are near enough: a run that comes between the reading and the
 //! writing of a counter is not in it.
 
-use profiler_common::stats::{TIMED_EVERY, Timed};
+use profiler_common::stats::{TIMED_EVERY, Timed, durations};
 
 use crate::{
     helpers::monotonic_ns,
-    maps::{add, count},
+    maps::{CPU_DURATIONS, add, count},
 };
 
 /// Counts a run, and gives when it began; 0 for a run that is not timed.
@@ -29,7 +29,14 @@ pub fn begin(programs: Timed) -> u64 {
 #[inline(always)]
 pub fn end(programs: Timed, began_ns: u64) {
     if began_ns != 0 {
-        add(programs.timed_ns(), monotonic_ns().wrapping_sub(began_ns));
+        let ns = monotonic_ns().wrapping_sub(began_ns);
+        add(programs.timed_ns(), ns);
         count(programs.timed());
+        if let Timed::Samples = programs
+            && let Some(slot) = CPU_DURATIONS.get_ptr_mut(durations::slot(ns))
+        {
+            // SAFETY: the look-up gave this CPU's value, and the program is not interrupted by itself.
+            unsafe { *slot += 1 };
+        }
     }
 }

@@ -89,13 +89,48 @@ where
     S::Offset: UnwindOffset<usize>,
 {
     let mut cies = Cies::default();
-    let mut work = Work::default();
+    let mut functions = functions(section, name, bases, &mut cies, builder)?;
+    functions.sort_by_key(|function| function.start);
     let mut context = UnwindContext::new();
+    for Function { start: _, offset } in functions {
+        let offset = S::Offset::from(offset as usize);
+        let fde = section.fde_from_offset(bases, offset, |section, bases, offset| {
+            cies.get(section, bases, offset, &mut Work::default())
+        });
+        // It could be read before.
+        if let Ok(fde) = fde {
+            collect_fde(section, bases, &mut context, &fde, builder)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a function begins, and its FDE.
+struct Function {
+    start: u64,
+    /// In the section.
+    offset: u32,
+}
+
+/// The functions that are alive, in the order of their FDEs.
+fn functions<'a, S>(
+    section: &S,
+    name: &'static str,
+    bases: &BaseAddresses,
+    cies: &mut Cies<'a>,
+    builder: &mut Builder,
+) -> Result<Vec<Function>, UnwindError>
+where
+    S: UnwindSection<Bytes<'a>>,
+    S::Offset: UnwindOffset<usize>,
+{
+    let mut found = Vec::new();
+    let mut work = Work::default();
     let mut entries = section.entries(bases);
     loop {
         let entry = entries.next().map_err(|source| UnwindError::Malformed { section: name, source })?;
         let partial = match entry {
-            None => return Ok(()),
+            None => return Ok(found),
             Some(CieOrFde::Cie(_)) => continue,
             Some(CieOrFde::Fde(partial)) => partial,
         };
@@ -106,7 +141,13 @@ where
             Ok(fde) => {
                 work.spend(fde.entry_len())?;
                 work.spend(fde.cie().entry_len())?;
-                collect_fde(section, bases, &mut context, &fde, builder)?;
+                let (start, bytes) = (fde.initial_address(), fde.len());
+                // Beyond 4 GiB nothing is read: no file is that large.
+                if let Ok(offset) = u32::try_from(fde.offset())
+                    && builder.is_alive(start, bytes)
+                {
+                    found.push(Function { start, offset });
+                }
             }
             Err(_) => builder.count_malformed_fde(),
         }

@@ -8,7 +8,7 @@ use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, SectionTable, 
 
 use profiler_common::unwind::UnwindRule;
 
-use crate::table::{Builder, UnwindTable};
+use crate::table::{Builder, Source, UnwindTable};
 use crate::{UnwindError, eh_frame, go, known_code, limits};
 
 /// Instruction sets with rules of their own.
@@ -32,13 +32,15 @@ type Header = FileHeader64<LittleEndian>;
 /// Files that are no ELF files of a known architecture, have no unwind information, or lie.
 pub fn from_elf(bytes: &[u8]) -> Result<UnwindTable, UnwindError> {
     let elf = Elf::parse(bytes)?;
-    let mut builder = Builder::new(elf.architecture, &elf.code);
+    let is_go = go::is_go(&elf);
+    let (gap, known) = match is_go {
+        true => (go::gap(elf.architecture), Vec::new()),
+        false => (UnwindRule::GAP, known_code::known_code(&elf)),
+    };
+    let mut builder = Builder::new(elf.architecture, &elf.code, gap, &known);
     let source = eh_frame::collect(&elf, &mut builder)?;
-    if go::is_go(&elf) {
-        return Ok(go::finish(builder));
-    }
-    let source = source.ok_or(UnwindError::NoUnwindInformation)?;
-    Ok(builder.finish(source, UnwindRule::GAP, &known_code::known_code(&elf)))
+    let source = if is_go { Some(Source::Go) } else { source };
+    Ok(builder.finish(source.ok_or(UnwindError::NoUnwindInformation)?))
 }
 
 /// A section's or segment's bytes and where they are loaded.

@@ -5,9 +5,9 @@
 //! which lies anywhere.
 
 use object::elf::PT_NOTE;
+use profiler_common::unwind::UnwindRule;
 
-use crate::elf::Elf;
-use crate::table::{Builder, Source, UnwindTable};
+use crate::elf::{Architecture, Elf};
 
 /// Sections that only Go's linker writes; the first holds the tool chain's version and survives `-ldflags=-s -w`.
 const SECTIONS: [&str; 3] = [".go.buildinfo", ".gopclntab", ".note.go.buildid"];
@@ -24,7 +24,7 @@ fn has_go_note(elf: &Elf<'_>) -> bool {
     elf.segment(PT_NOTE).is_some_and(|note| note.bytes.get(12..16) == Some(NOTE_NAME))
 }
 
-pub(crate) fn finish(builder: Builder) -> UnwindTable {
-    let frame_pointer = crate::rule::frame_pointer(builder.architecture()).elsewhere();
-    builder.finish(Source::Go, frame_pointer, &[])
+/// The rule of code that nothing describes.
+pub(crate) fn gap(architecture: Architecture) -> UnwindRule {
+    crate::rule::frame_pointer(architecture).elsewhere()
 }

@@ -173,45 +173,59 @@ struct Row {
     rule: u16,
 }
 
-/// The rows of one FDE.
-struct Function {
-    start: u32,
-    end: u32,
-    rows: Range<u32>,
-}
-
-/// Gathers functions in any order.
+/// Makes a table of functions that come in the order of their addresses. It holds the table, and of the rows before it no
+/// more than one function's: a compiler's library has a million.
 pub(crate) struct Builder {
     architecture: Architecture,
     code: Vec<Range<u64>>,
     origin: u64,
+    /// Of the function that is being added.
     rows: Vec<Row>,
-    functions: Vec<Function>,
+    has_functions: bool,
     rules: Interner,
+    merged: Merged,
     counts: Counts,
 }
 
 impl Builder {
-    /// `code` is sorted, not empty, and spans at most [`limits::CODE_BYTES_MAX`].
-    pub(crate) fn new(architecture: Architecture, code: &[Range<u64>]) -> Self {
-        Self {
+    /// `code` is sorted, not empty, and spans at most [`limits::CODE_BYTES_MAX`]. Code that no function covers has `gap` as
+    /// its rule, except for `known` code.
+    pub(crate) fn new(
+        architecture: Architecture,
+        code: &[Range<u64>],
+        gap: UnwindRule,
+        known: &[KnownCode],
+    ) -> Self {
+        let origin = code.first().map_or(0, |range| range.start);
+        let code_end = code.iter().map(|range| range.end).max().unwrap_or(origin);
+        let code_bytes = u32::try_from(code_end - origin).unwrap_or(u32::MAX - 1);
+        let mut rules = Interner::new();
+        let gap = rules.intern(gap).unwrap_or(Interner::INVALID);
+        let pages = Pages::new(origin, rule::offset_shift(architecture));
+        let mut builder = Self {
             architecture,
             code: code.to_vec(),
-            origin: code.first().map_or(0, |range| range.start),
+            origin,
             rows: Vec::new(),
-            functions: Vec::new(),
-            rules: Interner::new(),
+            has_functions: false,
+            rules,
+            merged: Merged::new(code_bytes, gap, pages),
             counts: Counts::default(),
+        };
+        for KnownCode { addresses, rule } in known {
+            if let Some((start, end)) = builder.locate_known(addresses)
+                && let Ok(rule) = builder.rules.intern(*rule)
+            {
+                builder.merged.sink.known.push(Known { start, end, rule });
+            }
         }
-    }
-
-    pub(crate) fn architecture(&self) -> Architecture {
-        self.architecture
+        builder.merged.sink.sort_known();
+        builder
     }
 
     /// Any function so far is alive.
     pub(crate) fn has_fdes(&self) -> bool {
-        !self.functions.is_empty()
+        self.has_functions
     }
 
     pub(crate) fn count_fde(&mut self) -> Result<(), UnwindError> {
@@ -226,14 +240,18 @@ impl Builder {
         self.counts.malformed_fdes += 1;
     }
 
-    /// Begins a function; `None` if it is dead, which is counted.
+    /// Whether a function is in the code that runs; one that is not is counted.
+    pub(crate) fn is_alive(&mut self, start: u64, bytes: u64) -> bool {
+        let is_alive = self.locate(start, bytes).is_some();
+        self.counts.dead_fdes += u64::from(!is_alive);
+        is_alive
+    }
+
+    /// Begins a function, which does not begin before the one before it; `None` if it is dead.
     pub(crate) fn begin(&mut self, start: u64, bytes: u64) -> Option<FunctionRows<'_>> {
-        let Some((start, end)) = self.locate(start, bytes) else {
-            self.counts.dead_fdes += 1;
-            return None;
-        };
-        let (first_row, counts_before) = (self.rows.len(), self.counts);
-        Some(FunctionRows { builder: self, start, end, first_row, counts_before, inexpressible: false })
+        let (start, end) = self.locate(start, bytes)?;
+        let counts_before = self.counts;
+        Some(FunctionRows { builder: self, start, end, counts_before, inexpressible: false })
     }
 
     /// Offsets of known code, up to the end of its segment.
@@ -257,24 +275,9 @@ impl Builder {
         Some((offset(start)?, offset(end)?))
     }
 
-    /// The table, with `gap` as the rule of code that no function covers, except for `known` code.
-    pub(crate) fn finish(mut self, source: Source, gap: UnwindRule, known: &[KnownCode]) -> UnwindTable {
-        let gap = self.rules.intern(gap).unwrap_or(Interner::INVALID);
-        let code_end = self.code.iter().map(|range| range.end).max().unwrap_or(self.origin);
-        let code_bytes = u32::try_from(code_end - self.origin).unwrap_or(u32::MAX - 1);
-        let mut rows = merge(&mut self.functions, &self.rows, gap, code_bytes);
-        for KnownCode { addresses, rule } in known {
-            let Some((start, end)) = self.locate_known(addresses) else { continue };
-            let Ok(rule) = self.rules.intern(*rule) else { continue };
-            fill_gap(&mut rows, gap, start..end, rule, code_bytes);
-        }
-        rows.dedup_by_key(|row| row.rule);
-        self.counts.rows = rows.len() as u64;
-        let mut pages = Pages::new(self.origin, rule::offset_shift(self.architecture));
-        for row in &rows {
-            pages.push(row);
-        }
-        let (directories, leaves) = pages.finish(code_bytes);
+    pub(crate) fn finish(mut self, source: Source) -> UnwindTable {
+        let (directories, leaves, rows) = self.merged.finish();
+        self.counts.rows = rows;
         UnwindTable {
             architecture: self.architecture,
             source,
@@ -291,7 +294,6 @@ pub(crate) struct FunctionRows<'a> {
     builder: &'a mut Builder,
     start: u32,
     end: u32,
-    first_row: usize,
     counts_before: Counts,
     inexpressible: bool,
 }
@@ -312,7 +314,7 @@ impl FunctionRows<'_> {
         let Some(offset) = offset.filter(|offset| (self.start..self.end).contains(offset)) else {
             return Ok(false);
         };
-        if builder.rows.len() == limits::ROWS_MAX {
+        if builder.counts.raw_rows == limits::ROWS_MAX as u64 {
             return Err(UnwindError::TooManyRows { max: limits::ROWS_MAX });
         }
         builder.counts.raw_rows += 1;
@@ -332,7 +334,7 @@ impl FunctionRows<'_> {
     /// Marks the whole function: its instructions are wrong, so that none of its rows can be believed.
     pub(crate) fn invalidate(&mut self) {
         let builder = &mut *self.builder;
-        builder.rows.truncate(self.first_row);
+        builder.rows.clear();
         builder.counts = self.counts_before;
         builder.rows.push(Row { offset: self.start, rule: Interner::INVALID });
         builder.counts.raw_rows += 1;
@@ -344,11 +346,11 @@ impl FunctionRows<'_> {
 /// Ends the function.
 impl Drop for FunctionRows<'_> {
     fn drop(&mut self) {
-        let builder = &mut *self.builder;
-        builder.counts.inexpressible_fdes += u64::from(self.inexpressible);
-        let row = |at: usize| u32::try_from(at).expect("rows are bounded by ROWS_MAX and FDES_MAX");
-        let rows = row(self.first_row)..row(builder.rows.len());
-        builder.functions.push(Function { start: self.start, end: self.end, rows });
+        let Builder { architecture, rows, merged, counts, has_functions, .. } = &mut *self.builder;
+        counts.inexpressible_fdes += u64::from(self.inexpressible);
+        *has_functions = true;
+        merged.add(self.start, self.end, rule::offset_shift(*architecture), rows);
+        rows.clear();
     }
 }
 
@@ -391,51 +393,153 @@ impl Interner {
     }
 }
 
-/// Sorts functions into one list of rows. Where functions overlap, the one that begins later wins.
-fn merge(functions: &mut [Function], rows: &[Row], gap: u16, code_bytes: u32) -> Vec<Row> {
-    functions.sort_by_key(|function| function.start);
-    let mut merged = Merged { rows: Vec::with_capacity(rows.len() + 1) };
-    merged.push(Row { offset: 0, rule: gap });
-    let mut covered = None;
-    for Function { start, end, rows: range } in functions.iter() {
-        let gap_start = covered.filter(|&covered| start.saturating_sub(covered) > PADDING_BYTES_MAX);
-        if let Some(offset) = gap_start {
-            merged.push(Row { offset, rule: gap });
-        }
-        for &row in rows.get(range.start as usize..range.end as usize).unwrap_or_default() {
-            merged.push(row);
-        }
-        covered = Some(*end);
-    }
-    if let Some(offset) = covered.filter(|&covered| covered < code_bytes) {
-        merged.push(Row { offset, rule: gap });
-    }
-    merged.rows
-}
-
-/// Gives the part of a range that lies in the gap around its start a rule.
-fn fill_gap(rows: &mut Vec<Row>, gap: u16, range: Range<u32>, rule: u16, code_bytes: u32) {
-    let next = rows.partition_point(|row| row.offset <= range.start);
-    let Some(last) = rows.get(next.wrapping_sub(1)).filter(|last| last.rule == gap) else { return };
-    // A gap that begins with the range is replaced, an earlier one is cut.
-    let from = if last.offset == range.start { next - 1 } else { next };
-    let gap_end = rows.get(next).map_or(code_bytes, |row| row.offset);
-    let rest = (range.end < gap_end).then_some(Row { offset: range.end, rule: gap });
-    rows.splice(from..next, [Row { offset: range.start, rule }].into_iter().chain(rest));
-}
-
+/// Functions in the order of their starts, as one list of rows. Where functions overlap, the one that begins later wins.
 struct Merged {
-    rows: Vec<Row>,
+    /// Relative to the first byte of code, the end of the last function.
+    covered: Option<u32>,
+    /// Rows that the next function may still replace, and one before them.
+    pending: Vec<Row>,
+    sink: Sink,
 }
 
 impl Merged {
+    fn new(code_bytes: u32, gap: u16, pages: Pages) -> Self {
+        let sink = Sink {
+            gap,
+            code_bytes,
+            known: Vec::new(),
+            next_known: 0,
+            last: None,
+            rule: None,
+            rows: 0,
+            pages,
+        };
+        Self { covered: None, pending: vec![Row { offset: 0, rule: gap }], sink }
+    }
+
+    fn add(&mut self, start: u32, end: u32, shift: u32, rows: &[Row]) {
+        let gap_start = self.covered.filter(|&covered| start.saturating_sub(covered) > PADDING_BYTES_MAX);
+        if let Some(offset) = gap_start {
+            self.push(Row { offset, rule: self.sink.gap });
+        }
+        self.settle((start >> shift) << shift);
+        for &row in rows {
+            self.push(row);
+        }
+        self.covered = Some(end);
+    }
+
     /// Adds a row, over those that do not lie before it; not at all if it repeats the rule before it.
     fn push(&mut self, row: Row) {
-        while self.rows.last().is_some_and(|last| last.offset >= row.offset) {
-            self.rows.pop();
+        while self.pending.last().is_some_and(|last| last.offset >= row.offset) {
+            self.pending.pop();
         }
-        if self.rows.last().is_none_or(|last| last.rule != row.rule) {
-            self.rows.push(row);
+        if self.pending.last().is_none_or(|last| last.rule != row.rule) {
+            self.pending.push(row);
+        }
+    }
+
+    /// Nothing will be pushed in front of this offset.
+    fn settle(&mut self, offset: u32) {
+        let before = self.pending.partition_point(|row| row.offset < offset);
+        // The last one says whether the next repeats it.
+        for row in self.pending.drain(..before.saturating_sub(1)) {
+            self.sink.put(row);
+        }
+    }
+
+    /// The pages, and the number of rows in them.
+    fn finish(mut self) -> (Vec<TableDirectory>, Vec<Leaf>, u64) {
+        let (gap, code_bytes) = (self.sink.gap, self.sink.code_bytes);
+        if let Some(offset) = self.covered.filter(|&covered| covered < code_bytes) {
+            self.push(Row { offset, rule: gap });
+        }
+        let Self { pending, mut sink, .. } = self;
+        for row in pending {
+            sink.put(row);
+        }
+        sink.finish()
+    }
+}
+
+/// Code whose rule is known where no function covers it.
+struct Known {
+    start: u32,
+    end: u32,
+    rule: u16,
+}
+
+/// Takes rows that will not change, fills gaps with what is known, and writes pages.
+struct Sink {
+    gap: u16,
+    code_bytes: u32,
+    /// Sorted and disjoint.
+    known: Vec<Known>,
+    /// The first that may lie in a gap to come.
+    next_known: usize,
+    last: Option<Row>,
+    /// Of the last row in the pages.
+    rule: Option<u16>,
+    rows: u64,
+    pages: Pages,
+}
+
+impl Sink {
+    /// Where two overlap, the one that begins later wins, of those that begin together the first.
+    fn sort_known(&mut self) {
+        self.known.sort_by_key(|known| known.start);
+        self.known.dedup_by_key(|known| known.start);
+        for at in 1..self.known.len() {
+            let start = self.known[at].start;
+            let before = &mut self.known[at - 1];
+            before.end = before.end.min(start);
+        }
+    }
+
+    fn put(&mut self, row: Row) {
+        if let Some(last) = self.last.replace(row) {
+            self.settle(last, row.offset);
+        }
+    }
+
+    fn finish(mut self) -> (Vec<TableDirectory>, Vec<Leaf>, u64) {
+        if let Some(last) = self.last.take() {
+            self.settle(last, self.code_bytes);
+        }
+        let (directories, leaves) = self.pages.finish(self.code_bytes);
+        (directories, leaves, self.rows)
+    }
+
+    /// Writes a row that holds up to `end`, and in its place, where it is a gap, what is known of its code.
+    fn settle(&mut self, row: Row, end: u32) {
+        if row.rule != self.gap {
+            return self.write(row);
+        }
+        let mut gap_start = row.offset;
+        while let Some(&Known { start, end: known_end, rule }) =
+            self.known.get(self.next_known).filter(|known| known.start < end)
+        {
+            self.next_known += 1;
+            // What begins in code that has rules fills no gap behind it.
+            if start < gap_start {
+                continue;
+            }
+            if gap_start < start {
+                self.write(Row { offset: gap_start, rule: self.gap });
+            }
+            self.write(Row { offset: start, rule });
+            gap_start = known_end.min(end);
+        }
+        if gap_start < end || self.rows == 0 {
+            self.write(Row { offset: gap_start, rule: self.gap });
+        }
+    }
+
+    /// Writes a row unless it repeats the rule before it.
+    fn write(&mut self, row: Row) {
+        if self.rule.replace(row.rule) != Some(row.rule) {
+            self.rows += 1;
+            self.pages.push(&row);
         }
     }
 }
@@ -529,15 +633,19 @@ mod tests {
     /// Start, end, `(address, CFA offset)` of each row.
     type Function<'a> = (u64, u64, &'a [(u64, i32)]);
 
+    fn builder(known: &[KnownCode]) -> Builder {
+        Builder::new(Architecture::X86_64, slice::from_ref(&CODE), UnwindRule::GAP, known)
+    }
+
     fn table(functions: &[Function<'_>]) -> UnwindTable {
-        let mut builder = Builder::new(Architecture::X86_64, slice::from_ref(&CODE));
+        let mut builder = builder(&[]);
         for &(start, end, rows) in functions {
             let Some(mut function) = builder.begin(start, end - start) else { continue };
             for &(address, cfa_offset) in rows {
                 function.push(address, Ok(rule(cfa_offset))).unwrap();
             }
         }
-        builder.finish(Source::EhFrame, UnwindRule::GAP, &[])
+        builder.finish(Source::EhFrame)
     }
 
     /// The rows but the gap that begins the code, as `(address, CFA offset)`, 0 for a gap.
@@ -547,14 +655,6 @@ mod tests {
         let rows: Vec<_> = table.rows().map(|(address, rule)| (address, rule.cfa_offset)).collect();
         assert_eq!(rows.first(), Some(&(CODE.start, 0)));
         assert_eq!(&rows[1..], expect);
-    }
-
-    #[test]
-    fn functions_in_any_order_are_sorted() {
-        check(
-            &[(0x2010, 0x2020, &[(0x2010, 16)]), (0x2000, 0x2010, &[(0x2000, 8)])],
-            &[(0x2000, 8), (0x2010, 16), (0x2020, 0)],
-        );
     }
 
     #[test]
@@ -599,8 +699,10 @@ mod tests {
 
     #[test]
     fn dropped_functions_are_counted_and_leave_no_rows() {
-        let mut builder = Builder::new(Architecture::X86_64, slice::from_ref(&(0..0x1000)));
+        let code = 0..0x1000;
+        let mut builder = Builder::new(Architecture::X86_64, slice::from_ref(&code), UnwindRule::GAP, &[]);
         for (start, bytes) in [(0, 16), (0x800, 0), (0xff8, 16), (u64::MAX - 4, 16)] {
+            assert!(!builder.is_alive(start, bytes), "{start:#x}");
             assert!(builder.begin(start, bytes).is_none(), "{start:#x}");
         }
         assert_eq!(builder.counts.dead_fdes, 4);
@@ -609,13 +711,13 @@ mod tests {
 
     #[test]
     fn a_function_with_wrong_instructions_is_invalid_as_a_whole() {
-        let mut builder = Builder::new(Architecture::X86_64, slice::from_ref(&CODE));
+        let mut builder = builder(&[]);
         let mut function = builder.begin(0x2000, 0x100).unwrap();
         function.push(0x2000, Ok(rule(8))).unwrap();
         function.push(0x2004, Err(Inexpressible::Offset)).unwrap();
         function.invalidate();
         drop(function);
-        let table = builder.finish(Source::EhFrame, UnwindRule::GAP, &[]);
+        let table = builder.finish(Source::EhFrame);
         assert_eq!(table.find(0x20ff), Some(&UnwindRule::INVALID));
         assert_eq!(table.find(0x2100), Some(&UnwindRule::GAP));
         assert_eq!((table.counts.inexpressible_fdes, table.counts.inexpressible_rows_total()), (1, 1));
@@ -623,9 +725,10 @@ mod tests {
 
     #[test]
     fn rules_beyond_the_bound_are_invalid_and_counted() {
-        let mut builder = Builder::new(Architecture::X86_64, slice::from_ref(&CODE));
+        let mut builder = builder(&[]);
         let mut function = builder.begin(0x2000, 0x10_0000).unwrap();
-        for at in 0..limits::RULES_PER_FILE_MAX as i32 {
+        // Two have their place already: that of the gap, and the invalid one.
+        for at in 0..limits::RULES_PER_FILE_MAX as i32 - 1 {
             function.push(0x2000 + at as u64, Ok(rule(at * 8))).unwrap();
         }
         drop(function);
@@ -636,9 +739,6 @@ mod tests {
     fn known_code_fills_gaps_and_gives_way_to_functions() {
         let known =
             |start: u64, end: u64, cfa_offset| KnownCode { addresses: start..end, rule: rule(cfa_offset) };
-        let mut builder = Builder::new(Architecture::X86_64, slice::from_ref(&CODE));
-        builder.begin(0x2000, 0x100).unwrap().push(0x2000, Ok(rule(8))).unwrap();
-        builder.begin(0x2200, 0x100).unwrap().push(0x2200, Ok(rule(16))).unwrap();
         let known = [
             known(0x1000, 0x1008, 24),
             known(0x1008, 0x1010, 24),
@@ -647,12 +747,26 @@ mod tests {
             known(0x2180, 0x2280, 48),
             known(0x3f_fff0, 0x40_0010, 56),
         ];
-        let table = builder.finish(Source::EhFrame, UnwindRule::GAP, &known);
+        let mut builder = builder(&known);
+        builder.begin(0x2000, 0x100).unwrap().push(0x2000, Ok(rule(8))).unwrap();
+        builder.begin(0x2200, 0x100).unwrap().push(0x2200, Ok(rule(16))).unwrap();
+        let table = builder.finish(Source::EhFrame);
         let rows: Vec<_> = table.rows().map(|(address, rule)| (address, rule.cfa_offset)).collect();
         let before = [(0x1000, 24), (0x1010, 0), (0x2000, 8), (0x2100, 40), (0x2140, 0)];
         let behind = [(0x2180, 48), (0x2200, 16), (0x2300, 0), (0x3f_fff0, 56)];
         let expect: Vec<_> = before.into_iter().chain(behind).collect();
         assert_eq!(rows, expect, "{rows:x?}");
+    }
+
+    #[test]
+    fn of_overlapping_known_code_the_later_start_wins() {
+        let known =
+            |start: u64, end: u64, cfa_offset| KnownCode { addresses: start..end, rule: rule(cfa_offset) };
+        let table =
+            builder(&[known(0x20ff, 0x2110, 8), known(0x2000, 0x2100, 16), known(0x2000, 0x3000, 24)])
+                .finish(Source::EhFrame);
+        let rows: Vec<_> = table.rows().map(|(address, rule)| (address, rule.cfa_offset)).collect();
+        assert_eq!(rows, [(0x1000, 0), (0x2000, 16), (0x20ff, 8), (0x2110, 0)], "{rows:x?}");
     }
 
     #[test]

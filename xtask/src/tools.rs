@@ -42,6 +42,9 @@ pub(crate) const CONTAINERD: Tool = Tool {
 /// What the agent's cost is compared with.
 pub(crate) const PERF: Tool =
     Tool { name: "perf", package: "linux-perf", is_there: || command::is_installed("perf") };
+/// As [`PERF`].
+pub(crate) const BPFTRACE: Tool =
+    Tool { name: "bpftrace", package: "bpftrace", is_there: || command::is_installed("bpftrace") };
 pub(crate) const QEMU: Tool = Tool {
     name: "qemu-system-x86_64",
     package: "qemu-system-x86",

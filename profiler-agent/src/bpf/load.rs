@@ -304,9 +304,11 @@ impl Programs {
 
     /// The counters; can be taken once.
     pub(crate) fn take_counts(&mut self) -> Result<KernelCounts, BpfError> {
-        let map = self.take_map("STATS")?;
-        let map = PerCpuArray::try_from(map).map_err(|source| BpfError::Map { map: "STATS", source })?;
-        Ok(KernelCounts::new(map))
+        let [counters, durations] = ["STATS", "CPU_DURATIONS"].map(|name| {
+            let map = self.take_map(name)?;
+            PerCpuArray::try_from(map).map_err(|source| BpfError::Map { map: name, source })
+        });
+        Ok(KernelCounts::new(counters?, durations?))
     }
 
     /// The maps of unwind tables; can be taken once.

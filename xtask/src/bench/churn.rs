@@ -119,8 +119,8 @@ fn stop(profiler: Started) -> Result<String> {
             };
             Ok(metrics.lines().filter(is_of_processes).collect::<Vec<_>>().join("\n"))
         }
-        Started::Perf { process, recording: _ } => {
-            process.interrupt().context("stop perf")?;
+        Started::Perf { process, .. } | Started::Bpftrace { process, .. } => {
+            process.interrupt().context("stop the other profiler")?;
             Ok(String::new())
         }
     }

@@ -1,5 +1,5 @@
-//! `cargo xtask bench overhead`: what the agent costs, beside `perf record` on the same load in the same run, with an
-//! A/A control.
+//! `cargo xtask bench overhead`: what the agent costs, beside `perf record` and bpftrace on the same loads in the same
+//! run, with an A/A control.
 //!
 //! The load keeps every CPU busy throughout. Cases take turns on it, and every second round takes them in reverse, so
 //! that a drift of the machine falls on all alike. The agent uploads to a backend of its own process, which is not
@@ -7,6 +7,7 @@
 
 mod case;
 mod churn;
+mod compile;
 mod load;
 mod memory_cgroup;
 mod proc;
@@ -20,22 +21,33 @@ use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
 
 use self::{
-    case::{Case, Profiler},
+    case::{Case, LoadKind, Profiler},
     load::{Backend, Load},
     proc::BpfStats,
 };
 use crate::{
     command, project, testprogs,
-    tools::{self, PERF},
+    tools::{self, BPFTRACE, PERF},
 };
 
 /// Samples per second and CPU: the default, what people ask for, and enough to see the target slow down.
 const FREQUENCIES_HZ: [u32; 3] = [19, 99, 997];
+/// While executables come and go, with the last of which the machine would be busy with little else.
+const CHURN_FREQUENCIES_HZ: [u32; 2] = [19, 99];
 
 #[derive(Subcommand)]
 pub(crate) enum Bench {
-    /// CPU time, memory and bytes of the agent and of perf record at several rates.
+    /// CPU time, memory and bytes of the agent, of perf record and of bpftrace at several rates.
     Overhead {
+        /// Only this load.
+        #[arg(long, value_enum)]
+        load: Option<LoadKind>,
+        /// Only this profiler, beside nobody.
+        #[arg(long, value_enum)]
+        profiler: Option<Profiler>,
+        /// Only this rate, in samples per second and CPU.
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        frequency: Option<u32>,
         /// Measured seconds of each case.
         #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
         seconds: u64,
@@ -77,10 +89,19 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     testprogs::build()?;
     build_programs()?;
     match *bench {
-        Bench::Overhead { seconds, warm_up, rounds } => {
+        Bench::Overhead { load, profiler, frequency, seconds, warm_up, rounds } => {
             tools::need(&[PERF])?;
             let (warm_up, measured) = (Duration::from_secs(warm_up), Duration::from_secs(seconds));
-            overhead(&Plan { warm_up, measured, rounds })
+            let has_bpftrace =
+                tools::need(&[BPFTRACE]).inspect_err(|error| eprintln!("SKIP bpftrace: {error:#}")).is_ok();
+            let wanted = |case: &Case| {
+                load.is_none_or(|load| load == case.load)
+                    && (case.hz == 0
+                        || frequency.is_none_or(|hz| hz == case.hz)
+                            && profiler.is_none_or(|profiler| profiler == case.profiler))
+                    && (has_bpftrace || case.profiler != Profiler::Bpftrace)
+            };
+            overhead(&Plan { warm_up, measured, rounds }, &cases().filter(wanted).collect::<Vec<_>>())
         }
         Bench::Churn { seconds, frequency } => {
             tools::need(&[PERF])?;
@@ -106,7 +127,7 @@ fn build_programs() -> Result<()> {
     command::run(&mut cargo)
 }
 
-fn overhead(plan: &Plan) -> Result<()> {
+fn overhead(plan: &Plan, cases: &[Case]) -> Result<()> {
     let machine = report::Machine::read()?;
     let folder = Folder::create()?;
     let _counting = BpfStats::enable()?;
@@ -114,7 +135,7 @@ fn overhead(plan: &Plan) -> Result<()> {
     let _load = Load::start()?;
     let mut runs = Vec::new();
     for round in 0..plan.rounds {
-        for case in in_order(round) {
+        for case in in_order(cases, round) {
             eprintln!("round {} of {}: {case}", round + 1, plan.rounds);
             runs.push(case::measure(case, plan, &backend, &folder.work()).with_context(|| case.to_string())?);
         }
@@ -124,13 +145,23 @@ fn overhead(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// Nobody first and last: the two should not differ.
-fn in_order(round: u32) -> Vec<Case> {
-    let mut cases = vec![Case { profiler: Profiler::Nobody, hz: 0 }];
-    for hz in FREQUENCIES_HZ {
-        cases.extend([Profiler::Agent, Profiler::Perf].map(|profiler| Case { profiler, hz }));
-    }
-    cases.push(Case { profiler: Profiler::NobodyAgain, hz: 0 });
+/// Under each load nobody first and last: the two should not differ.
+fn cases() -> impl Iterator<Item = Case> {
+    let steady = (LoadKind::Steady, FREQUENCIES_HZ.as_slice());
+    let churn = (LoadKind::Churn, CHURN_FREQUENCIES_HZ.as_slice());
+    [steady, churn].into_iter().flat_map(|(load, frequencies)| {
+        let case = move |profiler, hz| Case { load, profiler, hz };
+        let of_rate = move |&hz: &u32| {
+            [Profiler::Agent, Profiler::Perf, Profiler::Bpftrace].map(|profiler| case(profiler, hz))
+        };
+        let others = frequencies.iter().flat_map(of_rate);
+        [case(Profiler::Nobody, 0)].into_iter().chain(others).chain([case(Profiler::NobodyAgain, 0)])
+    })
+}
+
+/// Every second round in reverse.
+fn in_order(cases: &[Case], round: u32) -> Vec<Case> {
+    let mut cases = cases.to_vec();
     if round % 2 == 1 {
         cases.reverse();
     }
@@ -169,8 +200,13 @@ mod tests {
 
     #[test]
     fn every_case_is_measured_once_a_round_and_the_order_turns() {
-        let (first, mut second) = (in_order(0), in_order(1));
-        assert_eq!(first.len(), 2 + 2 * FREQUENCIES_HZ.len());
+        let cases: Vec<Case> = cases().collect();
+        assert_eq!(cases.len(), 2 * 2 + 3 * (FREQUENCIES_HZ.len() + CHURN_FREQUENCIES_HZ.len()));
+        let mut different = cases.clone();
+        different.sort();
+        different.dedup();
+        assert_eq!(different.len(), cases.len());
+        let (first, mut second) = (in_order(&cases, 0), in_order(&cases, 1));
         assert_ne!(first, second);
         second.reverse();
         assert_eq!(first, second);

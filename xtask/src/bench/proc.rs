@@ -114,6 +114,19 @@ pub(super) fn memory(pid: u32) -> Result<Memory> {
     })
 }
 
+/// Mean of several readings, and the latest peak.
+pub(super) fn mean(readings: &[Memory]) -> Option<Memory> {
+    let mean = |bytes: fn(&Memory) -> u64| {
+        let sum: u64 = readings.iter().map(bytes).sum();
+        sum.checked_div(readings.len() as u64)
+    };
+    Some(Memory {
+        rss_bytes: mean(|memory| memory.rss_bytes)?,
+        rss_anon_bytes: mean(|memory| memory.rss_anon_bytes)?,
+        rss_peak_bytes: readings.last()?.rss_peak_bytes,
+    })
+}
+
 pub(super) fn bpf(pid: u32) -> Result<Bpf> {
     let folder = format!("/proc/{pid}/fdinfo");
     let entries = fs::read_dir(&folder).with_context(|| format!("list {folder}"))?;
