@@ -91,8 +91,8 @@ pub struct UnwindRule {
     /// [`FpRule`]: where the caller's frame pointer is.
     pub fp: u8,
     /// The kind's small operand. [`RuleKind::CfaAt`]: `k` of `*(base + cfa_offset) + k * 8`. [`RuleKind::Plt`]: first
-    /// byte of a 16-byte stub behind its push. aarch64: distance from `fp_offset` to the return address, an `i8` in
-    /// units of 8 bytes.
+    /// byte of a 16-byte stub behind its push. Of the other kinds, x86-64: where the caller's rbx is
+    /// ([`x86_64::RBX_SAME`]); aarch64: distance from `fp_offset` to the return address, an `i8` in units of 8 bytes.
     pub scale: u8,
     /// CFA = base register + `cfa_offset`, in bytes.
     pub cfa_offset: i32,

@@ -44,7 +44,7 @@ impl ReadUser for Captured {
 }
 
 mod x86 {
-    use profiler_common::unwind::x86_64::{BaseReg, FRAME_POINTER, Regs, step};
+    use profiler_common::unwind::x86_64::{BaseReg, FRAME_POINTER, RBX_LOST, RBX_WORDS_MAX, Regs, step};
 
     use super::*;
 
@@ -190,6 +190,47 @@ mod x86 {
                 check(cfa(base, 8), Regs { exact: 0, ..known }, &memory, Err(StopReason::RegisterLost));
             }
         }
+    }
+
+    /// rbx after a step by a rule that has the caller's at a place.
+    #[track_caller]
+    fn check_rbx(rule: UnwindRule, rbx_at: u8, memory: &Captured, expect: u64) {
+        let mut after = regs();
+        let step = step(&UnwindRule { scale: rbx_at, ..rule }, &mut after, &mut memory.clone());
+        assert_eq!((step, after.gpr[BaseReg::Rbx as usize]), (Step::Caller, expect), "{rbx_at}");
+    }
+
+    #[test]
+    fn rbx_is_carried_to_the_caller_or_lost() {
+        let words: Vec<u64> = (0..8).map(|at| 500 + at).collect();
+        let (memory, frame) = (Captured::new(SP, &words), cfa(BaseReg::Rsp, 64));
+        check_rbx(frame, 0, &memory, 0xbad0_bad0);
+        for words in 2..=RBX_WORDS_MAX {
+            check_rbx(frame, words, &memory, 508 - u64::from(words));
+        }
+        for lost in [RBX_WORDS_MAX + 1, 100, RBX_LOST] {
+            check_rbx(frame, lost, &memory, 0);
+        }
+        // Nothing is taken for it where the stack cannot be read as a whole.
+        check_rbx(frame, 7, &memory.without(SP), 0);
+        check_rbx(frame, 0, &memory.without(SP), 0xbad0_bad0);
+        // The small operand of these kinds is something else.
+        check_rbx(UnwindRule { kind: RuleKind::Plt as u8, ..cfa(BaseReg::Rsp, 8) }, 1, &memory, 0xbad0_bad0);
+        let saved = Captured::new(SP - 8, &[SP + 40]).with(SP, &words);
+        let at = UnwindRule { kind: RuleKind::CfaAt as u8, ..cfa(BaseReg::Rsp, -8) };
+        check_rbx(at, 3, &saved, 0);
+    }
+
+    #[test]
+    fn a_frame_based_on_rbx_needs_one_that_was_carried() {
+        let memory = Captured::new(SP, &[CALLER]);
+        let mut carried = Regs { exact: 0, ..regs() };
+        carried.gpr[BaseReg::Rbx as usize] = SP;
+        check(cfa(BaseReg::Rbx, 8), carried, &memory, Ok((CALLER, SP + 8, SP + 0x40)));
+        carried.gpr[BaseReg::Rbx as usize] = 0;
+        check(cfa(BaseReg::Rbx, 8), carried, &memory, Err(StopReason::RegisterLost));
+        let in_memory = UnwindRule { kind: RuleKind::CfaAt as u8, ..cfa(BaseReg::Rbx, 8) };
+        check(in_memory, carried, &memory, Err(StopReason::RegisterLost));
     }
 
     #[test]

@@ -4,9 +4,13 @@
 //!         ┌──────────────────┐ ◀ CFA = the caller's rsp after the return
 //! CFA-8   │ return address   │
 //! CFA-16  │ caller's rbp ?   │ most often here, if anywhere
+//! CFA-56  │ caller's rbx ?   │ at the lowest here: the last of six that compilers push
 //!         │ ..               │
 //! rsp ▶   └──────────────────┘
 //! ```
+//!
+//! Three registers are carried from frame to frame. rbx is one of them for the sake of glibc's `_dl_runtime_resolve`, the
+//! only code that is based on another register than rsp and rbp while it calls others.
 
 use super::{Block, FpRule, ReadUser, RuleKind, Step, StopReason, UnwindRule};
 
@@ -18,10 +22,17 @@ pub const FRAME_POINTER: UnwindRule = UnwindRule {
     kind: RuleKind::Cfa as u8,
     base: BaseReg::Rbp as u8,
     fp: FpRule::AtCfa as u8,
-    scale: 0,
+    scale: RBX_LOST,
     cfa_offset: 16,
     fp_offset: -16,
 };
+
+/// [`UnwindRule::scale`] of [`RuleKind::Cfa`] and [`RuleKind::CfaElsewhere`]: the caller's rbx is still in its register.
+pub const RBX_SAME: u8 = 0;
+/// The same: the caller's rbx is in no place that a rule can name.
+pub const RBX_LOST: u8 = u8::MAX;
+/// The same: it is so many words below the CFA, and no more than these.
+pub const RBX_WORDS_MAX: u8 = 8;
 
 /// General-purpose registers. Source: System V ABI AMD64 §3.6.2, figure 3.36 (DWARF register numbers).
 #[repr(u8)]
@@ -76,7 +87,7 @@ impl BaseReg {
     #[inline(always)]
     #[must_use]
     pub const fn is_carried(self) -> bool {
-        matches!(self, Self::Rsp | Self::Rbp)
+        matches!(self, Self::Rsp | Self::Rbp | Self::Rbx)
     }
 }
 
@@ -87,7 +98,7 @@ pub struct Regs {
     /// The instruction pointer, or the return address into this frame.
     pub ip: u64,
     /// 1 where `ip` is the next instruction and every register is known (the innermost frame, the frame a signal
-    /// interrupted); 0 where `ip` is a return address and only `rsp` and `rbp` are known.
+    /// interrupted); 0 where `ip` is a return address and only `rsp`, `rbp` and, unless it is 0, `rbx` are known.
     pub exact: u64,
     /// General-purpose registers, numbered as in [`BaseReg`].
     pub gpr: [u64; 16],
@@ -117,12 +128,25 @@ impl Regs {
     }
 
     #[inline(always)]
-    fn enter_caller(&mut self, ip: u64, sp: u64, fp: u64) {
+    const fn rbx(&self) -> u64 {
+        self.gpr[BaseReg::Rbx as usize]
+    }
+
+    #[inline(always)]
+    fn enter_caller(&mut self, ip: u64, sp: u64, saved: Saved) {
         self.ip = ip;
         self.exact = 0;
         self.gpr[BaseReg::Rsp as usize] = sp;
-        self.gpr[BaseReg::Rbp as usize] = fp;
+        self.gpr[BaseReg::Rbp as usize] = saved.fp;
+        self.gpr[BaseReg::Rbx as usize] = saved.rbx;
     }
+}
+
+/// What a caller has in the registers that it expects back.
+struct Saved {
+    fp: u64,
+    /// 0 where it is lost.
+    rbx: u64,
 }
 
 /// Goes from a frame to its caller by `rule`, the rule for `regs.lookup_address()`.
@@ -130,16 +154,18 @@ impl Regs {
 /// Reads 64 bytes of stack at most twice, and 8 bytes at most three times.
 #[inline(always)]
 pub fn step<R: ReadUser>(rule: &UnwindRule, regs: &mut Regs, reader: &mut R) -> Step {
-    let outcome = match RuleKind::decode(rule.kind) {
-        Some(RuleKind::Cfa | RuleKind::CfaElsewhere) => cfa_from_register(rule, regs),
-        Some(RuleKind::CfaAt) => cfa_from_memory(rule, regs, reader),
-        Some(RuleKind::Plt) => Ok(cfa_in_plt(rule, regs)),
+    let (outcome, rbx_at) = match RuleKind::decode(rule.kind) {
+        Some(RuleKind::Cfa | RuleKind::CfaElsewhere) => (cfa_from_register(rule, regs), rule.scale),
+        Some(RuleKind::CfaAt) => (cfa_from_memory(rule, regs, reader), RBX_LOST),
+        Some(RuleKind::Plt) => (Ok(cfa_in_plt(rule, regs)), RBX_SAME),
         Some(RuleKind::Signal) => return signal_frame(regs, reader),
-        Some(RuleKind::End) => Err(StopReason::End),
-        Some(RuleKind::Gap) => Err(StopReason::NoUnwindInformation),
-        Some(RuleKind::Invalid | RuleKind::LinkRegister) | None => Err(StopReason::InvalidRule),
+        Some(RuleKind::End) => return Step::Stop(StopReason::End),
+        Some(RuleKind::Gap) => return Step::Stop(StopReason::NoUnwindInformation),
+        Some(RuleKind::Invalid | RuleKind::LinkRegister) | None => {
+            return Step::Stop(StopReason::InvalidRule);
+        }
     };
-    match outcome.and_then(|cfa| pop_frame(rule, regs, cfa, reader)) {
+    match outcome.and_then(|cfa| pop_frame(rule, rbx_at, regs, cfa, reader)) {
         Ok(()) => Step::Caller,
         Err(reason) => Step::Stop(reason),
     }
@@ -151,7 +177,11 @@ fn base_value(rule: &UnwindRule, regs: &Regs) -> Result<u64, StopReason> {
     if regs.exact == 0 && !base.is_carried() {
         return Err(StopReason::RegisterLost);
     }
-    Ok(regs.gpr[(base as usize) & 15])
+    let value = regs.gpr[(base as usize) & 15];
+    if value == 0 && rule.base == BaseReg::Rbx as u8 {
+        return Err(StopReason::RegisterLost);
+    }
+    Ok(value)
 }
 
 #[inline(always)]
@@ -180,6 +210,7 @@ fn cfa_in_plt(rule: &UnwindRule, regs: &Regs) -> u64 {
 #[inline(always)]
 fn pop_frame<R: ReadUser>(
     rule: &UnwindRule,
+    rbx_at: u8,
     regs: &mut Regs,
     cfa: u64,
     reader: &mut R,
@@ -188,11 +219,12 @@ fn pop_frame<R: ReadUser>(
         return Err(StopReason::NotRising);
     }
     let fp_rule = FpRule::decode(rule.fp).ok_or(StopReason::InvalidRule)?;
-    // One read brings the return address and, nearly always, the saved frame pointer.
-    let (return_address, near_fp) = match reader.read_block64(cfa.wrapping_sub(64)) {
-        Some(block) => (block[7], block_slot(block, rule.fp_offset)),
-        None => (reader.read_u64(cfa.wrapping_sub(8)).ok_or(StopReason::ReadFailed)?, None),
+    // One read brings the return address and, nearly always, the saved registers.
+    let (return_address, near_fp, near_rbx) = match reader.read_block64(cfa.wrapping_sub(64)) {
+        Some(block) => (block[7], block_slot(block, rule.fp_offset), block_rbx(block, rbx_at)),
+        None => (reader.read_u64(cfa.wrapping_sub(8)).ok_or(StopReason::ReadFailed)?, None, 0),
     };
+    let rbx = if rbx_at == RBX_SAME { regs.rbx() } else { near_rbx };
     let fp = match fp_rule {
         FpRule::Same => regs.fp(),
         FpRule::AtCfa => match near_fp {
@@ -205,8 +237,17 @@ fn pop_frame<R: ReadUser>(
     if return_address == 0 {
         return Err(StopReason::ReturnAddressZero);
     }
-    regs.enter_caller(return_address, cfa, fp);
+    regs.enter_caller(return_address, cfa, Saved { fp, rbx });
     Ok(())
+}
+
+/// The caller's rbx in the 64 bytes below the CFA; 0 where it is not there.
+#[inline(always)]
+fn block_rbx(block: &Block, rbx_at: u8) -> u64 {
+    if rbx_at > RBX_WORDS_MAX {
+        return 0;
+    }
+    block[(RBX_WORDS_MAX.wrapping_sub(rbx_at) & 7) as usize]
 }
 
 /// The word at CFA + `offset` in the 64 bytes below the CFA, if it is one of them.

@@ -6,7 +6,7 @@ use gimli::{
     CfaRule, CommonInformationEntry, Operation, RegisterRule, UnwindExpression, UnwindSection,
     UnwindTableRow, X86_64,
 };
-use profiler_common::unwind::x86_64::BaseReg;
+use profiler_common::unwind::x86_64::{BaseReg, RBX_LOST, RBX_SAME, RBX_WORDS_MAX};
 use profiler_common::unwind::{FpRule, RuleKind, UnwindRule};
 
 use super::{Inexpressible, display_bare, offset, operations};
@@ -32,9 +32,10 @@ pub(super) fn from_row<'a, S: UnwindSection<Bytes<'a>>>(
         Some(RegisterRule::Undefined) => return Ok(UnwindRule::END),
         _ => return Err(Inexpressible::ReturnAddress),
     }
+    let rbx = rbx(row.register(X86_64::RBX));
     let rule = match row.cfa() {
-        CfaRule::RegisterAndOffset { register, offset } => cfa(RuleKind::Cfa, register.0, *offset, 0)?,
-        CfaRule::Expression(expression) => cfa_expression(expression, section, cie)?,
+        CfaRule::RegisterAndOffset { register, offset } => cfa(RuleKind::Cfa, register.0, *offset, rbx)?,
+        CfaRule::Expression(expression) => cfa_expression(expression, rbx, section, cie)?,
     };
     let (fp, fp_offset) = frame_pointer(row.register(X86_64::RBP), section, cie)?;
     Ok(UnwindRule { fp: fp as u8, fp_offset, ..rule })
@@ -46,15 +47,28 @@ fn cfa(kind: RuleKind, register: u16, value: i64, scale: u8) -> Result<UnwindRul
     Ok(UnwindRule { kind: kind as u8, base: base as u8, fp: 0, scale, cfa_offset, fp_offset: 0 })
 }
 
+/// Where the caller's rbx is, as the step takes it.
+fn rbx(rule: Option<RegisterRule<usize>>) -> u8 {
+    match rule {
+        None | Some(RegisterRule::SameValue) => RBX_SAME,
+        Some(RegisterRule::Offset(offset)) if offset % 8 == 0 => {
+            let words = u8::try_from(offset / -8).ok().filter(|words| (2..=RBX_WORDS_MAX).contains(words));
+            words.unwrap_or(RBX_LOST)
+        }
+        Some(_) => RBX_LOST,
+    }
+}
+
 /// The forms that compilers, assemblers and linkers write.
 fn cfa_expression<'a, S: UnwindSection<Bytes<'a>>>(
     expression: &UnwindExpression<usize>,
+    rbx: u8,
     section: &S,
     cie: &CommonInformationEntry<Bytes<'a>>,
 ) -> Result<UnwindRule, Inexpressible> {
     let operations = operations(expression, section, cie).ok_or(Inexpressible::CfaExpression)?;
     match operations[..] {
-        [Operation::RegisterOffset { register, offset, .. }] => cfa(RuleKind::Cfa, register.0, offset, 0),
+        [Operation::RegisterOffset { register, offset, .. }] => cfa(RuleKind::Cfa, register.0, offset, rbx),
         // A function that realigned its stack keeps the CFA in a slot: gcc's DRAP.
         [
             Operation::RegisterOffset { register, offset, .. },
@@ -145,5 +159,12 @@ pub(super) fn display(rule: &UnwindRule, f: &mut fmt::Formatter<'_>) -> fmt::Res
         Some(FpRule::AtFp) => write!(f, " rbp=[rbp{:+}]", rule.fp_offset),
         Some(FpRule::Undefined) => f.write_str(" rbp=undefined"),
         None => write!(f, " fp {}?", rule.fp),
+    }?;
+    match (RuleKind::decode(rule.kind), rule.scale) {
+        (Some(RuleKind::Cfa | RuleKind::CfaElsewhere), words @ 1..=RBX_WORDS_MAX) => {
+            write!(f, " rbx=[cfa-{}]", u32::from(words) * 8)
+        }
+        (Some(RuleKind::Cfa | RuleKind::CfaElsewhere), RBX_LOST) => f.write_str(" rbx=lost"),
+        _ => Ok(()),
     }
 }

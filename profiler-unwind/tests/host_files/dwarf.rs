@@ -32,8 +32,18 @@ impl ReadUser for Memory {
     }
 }
 
-/// `(ip, sp, fp)` of the caller, or why there is none.
-pub(crate) type Caller = Result<(u64, u64, u64), StopReason>;
+/// The caller, or why there is none.
+pub(crate) type Caller = Result<Registers, StopReason>;
+
+/// What is carried from frame to frame.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Registers {
+    ip: u64,
+    sp: u64,
+    fp: u64,
+    /// Of x86-64; `None` where it is not known.
+    rbx: Option<u64>,
+}
 
 /// Numbers of the registers that matter, and what a return address is where nothing is said of it.
 pub(crate) struct Machine {
@@ -85,22 +95,38 @@ impl Machine {
             Architecture::X86_64 => {
                 let gpr = std::array::from_fn(|number| register(number as u16));
                 let mut regs = x86_64::Regs { ip, exact: 1, gpr };
-                outcome(x86_64::step(rule, &mut regs, &mut memory), (regs.ip, regs.sp(), regs.fp()))
+                let step = x86_64::step(rule, &mut regs, &mut memory);
+                let rbx = Some(regs.gpr[x86_64::BaseReg::Rbx as usize]).filter(|&rbx| rbx != 0);
+                outcome(step, Registers { ip: regs.ip, sp: regs.sp(), fp: regs.fp(), rbx })
             }
             Architecture::Aarch64 => {
                 let (fp, lr) = (register(29), register(30));
                 let mut regs = aarch64::Regs { ip, exact: 1, sp: SP, fp, lr };
-                outcome(aarch64::step(rule, &mut regs, &mut memory), (regs.ip, regs.sp, regs.fp))
+                let step = aarch64::step(rule, &mut regs, &mut memory);
+                outcome(step, Registers { ip: regs.ip, sp: regs.sp, fp: regs.fp, rbx: None })
             }
         }
     }
 }
 
-fn outcome(step: Step, caller: (u64, u64, u64)) -> Caller {
+fn outcome(step: Step, caller: Registers) -> Caller {
     match step {
         Step::Caller => Ok(caller),
         Step::Stop(reason) => Err(reason),
     }
+}
+
+/// Whether a caller by the table is the one by DWARF. The table may not know rbx: the second says that it does.
+#[track_caller]
+pub(crate) fn compare_callers(ours: &Caller, mut expect: Caller, context: &str) -> bool {
+    let mut knows_rbx = true;
+    if let (Ok(ours), Ok(expect)) = (ours, &mut expect)
+        && ours.rbx.is_none()
+    {
+        knows_rbx = expect.rbx.take().is_none();
+    }
+    assert_eq!(*ours, expect, "{context}");
+    knows_rbx
 }
 
 /// A frame as DWARF 5 §6.4.1 sees it, all rules allowed.
@@ -130,7 +156,11 @@ impl Dwarf<'_, '_> {
         let fp = restore(machine.fp, RegisterRule::SameValue)?.unwrap_or(0);
         // A signal frame restores the stack pointer from memory, other frames by the definition of the CFA.
         let sp = restore(machine.sp, RegisterRule::ValOffset(0))??;
-        Some(Ok((ip, sp, fp)))
+        let rbx = match machine.architecture {
+            Architecture::X86_64 => restore(X86_64::RBX, RegisterRule::SameValue)?,
+            Architecture::Aarch64 => None,
+        };
+        Some(Ok(Registers { ip, sp, fp, rbx }))
     }
 
     fn register(&self, register: Register) -> Option<u64> {

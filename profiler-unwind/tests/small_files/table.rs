@@ -36,7 +36,11 @@ fn functions_of_a_compiler_have_the_rules_of_their_frames() {
         // The return address is undefined.
         .fde(0x2200, 0x40, &[0x07, 16])
         // rbp far from the CFA, then undefined.
-        .fde(0x2240, 0x40, &[0x05, 6, 100, 0x44, 0x07, 6]);
+        .fde(0x2240, 0x40, &[0x05, 6, 100, 0x44, 0x07, 6])
+        // push rbx; a function of its own kind that saves it farther away; one that keeps it in another register.
+        .fde(0x2280, 0x10, &[0x41, 0x0e, 16, 0x83, 2])
+        .fde(0x2290, 0x10, &[0x83, 9])
+        .fde(0x22a0, 0x10, &[0x09, 3, 12]);
     insta::assert_snapshot!(table(&file(frames.finish())), @r"
         1000 gap
         2000 cfa=rsp+8
@@ -55,7 +59,10 @@ fn functions_of_a_compiler_have_the_rules_of_their_frames() {
         2200 end
         2240 cfa=rsp+8 rbp=[cfa-800]
         2244 cfa=rsp+8 rbp=undefined
-        2280 gap
+        2280 cfa=rsp+8
+        2281 cfa=rsp+16 rbx=[cfa-16]
+        2290 cfa=rsp+8 rbx=lost
+        22b0 gap
     ");
 }
 
@@ -164,7 +171,7 @@ fn debug_frame_is_used_where_eh_frame_says_nothing() {
     let only_debug = ElfFile { debug_frame, ..ElfFile::default() };
     let found = table(&only_debug);
     assert_eq!((found.source(), found.counts().fdes), (Source::DebugFrame, 1));
-    assert_eq!(found.find(0x2010), Some(&x86_64::FRAME_POINTER));
+    assert_eq!(found.find(0x2010), Some(&UnwindRule { scale: x86_64::RBX_SAME, ..x86_64::FRAME_POINTER }));
 
     let eh_frame = Frames::x86_64().fde(0x3000, 0x10, &[]).finish();
     let both = table(&ElfFile { eh_frame, ..only_debug });
