@@ -36,7 +36,7 @@ use crate::{
     embedded,
     executable::ExecutableCache,
     export::{self, Batch, Collector, Destination, Losses, Queue, UploadCounts},
-    heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Orders, Targets},
+    heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Orders},
     label::{CgroupNames, Labeler, SeriesLabels, fold_kworker, task_name},
     ledger::{Account, Balance, Cause, KernelTotals, Ledger, PerType, Place, ProfileType, Snapshot},
     memory::MemoryPlan,
@@ -50,6 +50,7 @@ use crate::{
         threads::ThreadGroup,
         usage,
     },
+    targets::Targets,
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
     window::{Closed, Full, Measure, Room, SampleLabels, Windows},
@@ -312,6 +313,7 @@ impl Pipeline {
             has_heap: !config.heap.is_empty(),
             processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
+            has_cpu: config.takes_cpu(),
             targets: config.targets.clone(),
             period_ns: config.period_ns(),
             cgroups: cgroups.as_ref().map(Hierarchy::version),
@@ -326,7 +328,10 @@ impl Pipeline {
         let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
         let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
         let background = Background::new(config.budget_term, Instant::now());
-        let shared = Shared::new(exporters.collect(), config.memory, names(config, runtime), background)?;
+        let executables = executables(config.memory.executables);
+        let names =
+            symbolize::Sources { executables: Some(Arc::clone(&executables)), ..names(config, runtime) };
+        let shared = Shared::new(exporters.collect(), config.memory, names, background)?;
         shared.background.allow(cpu_seconds(config.cpu_budget, cpus), Instant::now());
         let symbols_deadline =
             sinks.iter().map(|sink| sink.patience(config.window)).max().unwrap_or(SYMBOLS_DEADLINE);
@@ -337,7 +342,6 @@ impl Pipeline {
         let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
-        let executables = executables(config.memory.executables);
         let (tables, unwinder) = match config.unwind {
             Unwind::Dwarf => {
                 let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
@@ -425,6 +429,16 @@ impl Pipeline {
     pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
         // An error means that the worker is dead, which ends the agent.
         let _ = self.labelers.send(Labeler::new(node, labels));
+    }
+
+    /// Samples other targets from now on. Where that fails, the old ones stay.
+    pub(crate) fn set_targets(&mut self, targets: &Targets) -> Result<(), BpfError> {
+        self.programs.set_targets(targets.clone())
+    }
+
+    /// Samples CPU time from now on, or no longer.
+    pub(crate) fn set_cpu(&mut self, wanted: bool) -> Result<(), BpfError> {
+        self.programs.set_cpu(wanted, self.is_attached)
     }
 
     /// What metrics and the status line read.
@@ -672,7 +686,7 @@ fn ring_bytes(cpus: usize) -> u32 {
 fn names(config: &Config, runtime: &runtime::Handle) -> symbolize::Sources {
     let store = NameStore::open(config.cache_dir.join("names")).map(Arc::new);
     let store = or_warn(store, "names are not kept on disk, and read again after a restart");
-    symbolize::Sources { store, fetcher: fetcher(config, runtime) }
+    symbolize::Sources { store, fetcher: fetcher(config, runtime), executables: None }
 }
 
 fn fetcher(config: &Config, runtime: &runtime::Handle) -> Option<Fetcher> {
@@ -732,7 +746,7 @@ fn start_heap(
     let images = || ImageReader::new("/proc".into(), Arc::clone(executables));
     let labeler = Labeler::new(&config.node, &config.labels);
     let processes = Processes::new(images(), labeler, CgroupNames::new(None), None, 0);
-    let targets = Targets::default();
+    let targets = heap::Targets::default();
     let live = Live::new(live, targets.clone(), Arc::clone(&heap.live));
     let gauges = Arc::clone(&heap.gauges);
     let profiler = heap::Profiler::new(program, config.heap.clone(), processes, images(), targets, gauges);

@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::Read as _,
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Command, Output},
 };
@@ -179,6 +180,7 @@ fn a_support_bundle_has_everything_and_no_secret() {
     let file = directory.path().join("agent.toml");
     let token = directory.path().join("token");
     fs::write(&token, SECRET).expect("write the token");
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).expect("set the mode");
     let upload = format!("upload = [\"http://user:{SECRET}@127.0.0.1:1/?token={SECRET}\"]\n");
     let text = format!("{upload}token_file = \"{}\"\n", token.display());
     fs::write(&file, text).expect("write the file");

@@ -8,6 +8,7 @@
 mod link_map;
 mod live;
 mod rules;
+mod states;
 mod windows;
 
 use std::{
@@ -28,6 +29,7 @@ pub(crate) use live::{Live, LiveCounts, Sample};
 use profiler_common::heap::{POINTS_MAX, Point, TARGETS_MAX, Target};
 use profiler_heap::{Allocator, Function, ScanError};
 pub(crate) use rules::{Rule, parse};
+pub(crate) use states::{HeapState, HeapStates};
 use tracing::{info, warn};
 pub(crate) use windows::HeapWindows;
 
@@ -106,6 +108,8 @@ pub(crate) struct HeapGauges {
     pub(crate) refused: AtomicU64,
     /// Probes hit.
     pub(crate) hits: AtomicU64,
+    /// What became of each process that is meant.
+    pub(crate) states: HeapStates,
 }
 
 /// What the thread is told.
@@ -269,6 +273,7 @@ impl Profiler {
     /// What was known of the process is void.
     fn exec(&mut self, pid: u32) {
         self.detach(pid);
+        self.gauges.states.forget(pid);
         self.seen.remove(&pid);
         self.due.push_back(Due { pid, at: Instant::now(), tries: 0 });
     }
@@ -277,6 +282,7 @@ impl Profiler {
     fn scan(&mut self) {
         let pids: HashSet<u32> = self.images.pids().into_iter().collect();
         self.seen.retain(|pid, _| pids.contains(pid));
+        self.gauges.states.retain(|pid| pids.contains(&pid));
         for pid in pids {
             let start = self.images.start_ticks(pid);
             if start.is_some() && self.seen.get(&pid).copied() != start {
@@ -314,7 +320,9 @@ impl Profiler {
             }
             Err(error) => {
                 self.gauges.refused.fetch_add(1, Relaxed);
-                warn!(pid, error = %format!("{:#}", anyhow::Error::from(error)), "heap is not profiled");
+                let why = format!("{:#}", anyhow::Error::from(error));
+                warn!(pid, error = %why, "heap is not profiled");
+                self.gauges.states.set(pid, HeapState::Refused { why });
             }
         }
     }
@@ -336,6 +344,7 @@ impl Profiler {
                 self.gauges.targets.store(self.attached.len() as u64, Relaxed);
                 let file = found.executable.name().into_owned();
                 info!(pid, rate, functions, file, "profiling the heap");
+                self.gauges.states.set(pid, HeapState::Profiled { rate, file, functions });
                 Ok(())
             }
             Err(error) => {
@@ -426,6 +435,7 @@ impl Profiler {
         };
         drop(_link);
         self.targets.lock().remove(&id);
+        self.gauges.states.forget(pid);
         self.free_slots.push(slot);
         self.free_points.extend(points);
         self.gauges.targets.store(self.attached.len() as u64, Relaxed);
