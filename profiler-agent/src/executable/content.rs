@@ -23,7 +23,7 @@ use crate::sys::{clock, page_cache};
 /// First half of a SHA-256.
 pub(crate) type ContentHash = [u8; 16];
 
-/// Larger files are not hashed: their names are theirs alone, and not kept on disk. 2 GiB take about 1.5 s.
+/// Larger files are not hashed: their names are theirs alone, and not kept on disk. 2 GiB take about 2 s of CPU time.
 const BYTES_MAX: u64 = 2 << 30;
 /// Bytes read at a time.
 const CHUNK_BYTES: u64 = 1 << 20;

@@ -100,7 +100,7 @@ impl Executable {
     }
 
     /// The hash of all bytes: what names on disk are known by, and what makes two files one executable. Reads all of a large
-    /// file the first time (0.7 s a GB), so never on the way of samples.
+    /// file the first time (0.9 s a GB), so never on the way of samples.
     ///
     /// `None` where a hash would vouch for nothing: the file has another content than when it was asked for first, was
     /// changed a moment ago, is served by a program (FUSE), is larger than 2 GiB, or cannot be read.

@@ -957,6 +957,53 @@ pub(super) mod tests {
         }
     }
 
+    /// A program that is the same at both ends whatever its function is called: symbols and DWARF lie between two mebibytes of
+    /// data and one of zeros.
+    fn large(dir: &Path, name: &str, function: &str) -> PathBuf {
+        let claimed = "-Wl,--build-id=0x0123456789abcdef0123456789abcdef01234567";
+        let source = format!("char data[2 << 20] = {{1}};\n{}", PROGRAM.replace("hot", function));
+        let built = compile(dir, "program", &source, &[claimed]);
+        let path = dir.join(name);
+        let bytes = [fs::read(built).unwrap(), vec![0; 1 << 20]].concat();
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_forged_middle_poisons_no_names_of_the_original_on_disk_or_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, forged) = (large(dir.path(), "real", "hot"), large(dir.path(), "forged", "bad"));
+        let addr = asm_addr(&real);
+        assert_eq!(asm_addr(&forged), addr);
+        let cache = Arc::new(ExecutableCache::of_new_files(4));
+        let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
+        // The second turn has what the first has left on disk.
+        for _ in 0..2 {
+            let (forged, real) = (read(&forged).unwrap(), read(&real).unwrap());
+            let ends = |executable: &Executable| {
+                let identity = executable.identity();
+                (identity.build_ids.clone(), identity.file_bytes, identity.content_hash)
+            };
+            assert_eq!(ends(&forged), ends(&real), "else the test forges nothing");
+            let mut symbols = NativeSymbols::new(store(), None).with_executables(Some(Arc::clone(&cache)));
+            check(one(&mut symbols, &forged, addr), &["inlined", "bad"]);
+            check(one(&mut symbols, &real, addr), &["inlined", "hot"]);
+            symbols.save();
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_after_it_was_hashed_gives_no_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = large(dir.path(), "real", "hot");
+        let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
+        let store = Arc::new(NameStore::open(dir.path().join("names")).unwrap());
+        let mut symbols = NativeSymbols::new(Some(store), None);
+        check(one(&mut symbols, &executable, addr), &["inlined", "hot"]);
+        fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[7], 1 << 20).unwrap();
+        assert_eq!(one(&mut symbols, &executable, addr), Err(Reason::FileChanged));
+    }
+
     #[test]
     fn names_are_saved_when_a_file_is_released_or_asked_for_all_the_time() {
         let dir = tempfile::tempdir().unwrap();
