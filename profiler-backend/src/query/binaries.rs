@@ -119,7 +119,7 @@ impl Counts {
         }
         let why = stack.frames.last().map(|frame: &Arc<Frame>| &frame.parts);
         let why = why.filter(|parts| parts.kind == FrameKind::Marker);
-        if let (Some(why), Some(last)) = (why, code().last()) {
+        if let (Some(why), Some(last)) = (why, code().next_back()) {
             let cut = &mut self.of(binary(last)).cut;
             let has_room = cut.len() < REASONS_MAX || cut.contains_key(&why.function);
             let reason = if has_room { Arc::clone(&why.function) } else { "[other]".into() };
