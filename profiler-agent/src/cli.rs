@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Doctor(DoctorFlags),
     /// Show what the running agent does
     Status(StatusFlags),
+    /// Show which processes the running agent samples: by which target, how often, for which profiles
+    Targets(StatusFlags),
     /// Pack what somebody who helps needs to know into one file, without secrets
     SupportBundle(BundleFlags),
 }
@@ -52,7 +54,7 @@ pub(crate) struct DoctorFlags {
     pub(crate) json: bool,
 }
 
-/// Flags of `status`. It ends with 1 when no agent answers.
+/// Flags of `status` and `targets`. They end with 1 when no agent answers.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct StatusFlags {
     /// As JSON
@@ -105,7 +107,7 @@ mod tests {
     #[test]
     fn the_help_is_as_designed() {
         insta::assert_snapshot!("help", help(&mut Cli::command()));
-        for name in ["record", "doctor", "status", "support-bundle"] {
+        for name in ["record", "doctor", "status", "targets", "support-bundle"] {
             let mut root = Cli::command();
             let command = root.find_subcommand_mut(name).expect("a command");
             insta::assert_snapshot!(format!("help-{name}"), help(command));

@@ -11,6 +11,7 @@ use std::{
 };
 
 use clap::{ArgMatches, Args, parser::ValueSource};
+use profiler_backend::Token;
 use profiler_common::limits::{FREQUENCY_HZ_MAX, FREQUENCY_HZ_MIN, USER_FRAMES_LIMIT_MIN, USER_FRAMES_MAX};
 use profiler_pprof::push;
 use reqwest::Url;
@@ -37,11 +38,9 @@ const DEFAULT_DATA_DIR: &str = "/var/lib/profiler";
 const DEFAULT_RUN_DIR: &str = "/run/profiler";
 /// Characters of an instance's name: it becomes part of a file's name.
 const INSTANCE_CHARS_MAX: usize = 32;
-/// Kinds of profiles there are.
-const PROFILE_KINDS: [&str; 1] = ["cpu"];
-/// A token that can be guessed is none.
-const TOKEN_CHARS_MIN: usize = 16;
-const TOKEN_BYTES_MAX: u64 = 4 << 10;
+/// Kinds of profiles there are. Heaps are profiled where `heap` says so.
+const PROFILE_KINDS: [&str; 1] = [CPU];
+const CPU: &str = "cpu";
 /// Bytes of a configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -137,6 +136,10 @@ pub(crate) struct Flags {
     )]
     upload: Vec<String>,
 
+    /// File with the bearer token that the one --upload wants; several have `token_file` each in the file
+    #[arg(long, env = "PROFILER_UPLOAD_TOKEN_FILE", value_name = "FILE")]
+    upload_token_file: Option<PathBuf>,
+
     /// Name of this node: the label `node` [default: the host name]
     #[arg(long, env = "PROFILER_NODE", value_name = "NAME")]
     node: Option<String>,
@@ -192,6 +195,11 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
 
+    /// File with the token that requests to the embedded backend must bring; needed where --backend-listen is not a loopback
+    /// address
+    #[arg(long, env = "PROFILER_BACKEND_TOKEN_FILE", value_name = "FILE")]
+    backend_token_file: Option<PathBuf>,
+
     /// Where the lock of this node's agent is; a file `off` there detaches everything [default: /run/profiler]
     #[arg(long, env = "PROFILER_RUN_DIR", value_name = "DIR")]
     run_dir: Option<PathBuf>,
@@ -225,7 +233,8 @@ struct File {
     target: Vec<FileTarget>,
     target_default: Option<bool>,
     #[serde(default)]
-    upload: Vec<String>,
+    upload: Vec<FileUpload>,
+    upload_token_file: Option<PathBuf>,
     node: Option<String>,
     #[serde(default)]
     labels: BTreeMap<String, String>,
@@ -234,14 +243,29 @@ struct File {
     heap_budget: Option<String>,
     log: Option<String>,
     log_format: Option<String>,
-    #[serde(default)]
-    profiles: Vec<String>,
+    profiles: Option<Vec<String>>,
     enabled: Option<bool>,
     metrics_listen: Option<String>,
     token_file: Option<PathBuf>,
+    backend_token_file: Option<PathBuf>,
     run_dir: Option<PathBuf>,
     instance: Option<String>,
     allow_kernel: Option<bool>,
+}
+
+/// `"http://h/"` or `{ url = "http://h/", token_file = "/etc/profiler/token" }`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum FileUpload {
+    Plain(String),
+    WithToken(UploadWithToken),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UploadWithToken {
+    url: String,
+    token_file: Option<PathBuf>,
 }
 
 /// `{ match = "exe=postgres", rate = "64KiB", budget = "5%" }`
@@ -319,6 +343,8 @@ pub(crate) struct Config {
     pub(crate) targets: Targets,
     /// Remote backends; empty means the embedded one.
     pub(crate) uploads: Vec<Destination>,
+    /// Where the token of the only one of them was read from.
+    pub(crate) upload_token_file: Option<PathBuf>,
     /// Label `node`.
     pub(crate) node: String,
     /// Labels of every profile.
@@ -339,6 +365,8 @@ pub(crate) struct Config {
     pub(crate) metrics_listen: Option<SocketAddr>,
     /// What requests to `listen` must bring.
     pub(crate) token: Option<Token>,
+    /// What requests to the embedded backend must bring.
+    pub(crate) backend_token: Option<Token>,
     /// Where the lock and the switch are.
     pub(crate) run_dir: PathBuf,
     /// Name of this one of several agents.
@@ -347,27 +375,12 @@ pub(crate) struct Config {
     pub(crate) allow_kernel: bool,
 }
 
-/// A bearer token and the file it was read from. Its text is never shown.
-#[derive(Clone, PartialEq, Eq)]
-pub(crate) struct Token {
-    text: String,
-    file: PathBuf,
-}
-
-impl Token {
-    /// For a request's `Authorization: Bearer`.
-    pub(crate) fn text(&self) -> &str {
-        &self.text
-    }
-}
-
-impl fmt::Debug for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Token({})", self.file.display())
-    }
-}
-
 impl Config {
+    /// Whether CPU time is sampled.
+    pub(crate) fn takes_cpu(&self) -> bool {
+        self.profiles.iter().any(|kind| kind == CPU)
+    }
+
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) fn period_ns(&self) -> u64 {
         pipeline::period_ns(self.frequency_hz)
@@ -508,14 +521,18 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         enabled,
         metrics_listen,
         token_file,
+        backend_token_file,
+        upload_token_file,
         run_dir,
         instance,
         allow_kernel,
     } = flags;
     let data_dir = data_dir.or(file.data_dir).unwrap_or_else(|| DEFAULT_DATA_DIR.into());
-    let upload = if upload.is_empty() { file.upload } else { upload };
+    let upload =
+        if upload.is_empty() { file.upload } else { upload.into_iter().map(FileUpload::Plain).collect() };
+    let upload_token_file = upload_token_file.or(file.upload_token_file);
     let debuginfod_urls = if debuginfod_urls.is_empty() { file.debuginfod_urls } else { debuginfod_urls };
-    let profiles = if profiles.is_empty() { file.profiles } else { profiles };
+    let profiles = if profiles.is_empty() { file.profiles } else { Some(profiles) };
     let config = Config {
         frequency_hz: parse_frequency(frequency.or(file.frequency.map(|hz| hz.to_string())))?,
         cpu_budget: parse_cpu_budget(cpu_budget.or(file.cpu_budget))?,
@@ -536,7 +553,8 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         unwind: parse_unwind(unwind.or(file.unwind))?,
         stack_depth: parse_stack_depth(stack_depth.or(file.stack_depth.map(|depth| depth.to_string())))?,
         targets: parse_targets(&[pid, comm], cgroup, file.target, file.target_default)?,
-        uploads: parse_uploads(&upload)?,
+        uploads: parse_uploads(&upload, upload_token_file.as_deref())?,
+        upload_token_file,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
         heap: heap::Rules {
@@ -552,15 +570,19 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             .or(file.metrics_listen)
             .map(|text| parse_address("metrics-listen", &text))
             .transpose()?,
-        token: token_file.or(file.token_file).map(read_token).transpose()?,
+        token: token_file.or(file.token_file).map(|file| read_token("token-file", &file)).transpose()?,
+        backend_token: backend_token_file
+            .or(file.backend_token_file)
+            .map(|file| read_token("backend-token-file", &file))
+            .transpose()?,
         run_dir: run_dir.or(file.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
         instance: instance.or(file.instance).map(parse_instance).transpose()?,
         allow_kernel: parse_bool("allow-kernel", allow_kernel, file.allow_kernel)?.unwrap_or(false),
     };
-    if !config.listen.ip().is_loopback() && config.token.is_none() {
-        let accepted =
-            "without --token-file, a loopback address; --metrics-listen serves metrics and health elsewhere";
-        return Err(refuse("listen", config.listen, format!("accepted: {accepted}")));
+    check_listeners(&config)?;
+    let Config { data_dir, cache_dir, run_dir, .. } = &config;
+    for (key, path) in [("data-dir", data_dir), ("cache-dir", cache_dir), ("run-dir", run_dir)] {
+        check_directory(key, path)?;
     }
     Ok(config)
 }
@@ -570,13 +592,15 @@ fn parse_bool(key: &str, flag: Option<String>, file: Option<bool>) -> Result<Opt
     text.parse().map(Some).map_err(|_| refuse(key, text, "accepted: true, false"))
 }
 
-fn parse_profiles(mut kinds: Vec<String>) -> Result<Vec<String>, ConfigError> {
+/// An empty list is none.
+fn parse_profiles(kinds: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
+    let Some(mut kinds) = kinds else { return Ok(vec![CPU.to_owned()]) };
     if let Some(unknown) = kinds.iter().find(|kind| !PROFILE_KINDS.contains(&kind.as_str())) {
         return Err(refuse("profiles", unknown, format!("accepted: {}", PROFILE_KINDS.join(", "))));
     }
     kinds.sort();
     kinds.dedup();
-    Ok(if kinds.is_empty() { vec!["cpu".to_owned()] } else { kinds })
+    Ok(kinds)
 }
 
 fn parse_instance(name: String) -> Result<String, ConfigError> {
@@ -589,18 +613,42 @@ fn parse_instance(name: String) -> Result<String, ConfigError> {
     Err(refuse("instance", name, accepted))
 }
 
-fn read_token(file: PathBuf) -> Result<Token, ConfigError> {
-    let accepted = format!("accepted: a file with one token of {TOKEN_CHARS_MIN} or more visible characters");
-    let refused = |why: &dyn fmt::Display| refuse("token-file", file.display(), format!("{why}; {accepted}"));
-    let bytes = fs::metadata(&file).map_err(|error| refused(&error))?.len();
-    if bytes > TOKEN_BYTES_MAX {
-        return Err(refused(&format!("{bytes} bytes")));
+fn read_token(key: &str, file: &Path) -> Result<Token, ConfigError> {
+    Token::read(file)
+        .map_err(|error| refuse(key, file.display(), format!("{error}; accepted: {}", Token::ACCEPTED)))
+}
+
+/// Refuses a directory that could never be made: a file is in its place, or above it. Whether one may write there is seen
+/// when it is used.
+fn check_directory(key: &str, path: &Path) -> Result<(), ConfigError> {
+    let found = path.ancestors().find_map(|at| Some((at, fs::metadata(at).ok()?)));
+    match found {
+        Some((at, metadata)) if !metadata.is_dir() => {
+            let why = format!("{} is no directory", at.display());
+            Err(refuse(
+                key,
+                path.display(),
+                format!("{why}; accepted: a directory, or where one can be made"),
+            ))
+        }
+        _ => Ok(()),
     }
-    let text = fs::read_to_string(&file).map_err(|error| refused(&error))?.trim().to_owned();
-    if text.len() < TOKEN_CHARS_MIN || !text.chars().all(|letter| letter.is_ascii_graphic()) {
-        return Err(refused(&"no such token in it"));
+}
+
+/// Addresses that a network reaches need a token.
+fn check_listeners(config: &Config) -> Result<(), ConfigError> {
+    let Config { listen, backend_listen, token, backend_token, uploads, .. } = config;
+    if !listen.ip().is_loopback() && token.is_none() {
+        let accepted =
+            "without --token-file, a loopback address; --metrics-listen serves metrics and health elsewhere";
+        return Err(refuse("listen", listen, format!("accepted: {accepted}")));
     }
-    Ok(Token { text, file })
+    let has_backend = uploads.is_empty();
+    if has_backend && !backend_listen.ip().is_loopback() && backend_token.is_none() {
+        let accepted = "accepted: without --backend-token-file, a loopback address";
+        return Err(refuse("backend-listen", backend_listen, accepted));
+    }
+    Ok(())
 }
 
 pub(crate) fn parse_frequency(value: Option<String>) -> Result<u32, ConfigError> {
@@ -731,11 +779,24 @@ fn parse_address(key: &str, text: &str) -> Result<SocketAddr, ConfigError> {
 }
 
 /// Destinations have different names, for metrics and messages tell them apart by these.
-fn parse_uploads(texts: &[String]) -> Result<Vec<Destination>, ConfigError> {
+fn parse_uploads(given: &[FileUpload], token_file: Option<&Path>) -> Result<Vec<Destination>, ConfigError> {
+    if let Some(file) = token_file
+        && given.len() != 1
+    {
+        let accepted =
+            "accepted: with one upload; several have { url = .., token_file = .. } each in the file";
+        return Err(refuse("upload-token-file", file.display(), accepted));
+    }
     let mut destinations: Vec<Destination> = Vec::new();
-    for text in texts {
+    for upload in given {
+        let (text, own_file) = match upload {
+            FileUpload::Plain(text) => (text, None),
+            FileUpload::WithToken(UploadWithToken { url, token_file }) => (url, token_file.as_deref()),
+        };
+        let token = own_file.or(token_file).map(|file| read_token("upload-token-file", file)).transpose()?;
         let destination: Destination =
             text.parse().map_err(|why: String| refuse("upload", redacted(text), why))?;
+        let destination = destination.with_token(token);
         if destinations.iter().any(|known| known.name() == destination.name()) {
             return Err(refuse("upload", redacted(text), "given twice; accepted: each backend once"));
         }
@@ -930,6 +991,70 @@ pub(crate) mod tests {
         refused(&[], "[[target]]\nfrequency = 5\n", &["target", "pid, comm, cgroup"]);
         refused(&[], "[[target]]\npid = 1\nfrequency = 0\n", &["frequency", "\"0\""]);
         refused(&[], &"[[target]]\npid = 1\n".repeat(17), &["target", "17", "at most 16"]);
+    }
+
+    #[test]
+    fn no_kind_of_profiles_is_a_choice() {
+        let kinds = |args: &[&str], file| config(args, file).expect("valid").profiles;
+        assert_eq!((kinds(&[], ""), kinds(&[], "profiles = []")), (vec!["cpu".to_owned()], vec![]));
+        assert_eq!(kinds(&["--profiles", "cpu,cpu"], "profiles = []"), ["cpu"]);
+        refused(&["--profiles", "gpu"], "", &["profiles", "\"gpu\"", "accepted: cpu"]);
+    }
+
+    #[test]
+    fn each_destination_may_have_a_token_of_its_own() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let token = |name: &str| {
+            let file = directory.path().join(name);
+            fs::write(&file, "0123456789abcdef").expect("write the token");
+            fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600))
+                .expect("set the mode");
+            file.to_str().expect("a plain path").to_owned()
+        };
+        let (one, two) = (token("one"), token("two"));
+        let files = |args: &[&str], file: &str| -> Vec<Option<PathBuf>> {
+            let uploads = config(args, file).expect("valid").uploads;
+            uploads.iter().map(|to| to.token().map(|token| token.file().to_owned())).collect()
+        };
+        let file = format!("upload = [\"http://a/\", {{ url = \"http://b/\", token_file = \"{one}\" }}]\n");
+        assert_eq!(files(&[], &file), [None, Some(one.clone().into())]);
+        assert_eq!(
+            files(&["--upload", "http://c/", "--upload-token-file", &two], &file),
+            [Some(two.clone().into())]
+        );
+        refused(&["--upload-token-file", &two], &file, &["upload-token-file", "one upload"]);
+        refused(&[], "upload = [{ url = \"http://b/\", tokn = \"x\" }]\n", &["line 1", "upload"]);
+        let shown = config(&[], &file).expect("valid").values();
+        let upload = shown.into_iter().find(|(key, _)| *key == "upload").and_then(|(_, value)| value);
+        let upload = upload.expect("it has a value").to_string();
+        assert!(upload.contains(&one) && !upload.contains("0123456789abcdef"), "{upload}");
+    }
+
+    #[test]
+    fn directories_that_could_never_be_made_are_refused() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let file = directory.path().join("file");
+        fs::write(&file, "").expect("write");
+        let below = file.join("below");
+        for (flag, path) in [("--data-dir", &file), ("--cache-dir", &below), ("--run-dir", &below)] {
+            let path = path.to_str().expect("a plain path");
+            refused(&[flag, path], "", &[flag.trim_start_matches('-'), path, "is no directory", "accepted:"]);
+        }
+        let new = directory.path().join("new/er");
+        config(&["--data-dir", new.to_str().expect("a plain path")], "").expect("valid");
+    }
+
+    #[test]
+    fn addresses_that_a_network_reaches_need_a_token() {
+        refused(
+            &["--backend-listen", "0.0.0.0:7700"],
+            "",
+            &["backend-listen", "0.0.0.0:7700", "--backend-token-file"],
+        );
+        refused(&[], "listen = \"[::]:1\"", &["listen", "[::]:1", "--token-file"]);
+        // Nobody listens there.
+        config(&["--upload", "http://h/", "--backend-listen", "0.0.0.0:7700"], "").expect("valid");
+        config(&["--backend-listen", "[::1]:7700"], "").expect("valid");
     }
 
     #[test]

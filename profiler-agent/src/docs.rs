@@ -81,3 +81,76 @@ fn every_label_is_documented_and_every_documented_label_is_there() {
     let there: BTreeSet<_> = series.iter().map(|(name, _)| name).chain(SAMPLE_LABELS).collect();
     assert_eq!(names(&rows("labels.md")), there);
 }
+
+/// What goes out, field by field: destructured, so that a new field does not compile until it is documented.
+#[test]
+fn every_field_that_leaves_the_node_is_documented() {
+    use profiler_pprof::{
+        proto::{Function, Label, Line, Location, Mapping, Profile, Sample, ValueType},
+        push::{PushRequest, Series},
+    };
+    let PushRequest { format_version: _, batch_id: _, agent: _, series: _ } = PushRequest::default();
+    let Series { labels: _, profile_type: _, temporality: _, start_unix_ns: _, duration_ns: _, pprof: _ } =
+        Series::default();
+    let Profile {
+        sample_type: _,
+        sample: _,
+        mapping: _,
+        location: _,
+        function: _,
+        string_table: _,
+        drop_frames: _,
+        keep_frames: _,
+        time_nanos: _,
+        duration_nanos: _,
+        period_type: _,
+        period: _,
+        comment: _,
+        default_sample_type: _,
+        doc_url: _,
+    } = Profile::default();
+    let Sample { location_id: _, value: _, label: _ } = Sample::default();
+    let Label { key: _, str: _, num: _, num_unit: _ } = Label::default();
+    let Mapping {
+        id: _,
+        memory_start: _,
+        memory_limit: _,
+        file_offset: _,
+        filename: _,
+        build_id: _,
+        has_functions: _,
+        has_filenames: _,
+        has_line_numbers: _,
+        has_inline_frames: _,
+    } = Mapping::default();
+    let Location { id: _, mapping_id: _, address: _, line: _, is_folded: _, kind: _ } = Location::default();
+    let Line { function_id: _, line: _, column: _ } = Line::default();
+    let Function { id: _, name: _, system_name: _, filename: _, start_line: _ } = Function::default();
+    let ValueType { r#type: _, unit: _ } = ValueType::default();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/data.md");
+    let text = fs::read_to_string(path).expect("it is in the tree");
+    let said = [
+        (
+            "format_version, agent, batch_id",
+            "version of the format, name and version of the agent, a random number of the batch",
+        ),
+        (
+            "start_unix_ns, duration_ns, profile_type, period",
+            "start and length of the window, sampling period, profile type",
+        ),
+        ("series labels", "series labels"),
+        ("sample labels", "sample labels: process name, thread name, pid"),
+        ("mappings", "executables: path as the process sees it, build id, address range"),
+        (
+            "locations, lines, functions",
+            "frames: function, file and line of source, address as the file states it",
+        ),
+        ("kernel locations", "kernel frames: function and offset in its module"),
+        ("values", "how often each stack was seen, and the CPU time it stands for"),
+        ("comments", "what a profile says of itself"),
+        ("values of heap profiles", "allocations"),
+    ];
+    for (fields, phrase) in said {
+        assert!(text.contains(phrase), "docs/data.md says of {fields}: {phrase:?}");
+    }
+}

@@ -34,6 +34,8 @@ impl Backend {
     pub(crate) async fn start(config: &Config) -> anyhow::Result<Self> {
         let mut options = profiler_backend::Options::new(&config.data_dir);
         options.listen = config.backend_listen;
+        options.token = config.backend_token.clone();
+        options.allowed_hosts = vec![config.node.clone()];
         let runtime = Threads::start()?;
         let server = runtime
             .handle()

@@ -16,16 +16,19 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use profiler_backend::Token;
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 
 use crate::{
-    config::{Config, Token},
+    bpf,
+    census::{Asked, Census},
+    config::Config,
     logs::Logs,
     pipeline::View,
     status::{Identity, Phase, Report},
-    sys::bpf_objects,
+    sys::{bpf_objects, cgroup::WholeV2},
+    targets::Targets,
     telemetry,
 };
 
@@ -41,16 +44,25 @@ struct FrontState {
     view: OnceLock<View>,
     backend: OnceLock<SocketAddr>,
     phase: Mutex<Phase>,
-    /// As `--print-config` shows it.
-    config: Mutex<String>,
+    /// One look at all processes at a time.
+    census: tokio::sync::Mutex<()>,
+    config: Mutex<Running>,
+}
+
+/// What runs: the configuration as `--print-config` shows it, and of it what is told elsewhere.
+#[derive(Clone, Default)]
+struct Running {
+    shown: String,
+    profiles: Vec<String>,
+    targets: Option<Targets>,
 }
 
 impl Front {
     /// An agent that starts.
     pub(crate) fn new(identity: Identity, logs: Option<Logs>) -> Self {
-        let (view, backend, config) = Default::default();
+        let (view, backend, config, census) = Default::default();
         let phase = Mutex::new(Phase::Starting);
-        Self { state: Arc::new(FrontState { identity, logs, view, backend, phase, config }) }
+        Self { state: Arc::new(FrontState { identity, logs, view, backend, phase, census, config }) }
     }
 
     /// The stages run, and there is or is not a backend in this process.
@@ -70,9 +82,32 @@ impl Front {
         }
     }
 
-    /// The configuration as it is now, without secrets.
-    pub(crate) fn set_config(&self, shown: String) {
-        *self.state.config.lock().unwrap_or_else(PoisonError::into_inner) = shown;
+    /// The configuration as it is now; `shown` is without secrets.
+    pub(crate) fn set_config(&self, shown: String, config: &Config) {
+        let (profiles, targets) = (config.profiles.clone(), Some(config.targets.clone()));
+        let running = Running { shown, profiles, targets };
+        *self.state.config.lock().unwrap_or_else(PoisonError::into_inner) = running;
+    }
+
+    fn running(&self) -> Running {
+        self.state.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads `/proc`, which takes about a second for 10,000 processes. `None` before there is anything to tell.
+    fn census(&self) -> Option<Census> {
+        let view = self.state.view.get()?;
+        let Running { shown: _, profiles, targets } = self.running();
+        let hierarchy = WholeV2::find("/proc".as_ref());
+        Some(Census::take(Asked {
+            proc: "/proc".as_ref(),
+            hierarchy: hierarchy.as_ref().map(WholeV2::path),
+            phase: self.phase(),
+            targets: &targets?,
+            profiles: &profiles,
+            frequency_hz: view.shared.sampling.hz(),
+            includes_below: bpf::finds_cgroups_below(),
+            heap: view.heap.get().map(|heap| heap.gauges.states.all()).unwrap_or_default(),
+        }))
     }
 
     fn phase(&self) -> Phase {
@@ -92,7 +127,7 @@ impl Front {
             None => None,
         };
         let view = view.as_ref().map(|(view, snapshot)| (*view, snapshot));
-        Report::new(identity, self.phase(), backend.get().copied(), view)
+        Report::new(identity, self.phase(), self.running().profiles, backend.get().copied(), view)
     }
 }
 
@@ -106,25 +141,22 @@ pub(crate) async fn bind(listen: SocketAddr) -> std::io::Result<TcpListener> {
 struct Gate {
     /// A name that requests may call this agent by, besides addresses and `localhost`.
     names: Arc<[String]>,
-    token: Option<[u8; 32]>,
+    token: Option<Token>,
 }
 
 impl Gate {
     fn new(config: &Config) -> Self {
-        let digest = |token: &Token| Sha256::digest(token.text()).into();
-        Self { names: [config.node.clone()].into(), token: config.token.as_ref().map(digest) }
+        Self { names: [config.node.clone()].into(), token: config.token.clone() }
     }
 
     fn is_allowed_host(&self, request: &Request) -> bool {
         profiler_backend::is_allowed_host(host(request), &self.names)
     }
 
-    /// Digests are compared, for the time that takes says nothing about the token.
     fn has_token(&self, request: &Request) -> bool {
-        let Some(expected) = self.token else { return true };
+        let Some(token) = &self.token else { return true };
         let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let token = header.and_then(|value| value.strip_prefix("Bearer "));
-        token.is_some_and(|token| <[u8; 32]>::from(Sha256::digest(token.trim())) == expected)
+        header.is_some_and(|value| token.is_in(value))
     }
 }
 
@@ -138,6 +170,7 @@ pub(crate) async fn serve(listener: TcpListener, front: Front, config: &Config) 
     let router = public()
         .route("/", get(index))
         .route("/status", get(status))
+        .route("/targets", get(targets))
         .route("/binaries", get(binaries))
         .route("/config", get(config_text))
         .route("/logs", get(logs))
@@ -187,6 +220,7 @@ async fn guard(State(gate): State<Gate>, request: Request, next: Next) -> Respon
 
 async fn index() -> &'static str {
     "profiler-agent\n\n/status   taken = delivered + waiting + dropped; ?format=json\n/metrics  Prometheus\n\
+     /targets  who is sampled, by which target, how often; ?format=json\n\
      /healthz  alive\n/readyz   sampling, or paused\n/config   without secrets\n/logs     the latest lines\n\
      /binaries which binaries cut stacks short, why, and what would help\n\
      /bpf      programs and maps\n"
@@ -203,18 +237,33 @@ async fn metrics(State(front): State<Front>) -> Response {
 }
 
 #[derive(Deserialize)]
-struct StatusQuery {
+struct Form {
     format: Option<String>,
 }
 
-async fn status(State(front): State<Front>, Query(query): Query<StatusQuery>) -> Response {
-    let report = front.report().await;
-    match query.format.as_deref() {
-        Some("json") => {
-            let json = serde_json::to_string(&report).expect("a report has text keys only");
-            ([(CONTENT_TYPE, "application/json")], json).into_response()
+impl Form {
+    /// As JSON where it is asked for, else for people.
+    fn answer(&self, report: &(impl serde::Serialize + std::fmt::Display)) -> Response {
+        match self.format.as_deref() {
+            Some("json") => {
+                let json = serde_json::to_string(report).expect("a report has text keys only");
+                ([(CONTENT_TYPE, "application/json")], json).into_response()
+            }
+            _ => report.to_string().into_response(),
         }
-        _ => report.to_string().into_response(),
+    }
+}
+
+async fn status(State(front): State<Front>, Query(form): Query<Form>) -> Response {
+    form.answer(&front.report().await)
+}
+
+async fn targets(State(front): State<Front>, Query(form): Query<Form>) -> Response {
+    let _turn = front.state.census.lock().await;
+    let asked = front.clone();
+    match tokio::task::spawn_blocking(move || asked.census()).await {
+        Ok(Some(census)) => form.answer(&census),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", front.phase())).into_response(),
     }
 }
 
@@ -230,7 +279,7 @@ async fn binaries(State(front): State<Front>) -> Response {
 }
 
 async fn config_text(State(front): State<Front>) -> String {
-    front.state.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    front.running().shown
 }
 
 async fn logs(State(front): State<Front>) -> String {
@@ -239,7 +288,7 @@ async fn logs(State(front): State<Front>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, os::unix::fs::PermissionsExt as _};
 
     use reqwest::Client;
     use tokio::runtime;
@@ -313,9 +362,18 @@ mod tests {
     #[test]
     fn names_that_a_web_page_could_make_up_are_refused() {
         let front = front();
-        for path in
-            ["/", "/healthz", "/status", "/metrics", "/config", "/binaries", "/logs", "/bpf", "/nowhere"]
-        {
+        for path in [
+            "/",
+            "/healthz",
+            "/status",
+            "/metrics",
+            "/targets",
+            "/config",
+            "/binaries",
+            "/logs",
+            "/bpf",
+            "/nowhere",
+        ] {
             assert_eq!(ask(&front, path, Some("evil.example")).0, 403, "{path}");
         }
         for host in ["localhost:7701", "node-1:7701", "10.0.0.7"] {
@@ -328,7 +386,7 @@ mod tests {
         let front = front();
         let get = |path| ask_with(&front, &[], true, Asked { path, ..Asked::default() }).0;
         assert_eq!((get("/healthz"), get("/readyz"), get("/metrics")), (200, 503, 503));
-        for path in ["/", "/status", "/config", "/binaries", "/logs", "/bpf"] {
+        for path in ["/", "/status", "/targets", "/config", "/binaries", "/logs", "/bpf"] {
             assert_eq!(get(path), 404, "{path}");
         }
     }
@@ -338,10 +396,11 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let file = directory.path().join("token");
         fs::write(&file, "0123456789abcdef\n").expect("write the token");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("set the mode");
         let flags = ["--token-file", file.to_str().expect("a plain path")];
         let front = front();
         let ask = |path, token| ask_with(&front, &flags, false, Asked { path, host: None, token }).0;
-        for path in ["/", "/status", "/metrics", "/config", "/binaries", "/logs", "/bpf"] {
+        for path in ["/", "/status", "/metrics", "/targets", "/config", "/binaries", "/logs", "/bpf"] {
             assert_eq!(ask(path, None), 401, "{path}");
             assert_eq!(ask(path, Some("0123456789abcdeF")), 401, "{path}");
         }

@@ -1,5 +1,7 @@
 //! Log lines: to standard error, and the latest of them in memory for a support bundle.
 
+mod limit;
+
 use std::{
     collections::VecDeque,
     io::{self, IsTerminal as _, Write},
@@ -15,6 +17,8 @@ use tracing_subscriber::{
 };
 
 use crate::config::{ConfigError, LogFormat};
+use limit::Limit;
+pub(crate) use limit::lines_left_out;
 
 /// Lines remembered: the start, and some hours of a quiet agent. At most 128 KiB.
 const RECENT_LINES_MAX: usize = 256;
@@ -39,7 +43,7 @@ impl Logs {
             LogFormat::Json => shown.json().boxed(),
         };
         let kept = fmt::layer().with_ansi(false).with_target(false).with_writer(recent.clone());
-        tracing_subscriber::registry().with(filter).with(shown).with(kept).init();
+        tracing_subscriber::registry().with(filter).with(Limit::default()).with(shown).with(kept).init();
         Ok(Self { filter: handle, recent })
     }
 

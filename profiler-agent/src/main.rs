@@ -5,6 +5,7 @@ mod background;
 mod binaries;
 mod bpf;
 mod budget;
+mod census;
 mod cli;
 mod command;
 mod config;
@@ -19,6 +20,7 @@ mod heap;
 mod http;
 mod instance;
 mod label;
+mod languages;
 mod ledger;
 mod logs;
 mod mapping_events;
@@ -45,7 +47,7 @@ use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
 };
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::{
     config::{Config, ConfigError},
@@ -124,14 +126,13 @@ fn identity(config: &Config) -> Identity {
         pid: std::process::id(),
         node: config.node.clone(),
         instance: config.instance.clone(),
-        profiles: config.profiles.clone(),
     }
 }
 
 fn profile(reloader: Reloader, logs: Logs, runtime: &Runtime) -> anyhow::Result<()> {
     let config = reloader.running().clone();
     let front = Front::new(identity(&config), Some(logs.clone()));
-    front.set_config(reloader.show());
+    front.set_config(reloader.show(), &config);
     let mut signals = runtime.block_on(async { Signals::listen() })?;
     let mut doors = supervise::Doors::new(&config, front.clone());
     let Some(_lock) = runtime.block_on(supervise::lock(&config, &mut doors, &front, &mut signals))? else {
@@ -143,9 +144,12 @@ fn profile(reloader: Reloader, logs: Logs, runtime: &Runtime) -> anyhow::Result<
         false => None,
     };
     let destinations = match &backend {
-        Some(backend) => vec![Destination::local(backend.address())],
+        Some(backend) => vec![Destination::local(backend.address(), config.backend_token.clone())],
         None => config.uploads.clone(),
     };
+    for destination in destinations.iter().filter(|destination| destination.tells_token_in_clear()) {
+        warn!("the token for {} goes over the network in clear: use https", destination.name());
+    }
     let sinks = destinations.into_iter().map(Sink::Upload).collect();
     let pipeline = Pipeline::start(&config, sinks, runtime.handle())?;
     front.begin(pipeline.view().clone(), backend.as_ref().map(Backend::address));
@@ -206,11 +210,10 @@ fn tell(balances: &[Balance]) {
 
 /// What is taken, at what rate, what is kept where, and where to look.
 fn announce(config: &Config, pipeline: &Pipeline, backend: Option<&Backend>) {
-    let Config { frequency_hz, window, data_dir, profiles, .. } = config;
-    info!(
-        "profiles of every process: {}; {frequency_hz} Hz per CPU, windows of {window:?}",
-        profiles.join(", ")
-    );
+    let Config { frequency_hz, window, data_dir, profiles, targets, .. } = config;
+    let kinds = if profiles.is_empty() { "none".to_owned() } else { profiles.join(", ") };
+    let whom = if targets.want_everything() { "every process" } else { "what the targets want" };
+    info!("profiles of {whom}: {kinds}; {frequency_hz} Hz per CPU, windows of {window:?}");
     match config.cpu_budget {
         Some(budget) => {
             info!("sampling less often while that takes more than {budget} of the CPUs (--cpu-budget)")

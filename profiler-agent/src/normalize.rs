@@ -83,7 +83,8 @@ fn locate(process: &Process, addr: Addr) -> Option<Location> {
         Backing::Unnamed(name) => Location::Unnamed { mapping: Arc::clone(name), addr: Addr(offset.0) },
         Backing::Executable(executable) => match executable.elf_addr(offset) {
             Some(elf_addr) => {
-                Location::Code(LocationKey::Native { executable: Arc::clone(executable), addr: elf_addr })
+                let executable = Arc::clone(executable.settled());
+                Location::Code(LocationKey::Native { executable, addr: elf_addr })
             }
             None => Location::unnamed(&executable.name(), Addr(offset.0)),
         },

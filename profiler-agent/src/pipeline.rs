@@ -52,6 +52,7 @@ use crate::{
         threads::ThreadGroup,
         usage,
     },
+    targets::Targets,
     telemetry::Gauges,
     unwind::{self, TableRequests, UnwindCounts, Unwinder},
     window::{Closed, Full, Measure, Room, SampleLabels, Windows},
@@ -319,6 +320,7 @@ impl Pipeline {
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
             processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
+            has_cpu: config.takes_cpu(),
             targets: config.targets.clone(),
             period_ns: config.period_ns(),
             cgroups: cgroups.as_ref().map(Hierarchy::version),
@@ -333,7 +335,10 @@ impl Pipeline {
         let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
         let exporters = sinks.iter().map(|to| Exporter::new(to.name(), queue_bytes_max));
         let background = Background::new(config.budget_term, Instant::now());
-        let shared = Shared::new(exporters.collect(), config.memory, names(config, runtime), background)?;
+        let executables = executables(config.memory.executables);
+        let names =
+            symbolize::Sources { executables: Some(Arc::clone(&executables)), ..names(config, runtime) };
+        let shared = Shared::new(exporters.collect(), config.memory, names, background)?;
         shared.background.allow(cpu_seconds(config.cpu_budget, cpus), Instant::now());
         let symbols_deadline =
             sinks.iter().map(|sink| sink.patience(config.window)).max().unwrap_or(SYMBOLS_DEADLINE);
@@ -347,7 +352,6 @@ impl Pipeline {
         let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
 
-        let executables = executables(config.memory.executables);
         let (tables, unwinder) = match config.unwind {
             Unwind::Dwarf => {
                 let (tables, unwinder) = start_unwinder(&mut programs, &shared, &executables)?;
@@ -459,6 +463,16 @@ impl Pipeline {
         if let (Heap::Runs(heap, _), true) = (&self.heap, self.is_attached) {
             heap.resume();
         }
+    }
+
+    /// Samples other targets from now on. Where that fails, the old ones stay.
+    pub(crate) fn set_targets(&mut self, targets: &Targets) -> Result<(), BpfError> {
+        self.programs.set_targets(targets.clone())
+    }
+
+    /// Samples CPU time from now on, or no longer.
+    pub(crate) fn set_cpu(&mut self, wanted: bool) -> Result<(), BpfError> {
+        self.programs.set_cpu(wanted, self.is_attached)
     }
 
     /// What metrics and the status line read.
@@ -717,7 +731,7 @@ fn ring_bytes(cpus: usize) -> u32 {
 fn names(config: &Config, runtime: &runtime::Handle) -> symbolize::Sources {
     let store = NameStore::open(config.cache_dir.join("names")).map(Arc::new);
     let store = or_warn(store, "names are not kept on disk, and read again after a restart");
-    symbolize::Sources { store, fetcher: fetcher(config, runtime) }
+    symbolize::Sources { store, fetcher: fetcher(config, runtime), executables: None }
 }
 
 fn fetcher(config: &Config, runtime: &runtime::Handle) -> Option<Fetcher> {

@@ -47,9 +47,13 @@ impl Reloader {
         self.watch.as_mut().is_some_and(Watch::has_changed)
     }
 
-    /// Reads the file again. One that is not accepted changes nothing.
-    pub(crate) fn reload(&mut self) -> Result<Change, ConfigError> {
+    /// Reads the file again. One that is not accepted, by `check` neither, changes nothing.
+    pub(crate) fn reload(
+        &mut self,
+        check: impl FnOnce(&Config) -> Result<(), ConfigError>,
+    ) -> Result<Change, ConfigError> {
         let new = self.sources.load()?;
+        check(&new)?;
         let (running, change) = merge(&self.running, new);
         self.running = running;
         Ok(change)
@@ -61,7 +65,8 @@ impl Reloader {
 fn merge(old: &Config, new: Config) -> (Config, Change) {
     let Config { frequency_hz, enabled, .. } = new;
     let (labels, log, heap) = (new.labels.clone(), new.log.clone(), new.heap.clone());
-    let running = Config { frequency_hz, labels, log, enabled, heap, ..old.clone() };
+    let (targets, profiles) = (new.targets.clone(), new.profiles.clone());
+    let running = Config { frequency_hz, labels, log, enabled, heap, targets, profiles, ..old.clone() };
     let change = Change { live: changed(old, &running), after_restart: changed(&running, &new) };
     (running, change)
 }
@@ -75,7 +80,11 @@ fn changed(old: &Config, new: &Config) -> Vec<Key> {
         .map(|((key, _), _)| key)
         .collect();
     // What is a secret of these is not in their values.
-    let secrets = [("upload", old.uploads != new.uploads), ("token_file", old.token != new.token)];
+    let secrets = [
+        ("upload", old.uploads != new.uploads),
+        ("token_file", old.token != new.token),
+        ("backend_token_file", old.backend_token != new.backend_token),
+    ];
     for (key, has_changed) in secrets {
         if has_changed && !keys.contains(&key) {
             keys.push(key);
@@ -157,7 +166,7 @@ pub(crate) mod tests {
         #[track_caller]
         fn check(&mut self, file: &str, live: &[Key], after_restart: &[Key]) {
             self.write(file);
-            let change = self.reloader.reload().expect("accepted");
+            let change = self.reloader.reload(|_| Ok(())).expect("accepted");
             assert_eq!((change.live, change.after_restart), (live.to_vec(), after_restart.to_vec()));
         }
 
@@ -190,11 +199,29 @@ pub(crate) mod tests {
         let new = "frequency = 7\nlabels = { a = \"b\" }\nlog = \"warn\"\nenabled = false\nwindow = \"3s\"\n\
                    listen = \"127.0.0.1:1\"\nbackend_listen = \"127.0.0.1:2\"\ndata_dir = \"/x\"\nnode = \"x\"\n\
                    unwind = \"frame-pointers\"\nupload = [\"http://h/\"]\nlog_format = \"json\"\ninstance = \"i\"\n\
-                   metrics_listen = \"127.0.0.1:3\"\nrun_dir = \"/y\"\nallow_kernel = true\n\
-                   heap_budget = \"2%\"\n[[heap]]\nmatch = \"pid=7\"\n";
+                   metrics_listen = \"127.0.0.1:3\"\nrun_dir = \"/y\"\nallow_kernel = true\nprofiles = []\n\
+                   heap_budget = \"2%\"\ntarget_default = false\n[[target]]\npid = 1\n[[heap]]\nmatch = \"pid=7\"\n";
         let mut case = Case::new("");
         case.write(new);
-        case.reloader.reload().expect("accepted").live
+        case.reloader.reload(|_| Ok(())).expect("accepted").live
+    }
+
+    #[test]
+    fn what_the_machine_cannot_do_is_refused_and_changes_nothing() {
+        let mut case = Case::new("frequency = 7\n");
+        case.write("frequency = 8\n[[target]]\ncgroup = \"/x\"\n");
+        let refuse = |new: &Config| {
+            assert_eq!(new.targets.list().len(), 1);
+            Err(ConfigError::new("target", "/x", "accepted: a pid".to_owned()))
+        };
+        assert!(case.reloader.reload(refuse).is_err());
+        assert_eq!(
+            (case.reloader.running().frequency_hz, case.reloader.running().targets.list().len()),
+            (7, 0)
+        );
+        case.check("frequency = 8\n[[target]]\ncgroup = \"/x\"\n", &["frequency", "target"], &[]);
+        case.check("frequency = 8\nprofiles = []\n", &["target", "profiles"], &[]);
+        assert!(!case.reloader.running().takes_cpu());
     }
 
     #[test]
@@ -220,7 +247,7 @@ pub(crate) mod tests {
             "frequency = 0\nenabled = false\n",
         ] {
             case.write(bad);
-            let error = case.reloader.reload().expect_err("refused").to_string();
+            let error = case.reloader.reload(|_| Ok(())).expect_err("refused").to_string();
             assert!(!error.contains('\n'), "{error}");
             assert_eq!(
                 (case.reloader.running().log.as_str(), case.reloader.running().enabled),
@@ -243,7 +270,7 @@ pub(crate) mod tests {
         assert_eq!(case.changes(3), 1, "replaced");
         fs::remove_file(&path).expect("remove");
         assert_eq!(case.changes(3), 1, "removed");
-        case.reloader.reload().expect_err("nothing to read");
+        case.reloader.reload(|_| Ok(())).expect_err("nothing to read");
         // As the kubelet does: file -> ..data/file, ..data -> a directory.
         for version in ["v1", "v2"] {
             let data = case.directory.path().join(version);

@@ -56,8 +56,6 @@ pub(crate) struct Identity {
     pub(crate) node: String,
     /// Which of several agents of the node.
     pub(crate) instance: Option<String>,
-    /// Kinds of profiles that it takes.
-    pub(crate) profiles: Vec<String>,
 }
 
 /// The answer to `/status`.
@@ -67,6 +65,8 @@ pub(crate) struct Report {
     identity: Identity,
     #[serde(flatten)]
     phase: Phase,
+    /// Kinds of profiles that it takes.
+    profiles: Vec<String>,
     /// Where the embedded backend listens.
     pub(crate) backend: Option<SocketAddr>,
     /// How it goes; none before the stages run.
@@ -136,6 +136,7 @@ impl Report {
     pub(crate) fn new(
         identity: &Identity,
         phase: Phase,
+        profiles: Vec<String>,
         backend: Option<SocketAddr>,
         view: Option<(&View, &Snapshot)>,
     ) -> Self {
@@ -143,6 +144,7 @@ impl Report {
         Self {
             identity: identity.clone(),
             phase,
+            profiles,
             backend,
             health: view.map(|(view, _)| telemetry::health(view)),
             destinations: balances.into_iter().map(Account::from).collect(),
@@ -152,11 +154,11 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { identity, phase, backend, health, destinations } = self;
-        let Identity { version, pid, node, instance, profiles } = identity;
+        let Self { identity, phase, profiles, backend, health, destinations } = self;
+        let Identity { version, pid, node, instance } = identity;
         writeln!(f, "{phase}")?;
         let instance = instance.as_ref().map(|name| format!(", instance {name}")).unwrap_or_default();
-        let profiles = profiles.join(", ");
+        let profiles = if profiles.is_empty() { "none".to_owned() } else { profiles.join(", ") };
         writeln!(f, "profiler-agent {version}, pid {pid}, node {node}{instance}; profiles: {profiles}")?;
         if let Some(health) = health {
             writeln!(f, "{health}")?;
@@ -212,7 +214,6 @@ mod tests {
             pid: 71,
             node: "n".to_owned(),
             instance: Some("db".to_owned()),
-            profiles: vec!["cpu".to_owned()],
         };
         let totals = DestinationTotals { delivered: 4, waiting: 5, ..DestinationTotals::default() };
         let of_cpu = |profile_type| profile_type == ProfileType::Cpu;
@@ -235,6 +236,7 @@ mod tests {
         Report {
             identity,
             phase: Phase::Paused("/run/profiler/off exists".to_owned()),
+            profiles: vec!["cpu".to_owned()],
             backend: Some(([127, 0, 0, 1], 7700).into()),
             health: Some(health),
             destinations: balances.into_iter().map(Account::from).collect(),

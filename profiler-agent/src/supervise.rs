@@ -8,13 +8,15 @@ use tracing::{info, warn};
 
 use crate::{
     Signals,
-    config::Config,
+    config::{Config, ConfigError},
     http::{self, Front},
     instance::{self, Lock, Try},
     logs::Logs,
     pipeline::{Pipeline, Stopped},
     reload::Reloader,
     status::Phase,
+    sys::cgroup::WholeV2,
+    targets::Targets,
 };
 
 /// Time between two tries to get the lock of another agent.
@@ -96,6 +98,17 @@ async fn bind(listen: SocketAddr, flag: &str) -> anyhow::Result<(tokio::net::Tcp
     Ok((listener, address))
 }
 
+/// Refuses targets that could never match on this machine.
+fn check_targets(targets: &Targets) -> Result<(), ConfigError> {
+    let Some(cgroup) = targets.cgroups().next() else { return Ok(()) };
+    if WholeV2::find("/proc".as_ref()).is_some() {
+        return Ok(());
+    }
+    let accepted =
+        "no cgroup v2 hierarchy is here, or none that leads to its root; accepted: a target's pid or comm";
+    Err(ConfigError::new("target", &cgroup.display().to_string(), accepted.to_owned()))
+}
+
 /// The stages, and whoever tells them what to do.
 pub(crate) struct Supervisor {
     pipeline: Pipeline,
@@ -149,7 +162,7 @@ impl Supervisor {
 
     /// Reads the configuration again. A bad one changes nothing.
     pub(crate) fn reload(&mut self) {
-        let change = match self.reloader.reload() {
+        let change = match self.reloader.reload(|new| check_targets(&new.targets)) {
             Ok(change) => change,
             Err(error) => {
                 self.count_reload(false);
@@ -168,7 +181,7 @@ impl Supervisor {
         for key in change.after_restart {
             warn!("{key} has another value now, which takes effect with a restart");
         }
-        self.front.set_config(self.reloader.show());
+        self.front.set_config(self.reloader.show(), self.reloader.running());
     }
 
     /// Makes the new value of a key that can change while the agent runs take effect.
@@ -182,6 +195,17 @@ impl Supervisor {
             }
             "labels" => self.pipeline.set_labels(&config.node, &config.labels),
             "heap" | "heap_budget" => self.pipeline.set_heap(config),
+            // Both keys are in the one list.
+            "target" | "target_default" => {
+                if let Err(error) = self.pipeline.set_targets(&config.targets) {
+                    warn!(error = %format!("{:#}", anyhow::Error::from(error)), "change the targets");
+                }
+            }
+            "profiles" => {
+                if let Err(error) = self.pipeline.set_cpu(config.takes_cpu()) {
+                    warn!(error = %format!("{:#}", anyhow::Error::from(error)), "change the kinds of profiles");
+                }
+            }
             // It was checked when it was read.
             "log" => drop(self.logs.set_filter(&config.log)),
             // The switch is looked at after every reload.

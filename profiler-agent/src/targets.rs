@@ -135,6 +135,11 @@ impl Target {
     }
 }
 
+/// A process's name as targets compare it.
+pub(crate) fn comm_words(comm: &[u8]) -> [u64; COMM_WORDS] {
+    words(|at| comm.get(at).copied().unwrap_or(0))
+}
+
 fn words(byte: impl Fn(usize) -> u8) -> [u64; COMM_WORDS] {
     std::array::from_fn(|word| u64::from_ne_bytes(std::array::from_fn(|at| byte(word * 8 + at))))
 }
@@ -157,7 +162,7 @@ impl Cgroup {
 }
 
 /// The directories that a path names, none of them above where it begins.
-fn names(path: &Path) -> impl Iterator<Item = &std::ffi::OsStr> {
+pub(crate) fn names(path: &Path) -> impl Iterator<Item = &std::ffi::OsStr> {
     path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name),
         _ => None,

@@ -252,6 +252,11 @@ fn operation(text: &mut Text, gauges: &Gauges) {
     for (result, count) in [("accepted", &gauges.reloads_accepted), ("refused", &gauges.reloads_refused)] {
         text.line(format_args!("{metric}{{result=\"{result}\"}} {}", count.load(Relaxed)));
     }
+    text.counter(
+        "profiler_agent_log_lines_left_out_total",
+        "Log lines that were left out, since their cause has had 20 in a minute.",
+        crate::logs::lines_left_out(),
+    );
 }
 
 fn background(text: &mut Text, background: &Background) {

@@ -7,8 +7,9 @@ use std::{
     collections::BTreeSet,
     fs,
     io::Read as _,
+    os::unix::fs::PermissionsExt as _,
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use spawned::{AGENT, Spawned, account, get};
@@ -81,6 +82,21 @@ fn doctor_of_a_process_names_the_sources_of_each_mapping() {
     let output = run(&["doctor", "-p", "4294967295"]);
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
+}
+
+#[test]
+fn doctor_of_an_interpreter_says_which_switch_names_its_functions() {
+    let script = "import time; print(1, flush=True); time.sleep(600)";
+    let mut python = Command::new("python3");
+    let mut child = python.args(["-c", script]).stdout(Stdio::piped()).spawn().expect("python3 is installed");
+    let mut line = [0; 2];
+    child.stdout.as_mut().expect("a pipe").read_exact(&mut line).expect("it runs");
+    let output = run(&["doctor", "-p", &child.id().to_string()]);
+    child.kill().expect("it runs still");
+    child.wait().expect("it ends");
+    let report = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(report.contains("functions of Python code") && report.contains("python3 -X perf"), "{report}");
 }
 
 #[test]
@@ -179,6 +195,7 @@ fn a_support_bundle_has_everything_and_no_secret() {
     let file = directory.path().join("agent.toml");
     let token = directory.path().join("token");
     fs::write(&token, SECRET).expect("write the token");
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).expect("set the mode");
     let upload = format!("upload = [\"http://user:{SECRET}@127.0.0.1:1/?token={SECRET}\"]\n");
     let text = format!("{upload}token_file = \"{}\"\n", token.display());
     fs::write(&file, text).expect("write the file");
@@ -205,6 +222,8 @@ fn a_support_bundle_has_everything_and_no_secret() {
     assert!(part("config-running.toml").contains("frequency = 99  # flag"));
     assert!(part("status.json").contains("\"state\":\"sampling\""), "{}", part("status.json"));
     assert!(part("metrics.txt").contains(TAKEN));
+    assert!(part("targets.json").contains("\"frequency_hz\":99"), "{}", part("targets.json"));
+    assert!(part("binaries.json").starts_with('['), "{}", part("binaries.json"));
     assert!(
         part("bpf.txt").contains("prog_type 7 ") && part("bpf.txt").contains("map_type 27 "),
         "{}",

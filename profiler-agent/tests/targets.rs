@@ -170,3 +170,86 @@ fn one_in_n_samples_stand_for_all_of_the_cpu_time() {
     assert!((4.8..=5.2).contains(&ratio), "one in {ratio}");
     agent.stop();
 }
+
+/// What `profiler-agent targets --json` says of the running agent.
+fn census(agent: &Agent) -> serde_json::Value {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_profiler-agent"))
+        .args(["--listen", &agent.agent.to_string(), "targets", "--json"])
+        .output()
+        .expect("it starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// The same of one process.
+fn said_of(agent: &Agent, program: &Program) -> serde_json::Value {
+    let census = census(agent);
+    let processes = census["processes"].as_array().expect("a list");
+    let found = processes.iter().find(|process| process["pid"] == program.pid());
+    found.unwrap_or_else(|| panic!("{} in {census:#}", program.pid())).clone()
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn targets_and_kinds_of_profiles_change_with_the_file_and_are_shown() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let config = directory.path().join("agent.toml");
+    fs::write(&config, "").expect("write the file");
+    let file = config.to_str().expect("a plain path");
+    let agent = Agent::start(&["--config", file, "-F", "200", "--cpu-budget", "off", "--window", WINDOW]);
+    let (burn, rust) = (Program::start("burn", &[]), Program::start("rust_burn", &[]));
+    let seen_since = |program: &Program, moment| agent.merge_since(&selector(program), moment).total;
+    let start = SystemTime::now();
+    agent.wait_for("samples of both", || {
+        (seen_since(&burn, start) > 0 && seen_since(&rust, start) > 0).then_some(())
+    });
+    let of_burn = said_of(&agent, &burn);
+    assert_eq!((&of_burn["target"], &of_burn["sampled"]), (&serde_json::Value::Null, &true.into()));
+    assert_eq!((&of_burn["frequency_hz"], &of_burn["profiles"][0]), (&200.0.into(), &"cpu".into()));
+
+    // The file changes: within a second, without a signal.
+    let text = "target_default = false\n[[target]]\ncomm = \"rust_b\"\nfrequency = 50\n";
+    fs::write(&config, text).expect("write the file");
+    agent.wait_for("the new targets are in force", || {
+        (said_of(&agent, &burn)["sampled"] == false).then_some(())
+    });
+    let of_rust = said_of(&agent, &rust);
+    assert_eq!((&of_rust["target"], &of_rust["frequency_hz"]), (&1.into(), &50.0.into()), "{of_rust}");
+    let log = agent.log();
+    assert!(log.contains("target is changed") && log.contains("target_default is changed"), "{log}");
+    let changed = SystemTime::now() + Duration::from_secs(2);
+    agent.wait_for("later samples of what is wanted", || (seen_since(&rust, changed) > 0).then_some(()));
+    assert_eq!(seen_since(&burn, changed), 0, "nobody wants it any more");
+
+    // SIGHUP: no kind of profiles, then all as before.
+    fs::write(&config, "profiles = []\n").expect("write the file");
+    agent.hang_up();
+    agent.wait_for("no clock event is open", || (clock_events(agent.pid()) == 0).then_some(()));
+    assert!(agent.log().contains("profiles is changed"), "{}", agent.log());
+    assert_eq!(census(&agent)["default"]["sampled"], false);
+    fs::write(&config, "").expect("write the file");
+    agent.hang_up();
+    let again = SystemTime::now();
+    agent.wait_for("samples of both again", || {
+        (seen_since(&burn, again) > 0 && seen_since(&rust, again) > 0).then_some(())
+    });
+    assert!(clock_events(agent.pid()) > 0);
+
+    // One that is refused changes nothing.
+    fs::write(&config, "[[target]]\nfrequency = 5\n").expect("write the file");
+    agent.hang_up();
+    agent.wait_for("it is refused", || {
+        agent.log().contains("the new configuration is refused, the old one stays: target").then_some(())
+    });
+    assert_eq!(said_of(&agent, &burn)["sampled"], true);
+    let log = agent.stop();
+    let account = log.lines().find(|line| line.contains("taken ")).expect("an account at the end");
+    assert!(account.contains("dropped 0"), "what is filtered is no loss: {account}");
+}
+
+/// Clock events that a process has open.
+fn clock_events(pid: u32) -> usize {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors").flatten();
+    let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+    links.filter(|link| link.to_string_lossy().contains("[perf_event]")).count()
+}

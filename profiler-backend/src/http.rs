@@ -26,6 +26,7 @@ use crate::{
     query::{self, MergeFormat, Params, QueryError},
     receive::{self, Compression, ReceiveError},
     store::{AppendError, Appended, Snapshot, Store},
+    token::Token,
     ui,
 };
 
@@ -43,6 +44,9 @@ const GZIP_BYTES_MIN: usize = 1024;
 /// Windows that start further ahead than this come from a clock nobody should trust.
 const AHEAD_MAX: Duration = Duration::from_secs(3600);
 
+/// Browsers ask for a password; any name goes with it. Source: RFC 9110 §11.6.1, RFC 7617.
+const CHALLENGE: &str = "Basic realm=\"profiler\", charset=\"UTF-8\", Bearer realm=\"profiler\"";
+
 /// Bounds of a push, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PushLimits {
@@ -52,14 +56,30 @@ pub(crate) struct PushLimits {
     pub(crate) inflated_bytes_max: usize,
 }
 
+/// Who may ask.
+#[derive(Debug, Clone)]
+pub(crate) struct Access {
+    /// Names, besides `localhost` and addresses, by which this backend may be called.
+    pub(crate) hosts: Vec<String>,
+    /// What requests must bring, but for health.
+    pub(crate) token: Option<Token>,
+}
+
+impl Access {
+    fn has_token(&self, request: &Request) -> bool {
+        let Some(token) = &self.token else { return true };
+        let header = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        header.is_some_and(|value| token.is_in(value))
+    }
+}
+
 /// What requests share.
 pub(crate) struct App {
     pub(crate) store: Store,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) limits: PushLimits,
     pub(crate) retention: Duration,
-    /// Names, besides `localhost` and addresses, by which this backend may be called.
-    pub(crate) allowed_hosts: Vec<String>,
+    pub(crate) access: Access,
     pushes: Arc<Semaphore>,
     pushes_decoded: Arc<Semaphore>,
     queries: Arc<Semaphore>,
@@ -72,14 +92,14 @@ impl App {
         metrics: Arc<Metrics>,
         limits: PushLimits,
         retention: Duration,
-        allowed_hosts: Vec<String>,
+        access: Access,
     ) -> Self {
         Self {
             store,
             metrics,
             limits,
             retention,
-            allowed_hosts,
+            access,
             pushes: Arc::new(Semaphore::new(PUSHES_MAX)),
             pushes_decoded: Arc::new(Semaphore::new(PUSHES_DECODED_MAX)),
             queries: Arc::new(Semaphore::new(QUERIES_MAX)),
@@ -96,6 +116,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/api/v1/labels/{name}/values", get(label_values))
         .route("/api/v1/series", get(series))
         .route("/api/v1/merge", get(merge))
+        .route("/api/v1/binaries", get(binaries))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(async || "ready\n"))
         .route("/metrics", get(metrics))
@@ -105,18 +126,23 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// Refuses requests for a host that is not this one, and sets headers that every answer has.
+/// Refuses requests for a host that is not this one and those without the token, and sets headers that every answer has.
 ///
 /// A page elsewhere can point a name of its own at 127.0.0.1 and would then read profiles with the browser's blessing
 /// (DNS rebinding). It cannot do so with an address, nor with `localhost`.
 async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("");
-    let mut response = if is_allowed_host(host, &app.allowed_hosts) {
-        next.run(request).await
-    } else {
+    let is_health = matches!(request.uri().path(), "/healthz" | "/readyz");
+    let mut response = if !is_allowed_host(host, &app.access.hosts) {
         app.metrics.hosts_refused.add(1);
         let message = format!("host {host:?} is not served here: call it by address or allow the name\n");
         (StatusCode::FORBIDDEN, message).into_response()
+    } else if !is_health && !app.access.has_token(&request) {
+        app.metrics.tokens_refused.add(1);
+        let message = "bring the token of this backend: Authorization: Bearer TOKEN, or as a password\n";
+        (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, CHALLENGE)], message).into_response()
+    } else {
+        next.run(request).await
     };
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
@@ -335,6 +361,10 @@ async fn label_values(
 
 async fn series(State(app): State<Arc<App>>, uri: Uri, headers: HeaderMap) -> Response {
     json_query(&app, &uri, &headers, query::series).await
+}
+
+async fn binaries(State(app): State<Arc<App>>, uri: Uri, headers: HeaderMap) -> Response {
+    json_query(&app, &uri, &headers, query::binaries).await
 }
 
 async fn merge(State(app): State<Arc<App>>, uri: Uri, headers: HeaderMap) -> Response {

@@ -29,11 +29,13 @@ mod server;
 mod stack;
 mod store;
 mod time;
+mod token;
 mod ui;
 mod wal;
 
 pub use http::is_allowed_host;
 pub use server::{Options, ServeError, Server, parse_retention, serve};
+pub use token::{Token, TokenError};
 
 /// An error with all its sources on one line.
 pub(crate) fn describe(error: &dyn std::error::Error) -> String {

@@ -46,6 +46,7 @@ pub(crate) struct Metrics {
     pub(crate) queries_refused: Counter,
     pub(crate) queries_failed: Counter,
     pub(crate) hosts_refused: Counter,
+    pub(crate) tokens_refused: Counter,
 }
 
 /// What holds at this moment, as opposed to what was counted.
@@ -87,6 +88,7 @@ impl Metrics {
             ("queries_refused_total", "Queries refused: wrong, or too many at once.", &self.queries_refused),
             ("queries_failed_total", "Queries that failed inside.", &self.queries_failed),
             ("hosts_refused_total", "Requests refused for their Host header.", &self.hosts_refused),
+            ("tokens_refused_total", "Requests refused for want of the token.", &self.tokens_refused),
         ];
         for (name, help, counter) in counters {
             metric(&mut text, name, help, "counter", counter.get());

@@ -1,5 +1,6 @@
 //! Questions about stored profiles: which types and labels there are, totals over time, merged stacks.
 
+mod binaries;
 mod merge;
 mod params;
 mod pprof;
@@ -7,6 +8,7 @@ mod select;
 mod series;
 
 pub(crate) use self::{
+    binaries::binaries,
     merge::merge,
     params::{MergeFormat, ParamError, Params},
     pprof::pprof,

@@ -13,15 +13,18 @@ use std::{
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
-    http::{self, App, PushLimits},
+    http::{self, Access, App, PushLimits},
     metrics::Metrics,
     receive,
     store::{Store, StoreOptions},
     time::parse_duration_ms,
+    token::Token,
 };
 
 /// Time open requests have to finish once the backend is asked to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time to write what is in memory to parts after that. Together they are less than what an agent waits for its own.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(4);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What a backend is to do. [`Options::new`] gives the defaults; every field may be changed after.
@@ -36,6 +39,8 @@ pub struct Options {
     /// Names by which clients call this backend, besides `localhost` and IP addresses. Requests for other names are
     /// refused, since a web page could make them up (DNS rebinding). Default none.
     pub allowed_hosts: Vec<String>,
+    /// What requests must bring, but for `/healthz` and `/readyz`. Default none, which is for loopback addresses only.
+    pub token: Option<Token>,
     /// How long a profile stays in memory and in the log before it goes to a Parquet part. Default 1 minute.
     pub flush_interval: Duration,
     /// Largest body of a push, as sent, in bytes. Default 16 MiB.
@@ -54,6 +59,7 @@ impl Options {
             data_dir: data_dir.into(),
             retention: 7 * DAY,
             allowed_hosts: Vec::new(),
+            token: None,
             flush_interval: Duration::from_secs(60),
             push_bytes_max: 16 << 20,
             push_inflated_bytes_max: 64 << 20,
@@ -82,6 +88,14 @@ pub fn parse_retention(text: &str) -> Option<Duration> {
 /// Why a backend did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// Whoever reaches the address could read and write profiles. Nothing was opened.
+    #[error(
+        "listen: {listen} is not accepted without a token; accepted: a loopback address, or a token file"
+    )]
+    Unprotected {
+        /// [`Options::listen`].
+        listen: SocketAddr,
+    },
     /// The store in the data directory cannot be opened: in use, not readable, not writable.
     #[error("open the store in {data_dir}")]
     Open {
@@ -114,8 +128,11 @@ impl Server {
     /// Opens the store, replays what a crash left in its log, and binds the port.
     ///
     /// # Errors
-    /// When the data directory is in use or broken, or the address taken.
+    /// When the data directory is in use or broken, the address taken, or open to a network without a token.
     pub async fn bind(options: Options) -> Result<Self, ServeError> {
+        if options.token.is_none() && !options.listen.ip().is_loopback() {
+            return Err(ServeError::Unprotected { listen: options.listen });
+        }
         let app = {
             let options = options.clone();
             let opened = tokio::task::spawn_blocking(move || open(&options)).await;
@@ -133,7 +150,8 @@ impl Server {
     }
 
     /// Serves until `shutdown` completes; then lets open requests finish for a few seconds and writes what is in
-    /// memory to parts.
+    /// memory to parts. A disk that is slow at it is not waited for: all that was acknowledged is in the log, which the
+    /// next start reads.
     ///
     /// # Errors
     /// When the listener breaks.
@@ -158,9 +176,26 @@ impl Server {
             result = serve.into_future() => result.map_err(ServeError::Serve),
             () = drained => Ok(()),
         };
-        let closed = tokio::task::spawn_blocking(move || app.store.close()).await;
-        closed.expect("closing does not panic, and nothing cancels it");
+        close(move || app.store.close(), CLOSE_TIMEOUT).await;
         result
+    }
+}
+
+/// Runs `work`, on a thread of its own: those of the runtime may all be busy with queries. What takes longer than `timeout`
+/// goes on by itself, and ends with the process.
+async fn close(work: impl FnOnce() + Send + 'static, timeout: Duration) {
+    let (done, is_done) = tokio::sync::oneshot::channel();
+    let work = move || {
+        work();
+        // Nobody may wait for it any more.
+        let _ = done.send(());
+    };
+    let thread = std::thread::Builder::new().name("store-close".to_owned()).spawn(work);
+    thread.expect("a process that runs can start a thread");
+    if tokio::time::timeout(timeout, is_done).await.is_err() {
+        tracing::warn!(
+            "what is in memory was not written to parts within {timeout:?}: the next start reads it from the log"
+        );
     }
 }
 
@@ -192,5 +227,28 @@ fn open(options: &Options) -> Result<App, ServeError> {
         source: Box::new(source),
     })?;
     let limits = PushLimits { body_bytes_max: options.push_bytes_max, inflated_bytes_max };
-    Ok(App::new(store, metrics, limits, options.retention, options.allowed_hosts.clone()))
+    let access = Access { hosts: options.allowed_hosts.clone(), token: options.token.clone() };
+    Ok(App::new(store, metrics, limits, options.retention, access))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_does_not_close_is_not_waited_for() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let (release, hangs) = std::sync::mpsc::channel::<()>();
+        let (told, is_told) = std::sync::mpsc::channel();
+        let work = move || {
+            // An error means that it was released.
+            let _ = hangs.recv();
+            told.send(()).expect("the test waits for it");
+        };
+        runtime.block_on(close(work, Duration::from_millis(10)));
+        assert!(is_told.try_recv().is_err(), "it hangs still");
+        drop(release);
+        is_told.recv().expect("it ends by itself");
+        runtime.block_on(close(|| {}, Duration::from_secs(60)));
+    }
 }

@@ -39,12 +39,10 @@ const _: () = assert!(size_of::<KernelFacts>() == 48);
 pub struct Settings {
     /// User frames of one sample, at most `limits::USER_FRAMES_MAX`.
     pub user_frames_limit: u32,
-    /// 1 where targets decide what is sampled.
-    pub has_targets: u32,
     /// 1 where some of them are families (`targets::BY_FAMILY`).
     pub has_families: u32,
     /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    pub reserved: [u32; 2],
 }
 
 const _: () = assert!(size_of::<Settings>() == 16);
@@ -53,8 +51,8 @@ impl Settings {
     /// The fields in order, as [`KernelFacts::words`].
     #[must_use]
     pub const fn words(self) -> [u32; 4] {
-        let Self { user_frames_limit, has_targets, has_families, reserved } = self;
-        [user_frames_limit, has_targets, has_families, reserved]
+        let Self { user_frames_limit, has_families, reserved: [first, second] } = self;
+        [user_frames_limit, has_families, first, second]
     }
 }
 

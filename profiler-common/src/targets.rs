@@ -60,6 +60,15 @@ pub struct Targets {
 const _: () = assert!(size_of::<Target>() == 64);
 const _: () = assert!(size_of::<Targets>() == 8 + 64 * TARGETS_MAX);
 
+impl Targets {
+    /// Everything is sampled, each with the agent's own frequency.
+    #[inline(always)]
+    #[must_use]
+    pub const fn want_everything(&self) -> bool {
+        self.count == 0 && self.is_default_wanted != 0
+    }
+}
+
 impl Target {
     /// Whether a process meets the conditions on its id and name.
     #[inline(always)]

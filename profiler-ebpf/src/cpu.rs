@@ -15,7 +15,7 @@ use profiler_common::{
 
 use crate::{
     helpers::{boot_time_ns, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, count, setting},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, count},
     stack::{mask, walk_user},
     targets, task,
 };
@@ -26,7 +26,7 @@ const NO_WAKEUP: u64 = 1;
 /// Counts a sample and takes it, if it is wanted.
 #[inline(always)]
 pub fn sample(ctx: &PerfEventContext) {
-    let weight = if setting!(has_targets) == 1 { targets::weight(period_ns(ctx)) } else { 1 };
+    let weight = targets::weight(period_ns(ctx));
     if weight == 0 {
         return;
     }

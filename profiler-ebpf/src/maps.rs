@@ -115,8 +115,8 @@ const _: () = assert!(size_of::<Scratch>() <= 32 << 10);
 /// The process has no tables: it is walked by frame pointers.
 pub const NO_CHUNK: u64 = profiler_common::unwind::mappings::NO_CHUNK as u64;
 
-/// What is to be sampled: one value. Written by the agent, read by `cpu_sample` where [`SETTINGS`] say that there are
-/// targets.
+/// What is to be sampled: one value. Written by the agent before anything is sampled and whenever that changes, read by
+/// `cpu_sample`.
 #[map]
 pub static TARGETS: Array<Targets> = Array::with_max_entries(1, 0);
 
@@ -132,7 +132,7 @@ pub static FAMILY: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
 /// Set by the agent before loading, frozen by the kernel, as [`KERNEL_FACTS`].
 #[unsafe(no_mangle)]
 pub static SETTINGS: Settings =
-    Settings { user_frames_limit: USER_FRAMES_MAX as u32, has_targets: 0, has_families: 0, reserved: 0 };
+    Settings { user_frames_limit: USER_FRAMES_MAX as u32, has_families: 0, reserved: [0; 2] };
 
 /// Reads one field of [`SETTINGS`], as [`kernel_fact`] does.
 macro_rules! setting {

@@ -1,4 +1,4 @@
-//! Whether the current task is one that is to be sampled. Nothing of this runs, nor is verified, without targets.
+//! Whether the current task is one that is to be sampled. Without targets, that is one look at the list.
 
 use profiler_common::{
     stats::Counter,
@@ -17,6 +17,9 @@ use crate::{
 #[inline(always)]
 pub fn weight(period_ns: u64) -> u32 {
     let Some(list) = list() else { return 1 };
+    if list.want_everything() {
+        return 1;
+    }
     remember_process();
     let mut at = 0;
     while at < TARGETS_MAX as u32 {

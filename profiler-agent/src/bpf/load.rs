@@ -96,7 +96,9 @@ pub(crate) struct LoadOptions {
     pub(crate) processes: u32,
     /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
     pub(crate) stack_depth: u32,
-    /// What is sampled. Where that is everything, no sample is asked about.
+    /// Whether CPU time is sampled.
+    pub(crate) has_cpu: bool,
+    /// What is sampled.
     pub(crate) targets: Targets,
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) period_ns: u64,
@@ -117,7 +119,9 @@ pub(crate) struct Programs {
     process_events: Vec<RawTracePointLink>,
     /// CPUs that are online but whose event could not be opened when they came.
     refused: BTreeSet<u32>,
-    targets: Option<TargetMap>,
+    targets: TargetMap,
+    /// Whether CPU time is sampled.
+    has_cpu: bool,
     period_ns: u64,
     sys_root: PathBuf,
 }
@@ -141,9 +145,8 @@ impl Programs {
         let has_families = !options.targets.families().is_empty();
         let settings = Settings {
             user_frames_limit: options.stack_depth,
-            has_targets: (!options.targets.want_everything()).into(),
             has_families: has_families.into(),
-            reserved: 0,
+            reserved: [0; 2],
         }
         .words();
         let mut loader = EbpfLoader::new();
@@ -164,14 +167,12 @@ impl Programs {
             raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
         }
         sample_program(&mut ebpf)?.load().map_err(sample_failed)?;
-        let targets = match options.targets.want_everything() {
-            true => None,
-            false => Some(TargetMap::new(&mut ebpf, options.targets.clone())?),
-        };
+        let targets = TargetMap::new(&mut ebpf, options.targets.clone())?;
         Ok(Self {
             ebpf,
             heap,
             targets,
+            has_cpu: options.has_cpu,
             clocks: BTreeMap::new(),
             process_events: Vec::new(),
             refused: BTreeSet::new(),
@@ -183,6 +184,10 @@ impl Programs {
     /// Attaches everything and starts sampling on every CPU. For a sampler that does not run.
     pub(crate) fn start(&mut self) -> Result<(), BpfError> {
         self.attach_process_events()?;
+        if self.has_cpu { self.start_clocks() } else { Ok(()) }
+    }
+
+    fn start_clocks(&mut self) -> Result<(), BpfError> {
         self.open_clocks()?;
         for (&cpu, clock) in &self.clocks {
             clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
@@ -212,6 +217,9 @@ impl Programs {
     /// Samples the CPUs that have come online since, and drops the events of those that are gone. For a running
     /// sampler; a CPU whose event cannot be opened is tried again at the next call.
     pub(crate) fn follow_cpus(&mut self) -> Result<(), BpfError> {
+        if !self.has_cpu {
+            return Ok(());
+        }
         let online: BTreeSet<u32> =
             cpu::online(&self.sys_root).map_err(BpfError::Cpus)?.into_iter().collect();
         let changes = Changes::between(&self.clocks, &online);
@@ -278,12 +286,34 @@ impl Programs {
 
     /// Looks for cgroups of targets that were not there before.
     pub(crate) fn follow_cgroups(&mut self) -> Result<(), BpfError> {
-        self.targets.as_mut().map_or(Ok(()), TargetMap::follow_cgroups)
+        self.targets.follow_cgroups()
+    }
+
+    /// Samples other targets from now on. Where that fails, the old ones stay.
+    pub(crate) fn set_targets(&mut self, targets: Targets) -> Result<(), BpfError> {
+        self.targets.set(targets)
+    }
+
+    /// Samples CPU time from now on, or no longer. `is_running`: between [`Self::start`] and [`Self::stop`].
+    pub(crate) fn set_cpu(&mut self, wanted: bool, is_running: bool) -> Result<(), BpfError> {
+        self.has_cpu = wanted;
+        match (wanted, is_running) {
+            (true, true) => self.start_clocks(),
+            (false, _) => {
+                self.stop_clocks();
+                Ok(())
+            }
+            (true, false) => Ok(()),
+        }
     }
 
     /// Stops sampling and detaches everything; what is in the ring buffer stays there to be drained.
     pub(crate) fn stop(&mut self) {
         self.process_events.clear();
+        self.stop_clocks();
+    }
+
+    fn stop_clocks(&mut self) {
         for (cpu, clock) in std::mem::take(&mut self.clocks) {
             if let Err(error) = clock.disable() {
                 warn!(cpu, %error, "a clock event could not be stopped; closing it");
@@ -425,6 +455,7 @@ mod tests {
             tables: None,
             processes: 1024,
             stack_depth: 127,
+            has_cpu: true,
             targets: Targets::new(Vec::new(), true).expect("none"),
             period_ns: PERIODS_NS[0],
             cgroups: None,

@@ -10,5 +10,6 @@ mod value;
 
 pub(crate) use heap::{HeapCounts, HeapProgram, HeapSource, Links, LiveMap};
 pub(crate) use load::{BpfError, LoadOptions, Programs};
+pub(crate) use probe::finds_cgroups_below;
 pub(crate) use stats::KernelCounts;
 pub(crate) use unwind::UnwindMaps;

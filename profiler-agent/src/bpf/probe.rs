@@ -1,5 +1,7 @@
 //! What the running kernel offers, asked for once.
 
+use std::sync::OnceLock;
+
 use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
@@ -33,7 +35,7 @@ pub(super) fn kernel_facts(btf: &Btf) -> KernelFacts {
         task_flags_offset: offset("flags"),
         task_signal_offset: offset("signal"),
         signal_live_offset: offset_in("signal_struct", "live"),
-        has_ancestor_cgroup_id: u32::from(has_ancestor_cgroup_id()),
+        has_ancestor_cgroup_id: u32::from(finds_cgroups_below()),
     }
 }
 
@@ -75,6 +77,12 @@ const POINTER_BYTES: u32 = 8;
 fn has_ancestor_cgroup_id() -> bool {
     let helper = BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id;
     is_helper_supported(ProgramType::PerfEvent, helper).unwrap_or(false)
+}
+
+/// Whether a target's cgroup means those below it too. Asked of the kernel once.
+pub(crate) fn finds_cgroups_below() -> bool {
+    static FINDS: OnceLock<bool> = OnceLock::new();
+    *FINDS.get_or_init(has_ancestor_cgroup_id)
 }
 
 /// `bpf_task_pt_regs` came with kernel 5.15. A kernel that refuses the question is taken not to have it.

@@ -59,14 +59,29 @@ impl TargetMap {
         Ok(targets)
     }
 
+    /// Other targets from now on. Where they cannot be written, the old ones stay.
+    pub(super) fn set(&mut self, wanted: Targets) -> Result<(), BpfError> {
+        check_cgroups(&wanted, self.hierarchy.as_ref().map(WholeV2::path))?;
+        let before = std::mem::replace(&mut self.wanted, wanted);
+        let written = self.follow_cgroups();
+        if written.is_err() {
+            self.wanted = before;
+        }
+        written
+    }
+
     /// Writes the targets when they, or the cgroups they name, have changed.
     pub(super) fn follow_cgroups(&mut self) -> Result<(), BpfError> {
         let wanted = self.wanted.to_wire(self.hierarchy.as_ref().map(WholeV2::path));
         if wanted == self.written {
             return Ok(());
         }
-        self.written = wanted;
-        self.write()
+        let before = std::mem::replace(&mut self.written, wanted);
+        let written = self.write();
+        if written.is_err() {
+            self.written = before;
+        }
+        written
     }
 
     fn write(&mut self) -> Result<(), BpfError> {

@@ -6,9 +6,10 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use profiler_backend::Token;
 use reqwest::{Client, Url};
 
-use crate::config::{Config, Token};
+use crate::config::Config;
 
 /// An agent that does not answer within this time does not run.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -20,28 +21,38 @@ pub(super) struct Agent {
     client: Client,
     address: SocketAddr,
     token: Option<Token>,
+    backend_token: Option<Token>,
 }
 
 impl Agent {
     pub(super) fn new(config: &Config) -> anyhow::Result<Self> {
         let client =
             Client::builder().no_proxy().timeout(TIMEOUT).build().context("set up the HTTP client")?;
-        Ok(Self { client, address: reachable(config.listen), token: config.token.clone() })
+        Ok(Self {
+            client,
+            address: reachable(config.listen),
+            token: config.token.clone(),
+            backend_token: config.backend_token.clone(),
+        })
     }
 
     /// The body of the agent's answer to a path.
     pub(super) async fn get(&self, path: &str) -> anyhow::Result<Vec<u8>> {
         let address = self.address;
         let url = Url::parse(&format!("http://{address}{path}")).context("make a URL")?;
-        self.get_url(url).await.with_context(|| {
+        self.fetch(url, self.token.as_ref()).await.with_context(|| {
             format!("no agent answers at {address}: it does not run, or with another --listen")
         })
     }
 
     /// The body of an answer of the embedded backend.
-    pub(super) async fn get_url(&self, url: Url) -> anyhow::Result<Vec<u8>> {
+    pub(super) async fn get_of_backend(&self, url: Url) -> anyhow::Result<Vec<u8>> {
+        self.fetch(url, self.backend_token.as_ref()).await
+    }
+
+    async fn fetch(&self, url: Url, token: Option<&Token>) -> anyhow::Result<Vec<u8>> {
         let mut request = self.client.get(url);
-        if let Some(token) = &self.token {
+        if let Some(token) = token {
             request = request.bearer_auth(token.text());
         }
         let mut response = request.send().await?;

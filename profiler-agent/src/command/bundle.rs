@@ -20,8 +20,10 @@ use crate::{
 };
 
 /// What the running agent answers, and what it is called in the bundle.
-const ANSWERS: [(&str, &str); 5] = [
+const ANSWERS: [(&str, &str); 7] = [
     ("/status?format=json", "status.json"),
+    ("/targets?format=json", "targets.json"),
+    ("/binaries", "binaries.json"),
     ("/metrics", "metrics.txt"),
     ("/config", "config-running.toml"),
     ("/bpf", "bpf.txt"),
@@ -68,7 +70,7 @@ async fn own_profile(agent: &Agent) -> anyhow::Result<Vec<u8>> {
         .append_pair("format", "pprof")
         .append_pair("from", PROFILE_FROM)
         .append_pair("query", "{exe=\"profiler-agent\"}");
-    agent.get_url(url).await
+    agent.get_of_backend(url).await
 }
 
 /// A compressed tar in the making.

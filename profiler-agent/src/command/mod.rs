@@ -24,12 +24,8 @@ pub(crate) fn run(command: Command, sources: &Sources, config: &Config) -> anyho
     match command {
         Command::Record(arguments) => record::run(&arguments.adjust(config.clone())?, &arguments),
         Command::Doctor(flags) => run_doctor(&flags),
-        Command::Status(StatusFlags { json }) => {
-            let path = if json { "/status?format=json" } else { "/status" };
-            let answer = runtime.block_on(Agent::new(config)?.get(path))?;
-            print!("{}", String::from_utf8_lossy(&answer));
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Status(flags) => runtime.block_on(show(config, "/status", flags)),
+        Command::Targets(flags) => runtime.block_on(show(config, "/targets", flags)),
         Command::SupportBundle(flags) => {
             let missing = runtime.block_on(bundle::write(&flags.output, sources, config))?;
             println!("written to {}", flags.output.display());
@@ -39,6 +35,14 @@ pub(crate) fn run(command: Command, sources: &Sources, config: &Config) -> anyho
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// Prints what the running agent answers.
+async fn show(config: &Config, path: &str, StatusFlags { json }: StatusFlags) -> anyhow::Result<ExitCode> {
+    let form = if json { "?format=json" } else { "" };
+    let answer = Agent::new(config)?.get(&format!("{path}{form}")).await?;
+    print!("{}", String::from_utf8_lossy(&answer));
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_doctor(flags: &DoctorFlags) -> anyhow::Result<ExitCode> {

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
+use profiler_backend::Token;
+
 use super::{Config, ConfigError, LogFormat, Origin, Sources, Unwind};
 use crate::{export::Destination, heap::Rule, targets::Target};
 
@@ -27,6 +29,7 @@ impl Config {
             stack_depth,
             targets,
             uploads,
+            upload_token_file,
             node,
             labels,
             heap,
@@ -38,13 +41,15 @@ impl Config {
             enabled,
             metrics_listen,
             token,
+            backend_token,
             run_dir,
             instance,
             allow_kernel,
         } = self;
         let labels: toml::Table =
             labels.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
-        let uploads: Vec<_> = uploads.iter().map(Destination::name).collect();
+        // A token that all have in common is shown by its own key.
+        let uploads: Vec<_> = uploads.iter().map(|to| upload(to, upload_token_file.is_some())).collect();
         let debuginfod_urls: Vec<_> = debuginfod_urls.iter().map(ToString::to_string).collect();
         let text = |text: String| Some(toml::Value::from(text));
         vec![
@@ -62,6 +67,7 @@ impl Config {
             ("target", Some(targets.list().iter().map(target).collect::<Vec<_>>().into())),
             ("target_default", Some(targets.is_default_wanted().into())),
             ("upload", Some(uploads.into())),
+            ("upload_token_file", upload_token_file.as_ref().map(|file| file.display().to_string().into())),
             ("node", text(node.clone())),
             ("labels", Some(labels.into())),
             ("heap", Some(heap.list.iter().map(heap_rule).collect::<Vec<_>>().into())),
@@ -71,12 +77,23 @@ impl Config {
             ("profiles", Some(profiles.clone().into())),
             ("enabled", Some((*enabled).into())),
             ("metrics_listen", metrics_listen.map(|address| address.to_string().into())),
-            ("token_file", token.as_ref().map(|token| token.file.display().to_string().into())),
+            ("token_file", token.as_ref().map(token_file)),
+            ("backend_token_file", backend_token.as_ref().map(token_file)),
             ("run_dir", text(run_dir.display().to_string())),
             ("instance", instance.clone().map(Into::into)),
             ("allow_kernel", Some((*allow_kernel).into())),
         ]
     }
+}
+
+fn token_file(token: &Token) -> toml::Value {
+    token.file().display().to_string().into()
+}
+
+fn upload(to: &Destination, has_common_token: bool) -> toml::Value {
+    let Some(token) = to.token().filter(|_| !has_common_token) else { return to.name().into() };
+    let keys = [("url", to.name().into()), ("token_file", token_file(token))];
+    toml::Table::from_iter(keys.map(|(key, value)| (key.to_owned(), value))).into()
 }
 
 fn heap_rule(rule: &Rule) -> toml::Value {

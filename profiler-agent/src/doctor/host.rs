@@ -7,7 +7,10 @@ use std::{
 };
 
 use super::{Finding, Host, kernel};
-use crate::sys::capabilities::{self, Capability};
+use crate::{
+    languages::{self, Language},
+    sys::capabilities::{self, Capability},
+};
 
 /// Processes looked at for runtimes.
 const PROCESSES_MAX: usize = 65_536;
@@ -221,22 +224,13 @@ fn cgroups(proc: &Path) -> Finding {
     }
 }
 
-/// Programs that run others, by the names of their executables.
-const RUNTIMES: [(&str, &str); 14] = [
+/// Programs that run containers.
+const CONTAINER_RUNTIMES: [(&str, &str); 5] = [
     ("containerd", "containerd"),
     ("dockerd", "Docker"),
     ("crio", "CRI-O"),
     ("podman", "Podman"),
     ("kubelet", "kubelet"),
-    ("java", "Java: start with -XX:+PreserveFramePointer"),
-    ("node", "Node: start with --perf-basic-prof for names"),
-    ("python", "Python: 3.12 and later with -X perf for names"),
-    ("ruby", "Ruby"),
-    ("php", "PHP"),
-    ("dotnet", ".NET: DOTNET_PerfMapEnabled=1 for names"),
-    ("beam.smp", "Erlang"),
-    ("perl", "Perl"),
-    ("lua", "Lua"),
 ];
 
 fn runtimes(proc: &Path) -> Finding {
@@ -248,17 +242,16 @@ fn runtimes(proc: &Path) -> Finding {
         .filter_map(|pid| fs::read_link(pid.join("exe")).ok())
         .filter_map(|exe| Some(exe.file_name()?.to_str()?.to_owned()))
         .collect();
-    let is_running = |runtime: &str| names.iter().any(|name| is_version_of(name, runtime));
-    let found: Vec<_> =
-        RUNTIMES.iter().filter(|(name, _)| is_running(name)).map(|&(_, shown)| shown).collect();
+    let containers = CONTAINER_RUNTIMES.iter().filter(|(name, _)| names.contains(*name));
+    let containers = containers.map(|&(_, shown)| shown.to_owned());
+    let running = |language: &&Language| {
+        names.iter().any(|name| languages::of_executable(name).is_some_and(|found| found == *language))
+    };
+    let languages = languages::ALL.iter().filter(running);
+    let languages = languages.map(|language| format!("{} (for names: {})", language.name, language.switch));
+    let found: Vec<_> = containers.chain(languages).collect();
     let found = if found.is_empty() { "none".to_owned() } else { found.join("; ") };
     Finding::info("runtimes", format!("{found} (of {} processes)", pids.len()))
-}
-
-/// `python3.12` is `python`.
-fn is_version_of(name: &str, runtime: &str) -> bool {
-    name.strip_prefix(runtime)
-        .is_some_and(|version| version.chars().all(|letter| letter.is_ascii_digit() || letter == '.'))
 }
 
 fn is_number(name: &std::ffi::OsStr) -> bool {

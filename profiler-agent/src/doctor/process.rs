@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use crate::{
     executable::{Executable, ExecutableCache},
-    process::{Backing, ImageReader, Mapping},
+    languages::{self, Language},
+    process::{Backing, GeneratedCode, ImageReader, Mapping, PerfMapError},
     unwind,
 };
 
@@ -18,7 +19,16 @@ const EXECUTABLES_MAX: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Report {
     pid: u32,
+    /// Languages whose code runs in it, and how their functions get names.
+    languages: Vec<Interpreted>,
     mappings: Vec<Sources>,
+}
+
+/// A language whose runtime the process has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Interpreted {
+    language: String,
+    names: String,
 }
 
 /// Where the agent gets from what for one executable range.
@@ -43,7 +53,26 @@ pub(crate) fn examine(proc_root: &Path, pid: u32) -> anyhow::Result<Report> {
     if mappings.is_empty() {
         bail!("process {pid} has no code of its own (a kernel thread), or its mappings may not be read");
     }
-    Ok(Report { pid, mappings: mappings.iter().map(sources).collect() })
+    let languages = interpreted(proc_root, pid, &mappings);
+    Ok(Report { pid, languages, mappings: mappings.iter().map(sources).collect() })
+}
+
+fn interpreted(proc_root: &Path, pid: u32, mappings: &[Mapping]) -> Vec<Interpreted> {
+    let mut found: Vec<&Language> = Vec::new();
+    for mapping in mappings {
+        let Backing::Executable(executable) = &mapping.backing else { continue };
+        found.extend(languages::of_file(&executable.name()).filter(|language| !found.contains(language)));
+    }
+    let map = GeneratedCode::new(pid, 0, "").open_perf_map(proc_root);
+    let names = |language: &Language| match &map {
+        Ok(_) => "it writes a perf map".to_owned(),
+        Err(PerfMapError::Open(_)) => format!("none: {}", language.switch),
+        Err(error) => format!("none: {error}"),
+    };
+    found
+        .iter()
+        .map(|language| Interpreted { language: language.name.to_owned(), names: names(language) })
+        .collect()
 }
 
 fn sources(mapping: &Mapping) -> Sources {
@@ -79,6 +108,7 @@ fn names(executable: &Executable) -> String {
     let symbols = executable.symbols();
     match (symbols.has_debug_info, symbols.symbol_bytes > 0) {
         (true, _) => "functions, inlined calls, files and lines: DWARF".to_owned(),
+        (false, _) if symbols.mini.is_some() => "functions: symbols, and those of .gnu_debugdata".to_owned(),
         (false, true) => "functions: symbols".to_owned(),
         (false, false) if executable.is_go() => "none: the Go program is stripped of its symbols".to_owned(),
         (false, false) => "none: the file is stripped".to_owned(),
@@ -87,8 +117,11 @@ fn names(executable: &Executable) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { pid, mappings } = self;
+        let Self { pid, languages, mappings } = self;
         writeln!(f, "process {pid}: where callers and names come from")?;
+        for Interpreted { language, names } in languages {
+            writeln!(f, "functions of {language} code\n  names      {names}")?;
+        }
         for Sources { start, end, file, unwinding, names } in mappings {
             writeln!(f, "{start}-{end} {file}\n  unwinding  {unwinding}\n  names      {names}")?;
         }

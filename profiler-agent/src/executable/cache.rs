@@ -4,31 +4,10 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use super::content::{AGE_MIN, FileKey};
 use super::{Executable, ExecutableError, ExecutableId, Identity, MappedFile};
-
-/// A file's version, cheap to ask for: while none of this changes, the content is taken to be the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct FileKey {
-    device: u64,
-    inode: u64,
-    bytes: i64,
-    modified_ns: (i64, u64),
-    changed_ns: (i64, u64),
-}
-
-impl FileKey {
-    #[expect(clippy::useless_conversion, reason = "the fields of stat differ in width between architectures")]
-    fn new(stat: &rustix::fs::Stat) -> Self {
-        Self {
-            device: stat.st_dev.into(),
-            inode: stat.st_ino.into(),
-            bytes: stat.st_size.into(),
-            modified_ns: (stat.st_mtime.into(), stat.st_mtime_nsec.into()),
-            changed_ns: (stat.st_ctime.into(), stat.st_ctime_nsec.into()),
-        }
-    }
-}
 
 /// All executables that are open, at most `max` of them, each with one open file.
 ///
@@ -37,12 +16,17 @@ impl FileKey {
 #[derive(Debug)]
 pub(crate) struct ExecutableCache {
     max: usize,
+    age_min: Duration,
     table: Mutex<Table>,
 }
 
 #[derive(Debug, Default)]
 struct Table {
     by_identity: HashMap<Identity, Place>,
+    /// How many of these have the same ends and size, and may be copies of each other.
+    alike: HashMap<Identity, u32>,
+    /// By content, what stands for it: the identity of one that is open.
+    by_content: HashMap<Identity, Identity>,
     /// Copies of one executable (an image layer each) lead to the same entry. Only a shortcut: emptied at 4 × `max`.
     by_file: HashMap<FileKey, Identity>,
     next_id: u32,
@@ -58,7 +42,34 @@ struct Place {
 impl ExecutableCache {
     /// A cache of at most `max` open executables; the caller raises RLIMIT_NOFILE to fit.
     pub(crate) fn new(max: usize) -> Self {
-        Self { max, table: Mutex::default() }
+        Self { max, age_min: AGE_MIN, table: Mutex::default() }
+    }
+
+    /// One that vouches for files however new they are.
+    #[cfg(test)]
+    pub(crate) fn of_new_files(max: usize) -> Self {
+        Self { age_min: Duration::ZERO, ..Self::new(max) }
+    }
+
+    /// The executable that stands for all with the same content, from now on ([`Executable::settled`]). Reads the whole
+    /// file, so never on the way of samples.
+    pub(crate) fn settle(&self, executable: &Arc<Executable>) -> Arc<Executable> {
+        if executable.identity().file.is_some()
+            && executable.settled.get().is_none()
+            && let Some(content) = executable.content()
+        {
+            self.lock().settle(executable, executable.identity().of_content(content));
+        }
+        Arc::clone(executable.settled())
+    }
+
+    /// The same, but reads nothing as long as no other file looks like a copy of this one.
+    pub(crate) fn settle_copies(&self, executable: &Arc<Executable>) -> Arc<Executable> {
+        let alike = self.lock().alike(executable);
+        for other in &alike {
+            self.settle(other);
+        }
+        Arc::clone(executable.settled())
     }
 
     /// The executable behind a mapping of a process.
@@ -76,7 +87,7 @@ impl ExecutableCache {
             return Ok(known);
         }
         let id = self.lock().take_id();
-        let read = Executable::read(id, mapped.path, file)?;
+        let read = Executable::read(id, mapped.path, file, key, self.age_min)?;
         self.lock().insert(key, read, self.max)
     }
 
@@ -124,7 +135,10 @@ impl Table {
         self.clock += 1;
         let place = match self.by_identity.entry(identity) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(free) => free.insert(Place { executable: Arc::new(read), used_at: 0 }),
+            Entry::Vacant(free) => {
+                *self.alike.entry(free.key().resemblance()).or_default() += 1;
+                free.insert(Place { executable: Arc::new(read), used_at: 0 })
+            }
         };
         place.used_at = self.clock;
         Ok(Arc::clone(&place.executable))
@@ -140,7 +154,46 @@ impl Table {
         };
         self.by_identity.remove(&identity);
         self.by_file.retain(|_, other| *other != identity);
+        self.by_content.retain(|_, other| *other != identity);
+        if let Entry::Occupied(mut alike) = self.alike.entry(identity.resemblance()) {
+            *alike.get_mut() -= 1;
+            if *alike.get() == 0 {
+                alike.remove();
+            }
+        }
         true
+    }
+
+    /// This executable and those that look like copies of it, the oldest first; none when there are no others.
+    fn alike(&self, executable: &Executable) -> Vec<Arc<Executable>> {
+        let resemblance = executable.identity().resemblance();
+        if self.alike.get(&resemblance).is_none_or(|&count| count < 2) {
+            return Vec::new();
+        }
+        let open = self.by_identity.iter().filter(|(identity, _)| identity.resemblance() == resemblance);
+        let mut alike: Vec<_> = open.map(|(_, place)| Arc::clone(&place.executable)).collect();
+        alike.sort_by_key(|executable| executable.id());
+        alike
+    }
+
+    /// Makes an executable stand for its content, or another that does already stand for it.
+    fn settle(&mut self, executable: &Arc<Executable>, content: Identity) {
+        let known = self.by_content.get(&content).unwrap_or(&content);
+        let known = self.by_identity.get(known).map(|place| &place.executable);
+        match known.filter(|known| !known.has_changed() && known.settled.get().is_none()) {
+            Some(known) if known.id() == executable.id() => {}
+            Some(known) => {
+                let known = Arc::clone(known);
+                for identity in self.by_file.values_mut().filter(|found| *found == executable.identity()) {
+                    *identity = known.identity().clone();
+                }
+                // Another thread may have been first.
+                let _ = executable.settled.set(known);
+            }
+            None => {
+                self.by_content.insert(content, executable.identity().clone());
+            }
+        }
     }
 }
 
@@ -206,23 +259,83 @@ mod tests {
     #[test]
     fn copies_of_a_file_are_one_executable_and_changed_ones_are_not() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = ExecutableCache::new(8);
+        let cache = ExecutableCache::of_new_files(8);
         let one = open(&cache, &map(&program(dir.path(), "one", 1))).unwrap();
-        let copy = open(&cache, &map(&program(dir.path(), "copy", 1))).unwrap();
+        let copied = map(&program(dir.path(), "copy", 1));
+        let copy = open(&cache, &copied).unwrap();
         let other = open(&cache, &map(&program(dir.path(), "other", 2))).unwrap();
 
-        assert_eq!(one.id(), copy.id());
-        assert_ne!(one.id(), other.id());
+        assert_eq!(cache.settle_copies(&other).id(), other.id());
+        assert_eq!(other.settled.get().map(|other| other.id()), None);
+        assert_ne!(one.id(), copy.id(), "nobody has read them yet");
+        for executable in [&one, &copy] {
+            assert_eq!(cache.settle_copies(executable).id(), one.id());
+            assert_eq!(executable.settled().id(), one.id());
+        }
+        assert_eq!(open(&cache, &copied).unwrap().id(), one.id());
+        assert_ne!(cache.settle(&other).id(), one.id());
         assert_eq!(one.build_id(), other.build_id(), "the build id does not tell them apart");
-        assert_eq!(cache.len(), 2);
         assert_eq!(one.name(), "one");
+    }
+
+    /// A copy of this program with another byte in its middle, where nothing but a reading of all of it would look.
+    fn forged(dir: &Path, name: &str) -> PathBuf {
+        let path = program(dir, name, 1);
+        let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let middle = file.metadata().unwrap().len() / 2;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, middle).unwrap();
+        file.write_all_at(&[!byte[0]], middle).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_forged_middle_is_another_executable_whoever_comes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        for original_first in [true, false] {
+            let cache = ExecutableCache::of_new_files(8);
+            let original = map(&program(dir.path(), "original", 1));
+            let forged = map(&forged(dir.path(), "forged"));
+            let [first, second] = if original_first { [&original, &forged] } else { [&forged, &original] };
+            let (first, second) = (open(&cache, first).unwrap(), open(&cache, second).unwrap());
+            assert_eq!(first.identity().resemblance(), second.identity().resemblance());
+            assert_ne!(first.id(), second.id());
+            assert_ne!(cache.settle_copies(&first).id(), cache.settle_copies(&second).id());
+            assert_ne!(first.content(), second.content());
+        }
+    }
+
+    #[test]
+    fn a_copy_whose_bytes_are_changed_later_stands_for_nobody_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = ExecutableCache::of_new_files(8);
+        let first_path = program(dir.path(), "first", 1);
+        let first = open(&cache, &map(&first_path)).unwrap();
+        let second = open(&cache, &map(&program(dir.path(), "second", 1))).unwrap();
+        assert_eq!(cache.settle_copies(&second).id(), first.id());
+        let file = fs::OpenOptions::new().write(true).open(&first_path).unwrap();
+        file.write_all_at(&[0xcc], file.metadata().unwrap().len() / 2).unwrap();
+        assert_eq!(first.content(), None);
+        assert_eq!(second.settled().id(), second.id());
+        let third = open(&cache, &map(&program(dir.path(), "third", 1))).unwrap();
+        assert_ne!(cache.settle(&third).id(), first.id());
+    }
+
+    #[test]
+    fn a_file_that_was_written_a_moment_ago_is_nobodys_copy_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = ExecutableCache { age_min: Duration::from_secs(3600), ..ExecutableCache::new(8) };
+        let one = open(&cache, &map(&program(dir.path(), "one", 1))).unwrap();
+        let copy = open(&cache, &map(&program(dir.path(), "copy", 1))).unwrap();
+        assert_ne!(cache.settle_copies(&copy).id(), one.id());
+        assert!(!one.has_changed() && !copy.has_changed());
     }
 
     /// Only who may follow the mapping itself still reaches a file that lost its name.
     #[test]
     fn a_deleted_and_replaced_file_is_the_mapped_one_or_none() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = ExecutableCache::new(8);
+        let cache = ExecutableCache::of_new_files(8);
         let path = program(dir.path(), "program", 1);
         let mapping = map(&path);
         let Range { start, end } = &mapping.range;
@@ -234,8 +347,9 @@ mod tests {
         let replaced = open(&cache, &mapping);
 
         if may_follow {
-            assert_eq!(deleted.unwrap().id(), known.id());
-            assert_eq!(replaced.unwrap().id(), known.id());
+            // Another version of the file, for its name is gone; the same content.
+            assert_eq!(cache.settle_copies(&deleted.unwrap()).id(), known.id());
+            assert_eq!(cache.settle_copies(&replaced.unwrap()).id(), known.id());
         } else {
             assert!(matches!(deleted, Err(ExecutableError::Open { .. })), "{deleted:?}");
             assert!(matches!(replaced, Err(ExecutableError::Replaced { .. })), "{replaced:?}");

@@ -131,6 +131,8 @@ pub(crate) struct SymbolSections {
     pub(crate) debug_link: Option<Box<str>>,
     /// A section names another file with debug information.
     pub(crate) names_other_file: bool,
+    /// Where symbols are that are compressed: `.gnu_debugdata`.
+    pub(crate) mini: Option<Range<u64>>,
 }
 
 /// Go's own table of functions, and what the linker says beside it.
@@ -282,6 +284,11 @@ where
         }
         if name == b".gnu_debuglink" {
             sizes.debug_link = debug_link::<H, R>(endian, data, section);
+        }
+        if name == b".gnu_debugdata" {
+            let range =
+                section.file_range(endian).and_then(|(start, bytes)| Some(start..start.checked_add(bytes)?));
+            sizes.mini = range.filter(|range| !range.is_empty());
         }
         match name {
             b".gopclntab" | b".go.buildinfo" => is_go = true,

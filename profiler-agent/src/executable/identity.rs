@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt as _;
 use sha2::{Digest as _, Sha256};
 
 use super::build_id::BuildIds;
+use super::content::{ContentHash, FileKey, first_half};
 
 /// Files up to so many bytes are hashed whole.
 const WHOLE_BYTES_MAX: u64 = 1 << 20;
@@ -20,18 +21,29 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// The content of an executable as far as it is compared: build ids, size, and a hash of small files, or of both ends.
 ///
 /// A build id alone is what the linker was told; a patched or stripped copy keeps it. The middle of a large file is not
-/// read, so who forges a file with the ends of another can give wrong names to its own code, and to that of others
-/// who run the original; numbers and labels stay right.
+/// read when it is opened, for that is on the way of samples: until all of its bytes are known to be another's
+/// ([`super::ExecutableCache::settle`]) it is itself alone, lest somebody forges a file with the ends of another and says
+/// what everybody's functions are called.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Identity {
     pub(crate) build_ids: BuildIds,
     pub(crate) file_bytes: u64,
-    /// First half of the SHA-256 of all bytes up to `WHOLE_BYTES_MAX`; beyond, of head and tail, `END_BYTES` each.
-    pub(crate) content_hash: [u8; 16],
+    /// Of all bytes up to `WHOLE_BYTES_MAX`; beyond, of head and tail, `END_BYTES` each.
+    pub(crate) content_hash: ContentHash,
+    /// Which file it is, where the hash does not say all: of a large one, or one that was changed a moment ago.
+    pub(crate) file: Option<FileKey>,
 }
 
 impl Identity {
-    pub(crate) fn read(file: &File, file_bytes: u64, build_ids: BuildIds) -> io::Result<Self> {
+    /// `is_settled`: the file was changed long enough ago for its version to vouch for its bytes.
+    pub(crate) fn read(
+        file: &File,
+        key: FileKey,
+        is_settled: bool,
+        file_bytes: u64,
+        build_ids: BuildIds,
+    ) -> io::Result<Self> {
+        let is_whole = file_bytes <= WHOLE_BYTES_MAX && is_settled;
         let ranges = match file_bytes {
             0..=WHOLE_BYTES_MAX => [0..file_bytes, file_bytes..file_bytes],
             _ => [0..END_BYTES, file_bytes - END_BYTES..file_bytes],
@@ -40,9 +52,18 @@ impl Identity {
         for range in ranges {
             update(&mut hash, file, range)?;
         }
-        let mut content_hash = [0; 16];
-        content_hash.iter_mut().zip(hash.finalize()).for_each(|(to, from)| *to = from);
-        Ok(Self { build_ids, file_bytes, content_hash })
+        let content_hash = first_half(&hash.finalize());
+        Ok(Self { build_ids, file_bytes, content_hash, file: (!is_whole).then_some(key) })
+    }
+
+    /// What two files have in common that may have the same content.
+    pub(super) fn resemblance(&self) -> Self {
+        Self { file: None, ..self.clone() }
+    }
+
+    /// That of all files with this content.
+    pub(super) fn of_content(&self, content_hash: ContentHash) -> Self {
+        Self { content_hash, file: None, ..self.clone() }
     }
 }
 
@@ -67,7 +88,11 @@ mod tests {
     fn identity(bytes: &[u8]) -> Identity {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(bytes, 0).unwrap();
-        Identity::read(&file, bytes.len() as u64, BuildIds::default()).unwrap()
+        let key = FileKey::of(&file).unwrap();
+        let identity = Identity::read(&file, key, true, bytes.len() as u64, BuildIds::default()).unwrap();
+        // Open, as executables are: the next file would have its inode.
+        std::mem::forget(file);
+        identity
     }
 
     /// A file, and what it is with another byte at a place.
@@ -83,21 +108,24 @@ mod tests {
     }
 
     #[test]
-    fn large_files_differ_by_either_end_and_by_size() {
+    fn large_files_resemble_each_other_by_both_ends_and_size_and_are_never_the_same() {
         let size = WHOLE_BYTES_MAX + 1;
         let (base, with) = base(size);
-        assert_eq!(identity(&base), identity(&base));
+        let of_base = identity(&base).resemblance();
+        assert_ne!(identity(&base), identity(&base));
+        assert_eq!(of_base, identity(&base).resemblance());
         for at in [0, END_BYTES - 1, size - END_BYTES, size - 1] {
-            assert_ne!(identity(&base), with(at), "{at}");
+            assert_ne!(of_base, with(at).resemblance(), "{at}");
         }
-        assert_ne!(identity(&base), identity(&[base.as_slice(), &[7]].concat()));
-        assert_eq!(identity(&base), with(END_BYTES), "the middle is not read");
+        assert_ne!(of_base, identity(&[base.as_slice(), &[7]].concat()).resemblance());
+        assert_eq!(of_base, with(END_BYTES).resemblance(), "the middle is not read");
     }
 
     #[test]
     fn files_of_a_mebibyte_and_less_differ_by_any_byte() {
         for size in [1, CHUNK_BYTES as u64 + 1, WHOLE_BYTES_MAX] {
             let (base, with) = base(size);
+            assert_eq!(identity(&base), identity(&base));
             for at in [0, size / 2, size - 1] {
                 assert_ne!(identity(&base), with(at), "{at} of {size}");
             }
@@ -108,6 +136,7 @@ mod tests {
     #[test]
     fn a_file_shorter_than_it_was_is_an_error() {
         let file = tempfile::tempfile().unwrap();
-        assert!(Identity::read(&file, 10, BuildIds::default()).is_err());
+        let key = FileKey::of(&file).unwrap();
+        assert!(Identity::read(&file, key, true, 10, BuildIds::default()).is_err());
     }
 }

@@ -3,6 +3,7 @@
 mod bounded;
 mod build_id;
 mod cache;
+mod content;
 mod elf;
 mod identity;
 mod open;
@@ -10,16 +11,19 @@ mod open;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use std::{fmt, io};
 
 pub(crate) use build_id::BuildId;
 pub(crate) use cache::ExecutableCache;
+pub(crate) use content::{ContentHash, FileKey};
 pub(crate) use elf::{CompressedSection, Elf, ElfError, GoTable, SectionBytes, SymbolSections};
 pub(crate) use identity::Identity;
 pub(crate) use open::{MappedFile, open_in_root};
 
 use crate::addr::{ElfAddr, FileOffset};
+use content::Content;
 
 /// Number of an executable within one run of the agent; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,6 +39,9 @@ pub(crate) struct Executable {
     file: File,
     elf: Elf,
     debug_is_safe: OnceLock<bool>,
+    content: Content,
+    /// The one that stands for all with this content, where that is another.
+    settled: OnceLock<Arc<Executable>>,
 }
 
 impl Executable {
@@ -92,14 +99,50 @@ impl Executable {
         self.elf.go_table.as_ref()
     }
 
-    /// Reads the headers of an open regular file.
-    fn read(id: ExecutableId, path: &Path, file: File) -> Result<Self, ExecutableError> {
+    /// The hash of all bytes: what names on disk are known by, and what makes two files one executable. Reads all of a large
+    /// file the first time (0.9 s a GB), so never on the way of samples.
+    ///
+    /// `None` where a hash would vouch for nothing: the file has another content than when it was asked for first, was
+    /// changed a moment ago, is served by a program (FUSE), is larger than 2 GiB, or cannot be read.
+    pub(crate) fn content(&self) -> Option<ContentHash> {
+        self.content.hash(&self.file)
+    }
+
+    /// Whether the file was found to have another content than it had.
+    pub(crate) fn has_changed(&self) -> bool {
+        self.content.has_changed()
+    }
+
+    /// The version of the file now; `None` when the file system does not say.
+    pub(crate) fn version(&self) -> Option<FileKey> {
+        FileKey::of(&self.file).ok()
+    }
+
+    /// The executable that stands for all with the same content, as far as that is known.
+    pub(crate) fn settled(self: &Arc<Self>) -> &Arc<Self> {
+        self.settled.get().filter(|other| !other.has_changed()).unwrap_or(self)
+    }
+
+    /// Reads the headers of an open regular file. `age_min`: how long ago it must have been changed to be vouched for.
+    fn read(
+        id: ExecutableId,
+        path: &Path,
+        file: File,
+        key: FileKey,
+        age_min: Duration,
+    ) -> Result<Self, ExecutableError> {
         let read_error = |source| ExecutableError::Read { path: path.into(), source };
         let file_bytes = file.metadata().map_err(read_error)?.len();
         let elf = Elf::of(&file).map_err(|source| ExecutableError::Elf { path: path.into(), source })?;
-        let identity = Identity::read(&file, file_bytes, elf.build_ids.clone()).map_err(read_error)?;
-        let debug_is_safe = OnceLock::new();
-        Ok(Self { id, path: path.into(), identity, file, elf, debug_is_safe })
+        let is_settled = key.is_settled(age_min);
+        let identity = Identity::read(&file, key, is_settled, file_bytes, elf.build_ids.clone());
+        let identity = identity.map_err(read_error)?;
+        let content = match identity.file {
+            None => Content::known(key, identity.content_hash, age_min),
+            Some(_) => Content::unknown(age_min),
+        };
+        let (debug_is_safe, settled) = Default::default();
+        Ok(Self { id, path: path.into(), identity, file, elf, debug_is_safe, content, settled })
     }
 }
 
@@ -152,7 +195,9 @@ impl Executable {
         elf.symbols.debug_link = Some(name.into());
         let file = self.file.try_clone().expect("a descriptor");
         let (path, identity) = (self.path.clone(), self.identity.clone());
-        Self { id: self.id, path, identity, file, elf, debug_is_safe: OnceLock::new() }
+        let content = Content::unknown(Duration::ZERO);
+        let (debug_is_safe, settled) = Default::default();
+        Self { id: self.id, path, identity, file, elf, debug_is_safe, content, settled }
     }
 }
 
@@ -165,15 +210,18 @@ pub(crate) mod testing {
     use std::process::Command;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::Duration;
 
-    use super::{Executable, ExecutableCache, ExecutableError, ExecutableId, MappedFile};
+    use super::{Executable, ExecutableCache, ExecutableError, ExecutableId, FileKey, MappedFile};
     use crate::addr::{Addr, ElfAddr, FileOffset};
 
     /// Opens a file that nobody has mapped; each call gives a new id.
     pub(crate) fn read(path: &Path) -> Result<Arc<Executable>, ExecutableError> {
         static NEXT: AtomicU32 = AtomicU32::new(1 << 31);
         let id = ExecutableId(NEXT.fetch_add(1, Ordering::Relaxed));
-        Executable::read(id, path, fs::File::open(path).unwrap()).map(Arc::new)
+        let file = fs::File::open(path).unwrap();
+        let key = FileKey::of(&file).unwrap();
+        Executable::read(id, path, file, key, Duration::ZERO).map(Arc::new)
     }
 
     /// The file mapped at an address of this process, and the address as the file states it.

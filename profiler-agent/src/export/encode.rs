@@ -14,6 +14,7 @@ use super::queue::Batch;
 use crate::{
     drain::KernelCut,
     executable::Executable,
+    languages::{self, Language},
     ledger::{PerType, ProfileType},
     normalize::Location,
     symbolize::{self, KERNEL, LocationKey},
@@ -33,11 +34,6 @@ const KERNEL_MAPPING: &str = "[kernel.kallsyms]";
 const KERNEL_UNNAMED: &str = "[kernel]";
 /// As perf names memory of generated code. Its addresses mean nothing in another process.
 const GENERATED_MAPPING: &str = "//anon";
-
-/// Python's interpreter has run, and no function that it ran has a name.
-const PYTHON_HINT: &str = "frames of Python code have no names: run python3 -X perf (3.12 or later)";
-/// The function in which CPython runs code, since 3.6 (PEP 523).
-const PYTHON_EVAL: &str = "_PyEval_EvalFrameDefault";
 
 /// Samples lost on this node since the window before was encoded, by cause: said in every profile of a window.
 pub(crate) type Losses = Vec<(&'static str, u64)>;
@@ -152,16 +148,26 @@ struct SeriesEncoder<'a> {
     builder: ProfileBuilder,
     /// The builder's id of each location of the window that this series has used.
     locations: HashMap<u32, LocationId>,
-    python: Python,
+    interpreted: Interpreted,
 }
 
-/// What a series has of Python.
-#[derive(Clone, Copy, Debug, Default)]
-struct Python {
-    /// The interpreter.
-    runs: bool,
-    /// A function that it ran.
+/// What a series has of code that its runtime interprets or generates.
+#[derive(Clone, Debug, Default)]
+struct Interpreted {
+    /// The languages, each once.
+    languages: Vec<&'static Language>,
+    /// Generated code has names. In Python's process that is a trampoline of CPython, named as what it leads to.
     is_named: bool,
+}
+
+impl Interpreted {
+    fn meet(&mut self, language: Option<&'static Language>) {
+        self.languages.extend(language.filter(|language| !self.languages.contains(language)));
+    }
+
+    fn hints(&self) -> impl Iterator<Item = String> {
+        self.languages.iter().filter(|_| !self.is_named).map(|language| language.hint())
+    }
 }
 
 impl<'a> SeriesEncoder<'a> {
@@ -180,7 +186,7 @@ impl<'a> SeriesEncoder<'a> {
         if let Some(comment) = loss_comment(window, losses) {
             builder.comment(&comment);
         }
-        Self { window, symbols, builder, locations: HashMap::new(), python: Python::default() }
+        Self { window, symbols, builder, locations: HashMap::new(), interpreted: Interpreted::default() }
     }
 
     fn encode(mut self, series: &Series) -> profiler_pprof::proto::Profile {
@@ -207,8 +213,8 @@ impl<'a> SeriesEncoder<'a> {
         for text in &series.comments {
             self.builder.comment(text);
         }
-        if self.python.runs && !self.python.is_named {
-            self.builder.comment(PYTHON_HINT);
+        for hint in self.interpreted.hints() {
+            self.builder.comment(&hint);
         }
         self.builder.finish()
     }
@@ -233,7 +239,8 @@ impl<'a> SeriesEncoder<'a> {
         match (key, symbols.get(&key.id())) {
             (LocationKey::Native { executable, addr }, Some(symbolize::Location::Resolved(frames))) => {
                 let mapping = self.executable(executable);
-                self.python.runs |= frames.iter().any(|frame| &*frame.function == PYTHON_EVAL);
+                let languages = frames.iter().map(|frame| languages::of_loop(&frame.function));
+                languages.for_each(|language| self.interpreted.meet(language));
                 let lines: Vec<_> = frames.iter().map(native_line).collect();
                 self.lines(mapping, addr.0, native_kind(executable), &lines)
             }
@@ -246,12 +253,14 @@ impl<'a> SeriesEncoder<'a> {
                 let mapping = self.whole(GENERATED_MAPPING);
                 match found {
                     Some(symbolize::Location::Resolved(frames)) => {
-                        // In Python's process that is a trampoline of CPython, which is named as what it leads to.
-                        self.python.is_named = true;
+                        self.interpreted.is_named = true;
                         let lines: Vec<_> = frames.iter().map(native_line).collect();
                         self.lines(mapping, 0, FrameKind::Jit, &lines)
                     }
-                    _ => self.named(Some(mapping), 0, FrameKind::Jit, code.runtime().unnamed()),
+                    _ => {
+                        self.interpreted.meet(code.language());
+                        self.named(Some(mapping), 0, FrameKind::Jit, code.unnamed())
+                    }
                 }
             }
             (LocationKey::Kernel(_), Some(symbolize::Location::Resolved(frames))) => {
@@ -522,6 +531,7 @@ mod tests {
             generated("node", 0x7f45_679a_4b46),
             generated("node", 0x7f45_679a_4b47),
             generated("luajit", 0x7f45_679a_4b46),
+            generated("something", 0x7f45_679a_4b46),
             named,
             Location::unnamed("", Addr(0x7f45_0000_0000)),
             Location::unnamed("[vdso]", Addr(0xb46)),
@@ -529,40 +539,61 @@ mod tests {
         let profile = profile(&window, &symbols, &Losses::new());
         let expect = [
             ("//anon", 0, "[jit: names with node --perf-basic-prof]", FrameKind::Jit),
+            ("//anon", 0, "[jit: names with a LuaJIT built with LUAJIT_USE_PERFTOOLS]", FrameKind::Jit),
             ("//anon", 0, "[jit]", FrameKind::Jit),
             ("//anon", 0, "hot", FrameKind::Jit),
             ("", 0, "[unknown]", FrameKind::Native),
             ("[vdso]", 0xb46, "[vdso]+0xb46", FrameKind::Native),
         ];
         assert_eq!(shown(&profile), expect);
-        assert_eq!(profile.sample[0].location_id.len(), 6, "every frame stays");
+        assert_eq!(profile.sample[0].location_id.len(), 7, "every frame stays");
     }
 
     #[test]
-    fn python_without_names_says_once_which_switch_gives_them() {
+    fn interpreted_code_without_names_says_once_which_switch_gives_them() {
         let executable = crate::executable::testing::read("/proc/self/exe".as_ref()).expect("this program");
         let native = |addr| {
             let executable = Arc::clone(&executable);
             Location::Code(LocationKey::Native { executable, addr: ElfAddr(addr) })
         };
-        let code = Arc::new(GeneratedCode::new(1, 0, "python3.12"));
-        let generated =
-            Location::Code(LocationKey::Generated { version: code.version(), code, addr: Addr(1) });
+        let generated = |exe: &str, addr| {
+            let code = Arc::new(GeneratedCode::new(1, 0, exe));
+            Location::Code(LocationKey::Generated { version: code.version(), code, addr: Addr(addr) })
+        };
         let comments = |locations: &[(&Location, &str)]| {
-            let symbols = locations.iter().map(|(location, name)| {
+            let named = locations.iter().filter(|(_, name)| !name.is_empty());
+            let symbols = named.map(|(location, name)| {
                 let Location::Code(key) = location else { unreachable!("it is code") };
                 (key.id(), found("", name, 0))
             });
             let window = window(locations.iter().map(|&(location, _)| location.clone()).collect());
             let profile = profile(&window, &symbols.collect(), &Losses::new());
-            let hints =
-                profile.comment.iter().filter(|&&index| profile.string(index).expect("text") == PYTHON_HINT);
-            hints.count()
+            let comments =
+                profile.comment.iter().map(|&index| profile.string(index).expect("text").to_owned());
+            comments.filter(|comment| comment.starts_with("frames of ")).collect::<Vec<_>>()
+        };
+        let hints = |names: &[&str]| -> Vec<String> {
+            names.iter().map(|name| languages::of_executable(name).expect("a language").hint()).collect()
         };
         let (eval, again, main) = (&native(1), &native(2), &native(3));
-        assert_eq!(comments(&[(eval, PYTHON_EVAL), (again, PYTHON_EVAL), (main, "main")]), 1);
-        assert_eq!(comments(&[(eval, PYTHON_EVAL), (&generated, "work")]), 0);
-        assert_eq!(comments(&[(main, "main")]), 0);
+        const PYTHON: &str = "_PyEval_EvalFrameDefault";
+        assert_eq!(comments(&[(eval, PYTHON), (again, PYTHON), (main, "main")]), hints(&["python"]));
+        assert_eq!(comments(&[(eval, PYTHON), (&generated("python3.12", 1), "work")]), hints(&[]));
+        assert_eq!(comments(&[(main, "main")]), hints(&[]));
+        assert_eq!(comments(&[(eval, "execute_ex"), (again, "rb_vm_exec")]), hints(&["php", "ruby"]));
+        for exe in ["node", "java", "dotnet", "beam.smp", "ruby", "php", "luajit"] {
+            assert_eq!(
+                comments(&[(&generated(exe, 1), ""), (&generated(exe, 2), "")]),
+                hints(&[exe]),
+                "{exe}"
+            );
+            assert_eq!(
+                comments(&[(&generated(exe, 1), ""), (&generated(exe, 2), "hot")]),
+                hints(&[]),
+                "{exe}"
+            );
+        }
+        assert_eq!(comments(&[(&generated("unknown", 1), "")]), hints(&[]));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use profiler_backend::Token;
 use reqwest::{
     Client, Response, StatusCode, Url,
     header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER},
@@ -45,13 +46,30 @@ pub(crate) struct Destination {
     url: Url,
     /// On this machine: never reached through a proxy.
     is_local: bool,
+    /// What it wants to be brought.
+    token: Option<Token>,
 }
 
 impl Destination {
     /// The backend at an address of this machine.
-    pub(crate) fn local(address: SocketAddr) -> Self {
+    pub(crate) fn local(address: SocketAddr, token: Option<Token>) -> Self {
         let url = Url::parse(&format!("http://{address}/")).expect("a socket address makes a URL");
-        Self { url, is_local: true }
+        Self { url, is_local: true, token }
+    }
+
+    /// The same backend, which is brought a token.
+    pub(crate) fn with_token(self, token: Option<Token>) -> Self {
+        Self { token, ..self }
+    }
+
+    /// What it is brought.
+    pub(crate) fn token(&self) -> Option<&Token> {
+        self.token.as_ref()
+    }
+
+    /// Whether a token goes over a network as it is.
+    pub(crate) fn tells_token_in_clear(&self) -> bool {
+        self.token.is_some() && self.url.scheme() == "http" && !self.is_local
     }
 
     /// What metrics and messages call it: never with a password, nor with a query, which may hold a token.
@@ -97,7 +115,7 @@ impl FromStr for Destination {
             return Err(format!("not an http or https address; {accepted}"));
         }
         let is_local = url.host_str().is_some_and(is_loopback);
-        Ok(Self { url, is_local })
+        Ok(Self { url, is_local, token: None })
     }
 }
 
@@ -148,6 +166,7 @@ pub(crate) async fn run(
         client,
         url: destination.push_url(),
         name: destination.name(),
+        token: destination.token,
         counts,
         stop,
         backoff_min: BACKOFF_MIN,
@@ -163,6 +182,7 @@ struct Sender {
     client: Client,
     url: Url,
     name: String,
+    token: Option<Token>,
     counts: Arc<UploadCounts>,
     stop: watch::Receiver<Option<Instant>>,
     /// [`BACKOFF_MIN`], but in tests.
@@ -214,6 +234,10 @@ impl Sender {
             .header(CONTENT_ENCODING, "zstd")
             .timeout(REQUEST_TIMEOUT)
             .body(batch.body.clone());
+        let request = match &self.token {
+            Some(token) => request.bearer_auth(token.text()),
+            None => request,
+        };
         let response = match request.send().await {
             Ok(response) => response,
             Err(error) => return Answer::Later(causes(&error.without_url()), None),
@@ -368,7 +392,8 @@ mod tests {
         for url in ["http://10.0.0.1/", "http://localhost.evil.example/", "http://127.0.0.1.example/"] {
             assert!(!is_local(url), "{url}");
         }
-        assert!(Destination::local("10.0.0.1:7700".parse().expect("an address")).is_local);
+        let local = |token| Destination::local("10.0.0.1:7700".parse().expect("an address"), token);
+        assert!(local(None).is_local);
     }
 
     /// What the uploads of one batch come to when the server gives these answers, the last one for ever; and how many
@@ -381,12 +406,13 @@ mod tests {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
             let address = listener.local_addr().expect("a bound socket has an address");
             let requests = tokio::spawn(serve(listener, answers));
-            let destination = Destination::local(address);
+            let destination = Destination::local(address, None);
             let (_stop, stop) = watch::channel(None);
             let mut sender = Sender {
                 client: destination.client().expect("a client"),
                 url: destination.push_url(),
                 name: destination.name(),
+                token: None,
                 counts: Arc::default(),
                 stop,
                 backoff_min: Duration::from_millis(1),

@@ -15,6 +15,7 @@ mod probes;
 mod profiler;
 mod rules;
 mod seccomp;
+mod states;
 mod windows;
 
 use std::{
@@ -35,6 +36,7 @@ pub(crate) use profiler::Profiler;
 use profiler_common::heap::{Hits, POINTS_MAX, TARGETS_MAX};
 use profiler_heap::ScanError;
 pub(crate) use rules::{Rule, Rules, parse};
+pub(crate) use states::{HeapState, HeapStates};
 pub(crate) use windows::HeapWindows;
 
 /// Execs and forks waiting to be looked at. More make the whole of `/proc` be looked at.
@@ -113,6 +115,8 @@ pub(crate) struct HeapGauges {
     pub(crate) probe_ns: AtomicU64,
     /// Windows in which processes above their budget were sampled.
     pub(crate) windows: AtomicU64,
+    /// What became of each process that is meant.
+    pub(crate) states: HeapStates,
     costs: Mutex<Costs>,
 }
 

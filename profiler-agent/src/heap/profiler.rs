@@ -14,7 +14,7 @@ use profiler_common::heap::{Hits, POINTS_MAX, SCALE_ONE, TARGETS_MAX, Target};
 use tracing::{error, info, warn};
 
 use super::{
-    Costs, HeapError, HeapGauges, Notes, Options, Told,
+    Costs, HeapError, HeapGauges, HeapState, Notes, Options, Told,
     budget::{Budget, Governor, Step, WINDOW_NS},
     calibrate,
     find::Finder,
@@ -246,6 +246,8 @@ impl Profiler {
         if attached.target.rate != rate {
             attached.set_rate(&mut self.program, rate)?;
             info!(pid, rate, "the heap is profiled at another rate");
+            let (functions, file) = (attached.functions(), attached.files());
+            self.gauges.states.set(pid, HeapState::Profiled { rate, file, functions });
         }
         if attached.governor.budget() != budget {
             attached.governor.set_budget(budget);
@@ -258,6 +260,7 @@ impl Profiler {
     /// What was known of the process is void.
     fn exec(&mut self, pid: u32) {
         self.detach(pid);
+        self.gauges.states.forget(pid);
         self.seen.remove(&pid);
         self.look_later(pid, Duration::ZERO);
     }
@@ -272,6 +275,7 @@ impl Profiler {
     fn scan(&mut self) {
         let pids: HashSet<u32> = self.finder.images().pids().into_iter().collect();
         self.seen.retain(|pid, _| pids.contains(pid));
+        self.gauges.states.retain(|pid| pids.contains(&pid));
         for pid in pids {
             let start = self.finder.images().start_ticks(pid);
             if start.is_some() && self.seen.get(&pid).copied() != start {
@@ -313,7 +317,9 @@ impl Profiler {
 
     fn refuse(&self, pid: u32, error: HeapError) {
         self.gauges.refused.fetch_add(1, Relaxed);
-        warn!(pid, error = %format!("{:#}", anyhow::Error::from(error)), "heap is not profiled");
+        let why = format!("{:#}", anyhow::Error::from(error));
+        warn!(pid, error = %why, "heap is not profiled");
+        self.gauges.states.set(pid, HeapState::Refused { why });
     }
 
     /// A process that cannot be followed any longer.
@@ -352,6 +358,7 @@ impl Profiler {
         self.attached.insert(pid, attached);
         self.begin(pid, budget)?;
         info!(pid, rate, %budget, functions, files, "profiling the heap");
+        self.gauges.states.set(pid, HeapState::Profiled { rate, file: files, functions });
         if in_use == InUse::Seccomp {
             tell_seccomp(pid);
         }
@@ -543,6 +550,7 @@ impl Profiler {
         attached.take_out(&mut self.free_points);
         self.notes.unfollow(id);
         self.notes.end(slot, clock::boot_ns());
+        self.gauges.states.forget(pid);
         self.free_slots.push(slot);
         self.show();
         info!(pid, "the heap is no longer profiled");

@@ -90,7 +90,7 @@ impl Labeler {
 }
 
 /// A container's name by what its cgroup tells: the first digits of its id, or the name that it has instead of one.
-fn short_name(id: &str) -> &str {
+pub(crate) fn short_name(id: &str) -> &str {
     if cgroup::is_container_id(id) { id.get(..SHORT_ID_DIGITS).unwrap_or(id) } else { id }
 }
 

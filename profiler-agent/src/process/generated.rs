@@ -11,58 +11,15 @@ use std::{
 use profiler_common::unwind::mappings::NS_PER_TICK;
 
 use super::stat::Stat;
-use crate::{executable::open_in_root, sys::clock::WallClock};
+use crate::{
+    executable::open_in_root,
+    languages::{self, Language},
+    sys::clock::WallClock,
+};
 
 /// What a perf map may be older than the process that writes it: clocks of file systems tick in 4 ms, and somebody may
 /// have corrected the wall clock.
 const OLDER_MAX_NS: u64 = 2_000_000_000;
-
-/// What runs in a process, as far as that says how to get names for the code it generates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Runtime {
-    /// V8's shell or Node.
-    Node,
-    /// A Java virtual machine.
-    Java,
-    /// .NET.
-    DotNet,
-    /// CPython.
-    Python,
-    /// Ruby with YJIT.
-    Ruby,
-    /// The Erlang virtual machine.
-    Erlang,
-    /// Anything else that generates code.
-    Other,
-}
-
-impl Runtime {
-    /// By the name of the executable.
-    pub(crate) fn of(exe: &str) -> Self {
-        match exe {
-            "node" | "nodejs" | "electron" => Self::Node,
-            "java" | "javac" => Self::Java,
-            "dotnet" => Self::DotNet,
-            "beam.smp" => Self::Erlang,
-            "ruby" => Self::Ruby,
-            _ if exe.starts_with("python") => Self::Python,
-            _ => Self::Other,
-        }
-    }
-
-    /// The name of a frame in generated code that nothing names: one per runtime, so that frames add up.
-    pub(crate) fn unnamed(self) -> &'static str {
-        match self {
-            Self::Node => "[jit: names with node --perf-basic-prof]",
-            Self::Java => "[jit: names with jcmd PID Compiler.perfmap]",
-            Self::DotNet => "[jit: names with DOTNET_PerfMapEnabled=1]",
-            Self::Python => "[jit: names with python3 -X perf]",
-            Self::Ruby => "[jit: names with ruby --yjit-perf]",
-            Self::Erlang => "[jit: names with erl +JPperf true]",
-            Self::Other => "[jit]",
-        }
-    }
-}
 
 /// The generated code of one process: whose it is, without a hold on anything of it.
 #[derive(Debug)]
@@ -71,7 +28,8 @@ pub(crate) struct GeneratedCode {
     pid: u32,
     /// Start of the process on the boot clock; 0 when unknown.
     start_ns: u64,
-    runtime: Runtime,
+    /// What it is written in, where that is known by its executable.
+    language: Option<&'static Language>,
     /// The code as far as it is known: another number each time more of it is. Never used by two processes.
     version: AtomicU32,
 }
@@ -80,7 +38,7 @@ impl GeneratedCode {
     /// Of a process that started at a time on the boot clock and runs an executable of this name.
     pub(crate) fn new(pid: u32, start_ns: u64, exe: &str) -> Self {
         let id = next_version();
-        Self { id, pid, start_ns, runtime: Runtime::of(exe), version: AtomicU32::new(id) }
+        Self { id, pid, start_ns, language: languages::of_executable(exe), version: AtomicU32::new(id) }
     }
 
     /// Number of the process's code within one run of the agent.
@@ -88,9 +46,14 @@ impl GeneratedCode {
         self.id
     }
 
-    /// What runs in the process.
-    pub(crate) fn runtime(&self) -> Runtime {
-        self.runtime
+    /// The language whose code that is, where it is known.
+    pub(crate) fn language(&self) -> Option<&'static Language> {
+        self.language
+    }
+
+    /// The name of a frame in it that nothing names.
+    pub(crate) fn unnamed(&self) -> &'static str {
+        self.language.map_or("[jit]", |language| language.unnamed)
     }
 
     /// What is known of the code now: equal addresses of one version are the same function.

@@ -103,6 +103,11 @@ impl ImageReader {
         self.executables.len()
     }
 
+    /// The one executable that copies of it are, which reads them: for threads that are not on the way of samples.
+    pub(crate) fn settled(&self, executable: &Arc<Executable>) -> Arc<Executable> {
+        self.executables.settle_copies(executable)
+    }
+
     /// The process's directory below `/proc`.
     pub(crate) fn directory(&self, pid: u32) -> PathBuf {
         self.proc_root.join(pid.to_string())

@@ -35,6 +35,11 @@ fn inflate<'f>(file: &'f File, section: &CompressedSection) -> io::Result<Box<dy
     }
 }
 
+/// The bytes of a range of a file.
+pub(super) fn range<'f>(file: &'f File, range: &Range<u64>) -> impl Read + use<'f> {
+    buffered(file, range)
+}
+
 fn buffered<'f>(file: &'f File, range: &Range<u64>) -> BufReader<RangeReader<'f>> {
     BufReader::with_capacity(64 << 10, RangeReader { file, at: range.start, end: range.end })
 }

@@ -8,6 +8,7 @@ mod generated;
 mod go;
 mod inflate;
 mod kernel;
+mod mini;
 mod names;
 mod native;
 mod nesting;
@@ -27,7 +28,7 @@ use std::{io, thread};
 
 use crate::addr::{Addr, ElfAddr};
 use crate::background::{Background, Payer, Task};
-use crate::executable::{Executable, ExecutableId};
+use crate::executable::{Executable, ExecutableCache, ExecutableId};
 use crate::process::GeneratedCode;
 use crate::sys::{memory, sigbus};
 pub(crate) use debuginfod::{DebugInfod, DebugInfodCounts, Fetcher};
@@ -236,6 +237,8 @@ pub(crate) struct Sources {
     pub(crate) store: Option<Arc<NameStore>>,
     /// Asks servers for debug information.
     pub(crate) fetcher: Option<Fetcher>,
+    /// Finds copies of one executable.
+    pub(crate) executables: Option<Arc<ExecutableCache>>,
 }
 
 impl Symbols {
@@ -250,7 +253,7 @@ impl Symbols {
         background: &Arc<Background>,
     ) -> io::Result<Self> {
         sigbus::install()?;
-        let Sources { store, fetcher } = sources;
+        let Sources { store, fetcher, executables } = sources;
         let queue = Arc::new(Queue::new(cache_bytes_max));
         let debuginfod = fetcher.as_ref().map(Fetcher::debuginfod);
         let symbols = Self { queue, threads: Mutex::default(), store, debuginfod };
@@ -263,10 +266,12 @@ impl Symbols {
             let kernel = KernelSymbols::new(proc_root);
             let generated = GeneratedSymbols::new(proc_root);
             let (store, debuginfod) = (symbols.store.clone(), symbols.debuginfod.clone());
+            let executables = executables.clone();
             let payer = Payer::new(background, Task::Names);
             let thread =
                 thread::Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(move || {
-                    work(&queue, lane, payer, kernel, generated, NativeSymbols::new(store, debuginfod))
+                    let native = NativeSymbols::new(store, debuginfod).with_executables(executables);
+                    work(&queue, lane, payer, kernel, generated, native)
                 })?;
             symbols.threads().push(thread);
         }

@@ -10,7 +10,7 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
 use super::NewFrame;
-use crate::executable::Identity;
+use crate::executable::{ContentHash, Identity};
 
 const MAGIC: &[u8; 8] = b"profnam\0";
 
@@ -32,9 +32,9 @@ const ZSTD_LEVEL: i32 = 3;
 pub(super) struct NamesKey([u8; 32]);
 
 impl NamesKey {
-    /// `debug_file` tells the versions of the separate file with debug information apart; empty when there is none.
-    pub(super) fn new(identity: &Identity, debug_file: &str) -> Self {
-        let Identity { build_ids, file_bytes, content_hash } = identity;
+    /// `content_hash` is of all bytes. `debug_file` tells the versions of the separate file with debug information apart; empty when there is none.
+    pub(super) fn new(identity: &Identity, content_hash: ContentHash, debug_file: &str) -> Self {
+        let Identity { build_ids, file_bytes, content_hash: _, file: _ } = identity;
         let id = |id: &Option<_>| id.as_ref().map(ToString::to_string).unwrap_or_default();
         let version = env!("CARGO_PKG_VERSION");
         let text =
@@ -190,7 +190,8 @@ mod tests {
     use crate::executable::testing::read;
 
     fn key(debug_file: &str) -> NamesKey {
-        NamesKey::new(read("/proc/self/exe".as_ref()).unwrap().identity(), debug_file)
+        let executable = read("/proc/self/exe".as_ref()).unwrap();
+        NamesKey::new(executable.identity(), [7; 16], debug_file)
     }
 
     fn frame(function: &str, line: u32) -> NewFrame {

@@ -17,10 +17,11 @@ use rustix::fs::{Mode, OFlags};
 use super::debuginfod::DebugInfod;
 use super::demangle::{cut, demangle, is_mangled};
 use super::inflate::is_honest;
+use super::mini::{self, MiniSymbols};
 use super::names::{Names, NamesKey};
 use super::store::NameStore;
 use super::{NewFrame, Reason, go, nesting};
-use crate::executable::{BuildId, Elf, Executable, ExecutableId, SymbolSections};
+use crate::executable::{BuildId, Elf, Executable, ExecutableCache, ExecutableId, SymbolSections};
 use crate::sys::{memory, sigbus};
 
 /// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them and the
@@ -38,6 +39,9 @@ const SYMBOL_BYTES_MAX: u64 = 1 << 30;
 
 /// DWARF larger than this is not read; the file's symbols still are.
 const DEBUG_BYTES_MAX: u64 = 4 << 30;
+
+/// Unfolded symbols of all files at a time, per thread; one more file may come on top.
+const MEMORY_BYTES_MAX: u64 = 16 << 20;
 
 /// DWARF that a compressed file may unfold to in our own memory.
 const INFLATED_BYTES_MAX: u64 = 256 << 20;
@@ -58,6 +62,8 @@ enum Symbols {
     DebugFile(DebugFile),
     /// DWARF in the executable itself.
     OwnDebug,
+    /// The compressed table of a stripped file, and the dynamic one.
+    Mini(MiniSymbols),
     /// The symbol table, or the dynamic one.
     OwnTable,
 }
@@ -109,6 +115,12 @@ fn ways(executable: &Executable, debug_file: Option<DebugFile>) -> Vec<Symbols> 
     let symbols = executable.symbols();
     if symbols.symbol_bytes <= SYMBOL_BYTES_MAX {
         ways.push(Symbols::OwnTable);
+    }
+    // Unfolded only where nothing better is there: it takes memory of ours.
+    let is_stripped = !symbols.has_debug_info && debug_file.is_none();
+    let mini = symbols.mini.as_ref().filter(|_| is_stripped);
+    if let Some(symbols) = mini.and_then(|section| mini::unfold(executable.file(), section)) {
+        ways.push(Symbols::Mini(symbols));
     }
     let has_own_debug = symbols.has_debug_info && !symbols.names_other_file;
     if has_own_debug && executable.debug_is_safe(|| is_safe(executable.file(), symbols)) {
@@ -189,17 +201,23 @@ struct Loaded {
     source: Source<'static>,
     /// The same file without its DWARF; `None` when `source` is that already.
     table: Option<Source<'static>>,
+    /// What names the addresses that `source` does not.
+    rest: Option<Source<'static>>,
+    /// Bytes of our own memory that `source` lies in.
+    memory_bytes: u64,
     /// By the function's address.
     functions: HashMap<u64, Function>,
-    _debug_file: Option<File>,
+    _file: Option<File>,
 }
 
 impl Loaded {
     fn new(executable: &Executable, way: Symbols) -> Self {
-        let (fd, debug_file, has_lines) = match way {
-            Symbols::DebugFile(DebugFile { file, origin: _ }) => (file.as_raw_fd(), Some(file), true),
-            Symbols::OwnDebug => (executable.file().as_raw_fd(), None, true),
-            Symbols::OwnTable => (executable.file().as_raw_fd(), None, false),
+        let own = executable.file().as_raw_fd();
+        let (fd, file, has_lines, memory_bytes) = match way {
+            Symbols::DebugFile(DebugFile { file, origin: _ }) => (file.as_raw_fd(), Some(file), true, 0),
+            Symbols::OwnDebug => (own, None, true, 0),
+            Symbols::Mini(MiniSymbols { file, bytes }) => (file.as_raw_fd(), Some(file), false, bytes),
+            Symbols::OwnTable => (own, None, false, 0),
         };
         let symbolizer = Symbolizer::builder()
             .enable_auto_reload(false)
@@ -208,17 +226,19 @@ impl Loaded {
             .enable_demangling(false)
             .set_debug_dirs(Some([DEBUG_DIR]))
             .build();
-        let source = |debug_syms| {
+        let source = |fd, debug_syms| {
             let mut source = ElfSource::new(format!("/proc/self/fd/{fd}"));
             source.debug_syms = debug_syms;
             Source::Elf(source)
         };
         Self {
             symbolizer,
-            source: source(has_lines),
-            table: has_lines.then(|| source(false)),
+            source: source(fd, has_lines),
+            table: has_lines.then(|| source(fd, false)),
+            rest: (memory_bytes > 0).then(|| source(own, false)),
+            memory_bytes,
             functions: HashMap::new(),
-            _debug_file: debug_file,
+            _file: file,
         }
     }
 
@@ -232,9 +252,18 @@ impl Loaded {
                 Symbolized::Sym(sym) => Ok(frames(sym, self.function(sym, &mut functions))),
                 Symbolized::Unknown(reason) => Err(reason_of(*reason)),
             })
+            .zip(addrs)
+            .map(|(found, &addr)| found.or_else(|reason| self.look_in_rest(addr).ok_or(reason)))
             .collect();
         self.functions = functions;
         Ok(frames)
+    }
+
+    fn look_in_rest(&self, addr: u64) -> Option<Vec<NewFrame>> {
+        match self.symbolizer.symbolize_single(self.rest.as_ref()?, Input::VirtOffset(addr)) {
+            Ok(Symbolized::Sym(sym)) => Some(frames(&sym, &Function::default())),
+            _ => None,
+        }
     }
 
     fn function<'k>(&self, sym: &Sym<'_>, known: &'k mut HashMap<u64, Function>) -> &'k Function {
@@ -314,7 +343,8 @@ struct Entry {
     executable: Arc<Executable>,
     /// From the store and for it.
     names: Names,
-    key: NamesKey,
+    /// `None`: nothing vouches for its content, so its names are not kept.
+    key: Option<NamesKey>,
     /// When the first names came that the store does not have.
     changed_at: Option<Instant>,
     loaded: Option<Loaded>,
@@ -336,10 +366,11 @@ impl Entry {
         store: Option<&NameStore>,
     ) -> Self {
         let version = debug_file.as_ref().map(DebugFile::version).unwrap_or_default();
-        let key = NamesKey::new(executable.identity(), &version);
+        let key = store.and_then(|_| executable.content());
+        let key = key.map(|content| NamesKey::new(executable.identity(), content, &version));
         Self {
             executable: Arc::clone(executable),
-            names: store.map(|store| store.load(key)).unwrap_or_default(),
+            names: store.zip(key).map(|(store, key)| store.load(key)).unwrap_or_default(),
             key,
             changed_at: None,
             loaded: None,
@@ -374,8 +405,10 @@ impl Entry {
     }
 
     fn save(&mut self, store: &NameStore) {
-        if self.changed_at.take().is_some() {
-            store.save(self.key, &self.names);
+        if self.changed_at.take().is_some()
+            && let Some(key) = self.key
+        {
+            store.save(key, &self.names);
         }
     }
 }
@@ -388,12 +421,21 @@ pub(super) struct NativeSymbols {
     store: Option<Arc<NameStore>>,
     /// `None`: no server is asked.
     debuginfod: Option<Arc<DebugInfod>>,
+    /// `None`: no copies are looked for.
+    executables: Option<Arc<ExecutableCache>>,
     panics: u64,
 }
 
 impl NativeSymbols {
     pub(super) fn new(store: Option<Arc<NameStore>>, debuginfod: Option<Arc<DebugInfod>>) -> Self {
-        Self { entries: HashMap::new(), debug_dir: DEBUG_DIR.into(), store, debuginfod, panics: 0 }
+        let (entries, executables, panics) = Default::default();
+        Self { entries, debug_dir: DEBUG_DIR.into(), store, debuginfod, executables, panics }
+    }
+
+    /// Copies of one of these executables have the names of that.
+    pub(super) fn with_executables(mut self, executables: Option<Arc<ExecutableCache>>) -> Self {
+        self.executables = executables;
+        self
     }
 
     /// The distribution's, else a server's.
@@ -417,8 +459,35 @@ impl NativeSymbols {
 
     /// One answer per address of `executable`, in their order. Reads the file, so this may take seconds.
     ///
-    /// Go's own table comes first; what it does not have, such as C, and all other programs have symbols and DWARF.
+    /// A file that is written to while it is read, or that was found to be another than it was, gives no names: they would be
+    /// those of all copies of what it was.
     pub(super) fn symbolize(
+        &mut self,
+        executable: &Arc<Executable>,
+        addrs: &[u64],
+    ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let executable = match &self.executables {
+            Some(executables) => executables.settle(executable),
+            None => Arc::clone(executable),
+        };
+        let before = executable.version();
+        if self.executables.is_some() || self.store.is_some() {
+            // Asked each time: what it says first may hold no longer.
+            let _ = executable.content();
+        }
+        if !executable.has_changed() {
+            let found = self.symbolize_unchanged(&executable, addrs);
+            if executable.version() == before {
+                return found;
+            }
+        }
+        // What was remembered of it may be of a moment in between.
+        self.entries.remove(&executable.id());
+        vec![Err(Reason::FileChanged); addrs.len()]
+    }
+
+    /// Go's own table comes first; what it does not have, such as C, and all other programs have symbols and DWARF.
+    fn symbolize_unchanged(
         &mut self,
         executable: &Arc<Executable>,
         addrs: &[u64],
@@ -524,15 +593,21 @@ impl NativeSymbols {
     }
 
     fn make_room(&mut self, for_id: ExecutableId) {
-        if self.entries.len() < LOADED_MAX || self.entries.contains_key(&for_id) {
-            return;
-        }
-        let longest_unused = self.entries.iter().min_by_key(|(_, entry)| entry.used_at).map(|(&id, _)| id);
-        if let Some(mut entry) = longest_unused.and_then(|id| self.entries.remove(&id))
-            && let Some(store) = self.store.as_deref()
+        while self.entries.len() >= LOADED_MAX && !self.entries.contains_key(&for_id)
+            || self.memory_bytes() > MEMORY_BYTES_MAX
         {
-            entry.save(store);
+            let others = self.entries.iter().filter(|(id, _)| **id != for_id);
+            let longest_unused = others.min_by_key(|(_, entry)| entry.used_at).map(|(&id, _)| id);
+            let Some(mut entry) = longest_unused.and_then(|id| self.entries.remove(&id)) else { return };
+            if let Some(store) = self.store.as_deref() {
+                entry.save(store);
+            }
         }
+    }
+
+    /// Of our own memory, that symbols which were unfolded lie in.
+    fn memory_bytes(&self) -> u64 {
+        self.entries.values().filter_map(|entry| Some(entry.loaded.as_ref()?.memory_bytes)).sum()
     }
 }
 
@@ -634,6 +709,28 @@ pub(super) mod tests {
         let offset = elf.windows(8).position(|window| window == nop).unwrap();
         let executable = read(path).unwrap();
         executable.elf_addr(crate::addr::FileOffset(offset as u64 + 4)).unwrap().0
+    }
+
+    #[test]
+    fn functions_of_a_stripped_program_have_the_names_of_its_mini_debug_information() {
+        let dir = tempfile::tempdir().unwrap();
+        // In the symbol table, and not in the dynamic one.
+        let hidden = PROGRAM.replace("((noinline)) int hot", "((noinline, visibility(\"hidden\"))) int hot");
+        let path = compile(dir.path(), "mini", &hidden, &["-rdynamic"]);
+        let addr = asm_addr(&path);
+        let elf = blazesym::inspect::source::Source::Elf(blazesym::inspect::source::Elf::new(&path));
+        let main = blazesym::inspect::Inspector::new().lookup(&elf, &["main"]).unwrap()[0][0].addr;
+        let stripped = dir.path().join("stripped");
+        fs::copy(&path, &stripped).unwrap();
+        run(Command::new("strip").arg(&stripped));
+        mini::tests::strip_to_mini(&path);
+        let (executable, stripped) = (read(&path).unwrap(), read(&stripped).unwrap());
+        let mut symbols = NativeSymbols::new(None, None);
+        assert!(!one(&mut symbols, &stripped, addr).is_ok_and(|frames| frames[0].function == "hot"));
+        check(one(&mut symbols, &executable, addr), &["hot"]);
+        assert!(symbols.memory_bytes() > 0);
+        // What is in the dynamic table is named by that.
+        check(one(&mut symbols, &executable, main), &["main"]);
     }
 
     fn one(
@@ -858,6 +955,53 @@ pub(super) mod tests {
             check(one(&mut symbols, &read(&real).unwrap(), addr), &["inlined", "hot"]);
             symbols.save();
         }
+    }
+
+    /// A program that is the same at both ends whatever its function is called: symbols and DWARF lie between two mebibytes of
+    /// data and one of zeros.
+    fn large(dir: &Path, name: &str, function: &str) -> PathBuf {
+        let claimed = "-Wl,--build-id=0x0123456789abcdef0123456789abcdef01234567";
+        let source = format!("char data[2 << 20] = {{1}};\n{}", PROGRAM.replace("hot", function));
+        let built = compile(dir, "program", &source, &[claimed]);
+        let path = dir.join(name);
+        let bytes = [fs::read(built).unwrap(), vec![0; 1 << 20]].concat();
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_forged_middle_poisons_no_names_of_the_original_on_disk_or_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, forged) = (large(dir.path(), "real", "hot"), large(dir.path(), "forged", "bad"));
+        let addr = asm_addr(&real);
+        assert_eq!(asm_addr(&forged), addr);
+        let cache = Arc::new(ExecutableCache::of_new_files(4));
+        let store = || Some(Arc::new(NameStore::open(dir.path().join("names")).unwrap()));
+        // The second turn has what the first has left on disk.
+        for _ in 0..2 {
+            let (forged, real) = (read(&forged).unwrap(), read(&real).unwrap());
+            let ends = |executable: &Executable| {
+                let identity = executable.identity();
+                (identity.build_ids.clone(), identity.file_bytes, identity.content_hash)
+            };
+            assert_eq!(ends(&forged), ends(&real), "else the test forges nothing");
+            let mut symbols = NativeSymbols::new(store(), None).with_executables(Some(Arc::clone(&cache)));
+            check(one(&mut symbols, &forged, addr), &["inlined", "bad"]);
+            check(one(&mut symbols, &real, addr), &["inlined", "hot"]);
+            symbols.save();
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_after_it_was_hashed_gives_no_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = large(dir.path(), "real", "hot");
+        let (addr, executable) = (asm_addr(&path), read(&path).unwrap());
+        let store = Arc::new(NameStore::open(dir.path().join("names")).unwrap());
+        let mut symbols = NativeSymbols::new(Some(store), None);
+        check(one(&mut symbols, &executable, addr), &["inlined", "hot"]);
+        fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[7], 1 << 20).unwrap();
+        assert_eq!(one(&mut symbols, &executable, addr), Err(Reason::FileChanged));
     }
 
     #[test]

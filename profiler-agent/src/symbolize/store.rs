@@ -182,7 +182,7 @@ mod tests {
 
     fn key(variant: u32) -> NamesKey {
         let executable = read_executable("/proc/self/exe".as_ref()).unwrap();
-        NamesKey::new(executable.identity(), &variant.to_string())
+        NamesKey::new(executable.identity(), [7; 16], &variant.to_string())
     }
 
     fn names(function: &str) -> Names {

@@ -81,6 +81,13 @@ fn whole_file(line: &str) -> Option<(u64, u64)> {
     (is_whole && inode.parse() == Ok(file.ino())).then_some((start, end))
 }
 
+/// Bytes of a page.
+pub(crate) fn page_bytes() -> u64 {
+    // SAFETY: no memory is involved.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).expect("every system has pages")
+}
+
 #[cfg(test)]
 mod tests {
     use std::{fs::File, io::Write as _, os::fd::AsRawFd as _};

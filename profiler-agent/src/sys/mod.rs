@@ -11,6 +11,7 @@ pub(crate) mod file_map;
 pub(crate) mod hold;
 pub(crate) mod limits;
 pub(crate) mod memory;
+pub(crate) mod page_cache;
 pub(crate) mod perf_event;
 pub(crate) mod perf_record;
 pub(crate) mod perf_ring;

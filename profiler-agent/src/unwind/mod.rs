@@ -438,12 +438,15 @@ impl Unwinder {
             Backing::Unnamed(name) if &**name == VDSO => (Some(Owner::Vdso), range.start.0, None),
             Backing::Anonymous | Backing::Unnamed(_) => (None, 0, None),
             Backing::Executable(executable) => match bias(mapping, executable) {
-                Some(bias) => (Some(Owner::Executable(executable.id())), bias, Some(&**executable)),
+                Some(bias) => {
+                    let executable = self.images.settled(executable);
+                    (Some(Owner::Executable(executable.id())), bias, Some(executable))
+                }
                 None => (None, 0, None),
             },
         };
         let parts = owner.and_then(|owner| {
-            let parts = self.parts(pid, owner, executable, now)?;
+            let parts = self.parts(pid, owner, executable.as_deref(), now)?;
             // Held from now on, lest the next table of this very process takes its place.
             if owners.insert(owner) {
                 self.tables.hold(owner);

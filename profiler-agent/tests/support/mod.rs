@@ -196,6 +196,14 @@ impl Agent {
         path
     }
 
+    /// Makes it read its file again.
+    pub fn hang_up(&self) {
+        let pid = i32::try_from(self.child.id()).expect("a pid");
+        // SAFETY: a signal to a child that has not been waited for: the pid is still its.
+        let status = unsafe { libc::kill(pid, libc::SIGHUP) };
+        assert_eq!(status, 0, "the agent can be signalled");
+    }
+
     /// Kills the agent, which has no time to clean up.
     pub fn kill(mut self) {
         self.child.kill().expect("the agent is a child of this test");

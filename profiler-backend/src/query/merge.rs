@@ -15,6 +15,7 @@ use super::{
 use crate::{
     flamegraph::{Rows, Tree},
     model::ContentId,
+    stack::Stack,
     store::{Row, Snapshot},
 };
 
@@ -69,14 +70,14 @@ pub(crate) fn merge(snapshot: &Snapshot, params: &Params) -> Result<Merged, Quer
 
 /// Values by group and stack.
 #[derive(Default)]
-struct Sums {
+pub(super) struct Sums {
     values: HashMap<(u32, ContentId), i64>,
     groups: Vec<String>,
     group_numbers: HashMap<String, u32>,
 }
 
 impl Sums {
-    fn add_all(
+    pub(super) fn add_all(
         &mut self,
         snapshot: &Snapshot,
         selection: &Selection,
@@ -125,6 +126,21 @@ impl Sums {
         self.groups.push(value.to_owned());
         self.group_numbers.insert(value.to_owned(), number);
         Ok(number)
+    }
+
+    /// Each stack with its value, whatever its group.
+    pub(super) fn for_each_stack(
+        self,
+        snapshot: &Snapshot,
+        selection: &Selection,
+        mut each: impl FnMut(&Stack, i64),
+    ) {
+        let stacks = snapshot.stacks(&selection.range_us, self.values.keys().map(|(_, stack)| *stack));
+        for ((_, stack), value) in self.values {
+            if let Some(stack) = stacks.get(&stack) {
+                each(stack, value);
+            }
+        }
     }
 
     fn tree(self, snapshot: &Snapshot, selection: &Selection, group_by: Option<&str>) -> Tree {

@@ -140,6 +140,10 @@ impl Maintainer {
     fn compact(&mut self) {
         for (hour, parts) in self.closed_hours() {
             for group in groups(parts) {
+                // It can be done at any time, and a group may take seconds: who closes does not wait for it.
+                if self.shared.is_closing() {
+                    return;
+                }
                 if let Err(error) = self.compact_group(hour, &group) {
                     self.shared.metrics.compactions_failed.add(1);
                     tracing::error!("parts stay as they are: {}", crate::describe(&error));

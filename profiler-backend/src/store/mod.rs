@@ -23,7 +23,11 @@ use std::{
     collections::HashSet,
     fs::File,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc,
+    },
     thread::JoinHandle,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -88,6 +92,8 @@ struct Shared {
     recent: Mutex<RecentBatches>,
     stacks: StackCache,
     metrics: Arc<Metrics>,
+    /// [`Store::close`] was called.
+    closing: AtomicBool,
     /// Held open: the lock ends with the process.
     _lock: File,
 }
@@ -103,6 +109,10 @@ struct State {
 }
 
 impl Shared {
+    fn is_closing(&self) -> bool {
+        self.closing.load(Relaxed)
+    }
+
     // A panic while the state was locked leaves lists that are whole: each update is one assignment or push.
     fn state(&self) -> RwLockReadGuard<'_, State> {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
@@ -142,6 +152,7 @@ impl Store {
             recent: Mutex::default(),
             stacks,
             metrics,
+            closing: AtomicBool::new(false),
             _lock: lock,
         };
         let segments = shared.replay(replay)?;
@@ -227,6 +238,7 @@ impl Store {
     /// Writes what is in memory to parts and ends the threads. Later pushes are refused; queries go on.
     pub(crate) fn close(&self) {
         let Some(Threads { commands, writer, wake, maintainer }) = self.threads().take() else { return };
+        self.shared.closing.store(true, Relaxed);
         // Fails only when the thread is gone, and then there is nothing to end.
         let _ = wake.send(maintain::Wake::Close);
         let _ = maintainer.join();

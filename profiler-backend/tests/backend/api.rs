@@ -1,10 +1,20 @@
 //! The API over HTTP, as an agent and a browser use it.
 
-use std::{collections::BTreeSet, io::Write, process::Command};
+use std::{
+    collections::BTreeSet,
+    io::Write,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use super::common::{Backend, Line, PERIOD_NS, cpu, get, heap, request, send, tree};
-use profiler_backend::Options;
-use profiler_pprof::{DecodeLimits, check, decode, push::PushRequest};
+use profiler_backend::{Options, ServeError, Server, Token};
+use profiler_pprof::{
+    DecodeLimits, FrameKind, FunctionSpec, LineSpec, LocationSpec, MappingSpec, ProfileBuilder, TypeSpec,
+    check, decode, encode,
+    push::{PushRequest, Series},
+};
 use serde_json::{Value, json};
 
 fn backend() -> (tempfile::TempDir, Backend) {
@@ -422,6 +432,149 @@ fn a_foreign_host_is_refused_and_a_configured_one_is_not() {
     assert_eq!(status("localhost:7700"), 200);
     assert_eq!(status("profiles.example"), 200);
     assert_eq!(backend.metric("hosts_refused_total"), 1);
+}
+
+/// A profile whose frames are (binary, function), leaf first; a frame of no binary is a marker.
+fn cut_stacks(stacks: &[(&[(&str, &str)], i64)]) -> Series {
+    let types = [TypeSpec::new("samples", "count"), TypeSpec::new("cpu", "nanoseconds")];
+    let mut builder = ProfileBuilder::new(&types, types[1], PERIOD_NS);
+    for (number, (stack, count)) in stacks.iter().enumerate() {
+        let locations: Vec<_> = stack
+            .iter()
+            .map(|(binary, name)| {
+                let mapping = (!binary.is_empty()).then(|| {
+                    let filename = &format!("/usr/lib/{binary}");
+                    builder.mapping(&MappingSpec {
+                        start: 0,
+                        limit: 1 << 20,
+                        offset: 0,
+                        filename,
+                        build_id: "",
+                    })
+                });
+                let kind = if mapping.is_some() { FrameKind::Native } else { FrameKind::Marker };
+                let function = FunctionSpec { name, system_name: name, filename: "", start_line: 0 };
+                let lines = &[LineSpec { function, line: 0, column: 0 }];
+                let address = 0x1000 + number as u64;
+                builder.location(&LocationSpec { mapping, address, kind, is_folded: false, lines })
+            })
+            .collect();
+        builder.sample(&locations, &[*count, count * PERIOD_NS], [].as_slice());
+    }
+    Series { pprof: encode(&builder.finish()), ..cpu(CART, 1000, &[]) }
+}
+
+#[test]
+fn binaries_say_what_cuts_their_stacks_and_what_has_no_name() {
+    let (_directory, backend) = backend();
+    let whole: &[_] = &[("libx.so", "hot"), ("app", "main")];
+    let cut: &[_] =
+        &[("app", "work"), ("libx.so", "libx.so+0x1001"), ("", "[truncated: no unwind information]")];
+    let deep: &[_] = &[("libx.so", "hot"), ("", "[truncated: too deep]")];
+    backend.store(cut_stacks(&[(whole, 5), (cut, 3), (deep, 2)]));
+    let answer = backend.json("/api/v1/binaries?type=cpu&sample_type=samples");
+    let of = |index: usize| answer["binaries"][index].clone();
+    assert_eq!(of(0)["binary"], "libx.so");
+    assert_eq!((of(0)["total"].clone(), of(0)["truncated"].clone()), (json!(10), json!(5)));
+    assert_eq!(
+        (of(0)["truncated_percent"].clone(), of(0)["unknown_percent"].clone()),
+        (json!(50.0), json!(30.0))
+    );
+    assert_eq!(of(0)["reason"], "no unwind information", "the most frequent one");
+    assert!(of(0)["hint"].as_str().is_some_and(|hint| hint.contains(".eh_frame")), "{answer}");
+    assert_eq!((of(1)["binary"].clone(), of(1)["total"].clone()), (json!("app"), json!(8)));
+    assert_eq!((of(1)["truncated"].clone(), of(1)["reason"].clone()), (json!(0), Value::Null));
+    assert_eq!((answer["left_out"].clone(), answer["unit"].clone()), (json!(0), json!("count")));
+    let none = backend.json(r#"/api/v1/binaries?type=cpu&query={container="none"}"#);
+    assert_eq!(none["binaries"], json!([]));
+}
+
+const TOKEN: &str = "0123456789abcdef";
+
+fn token_file(directory: &Path) -> PathBuf {
+    let file = directory.join("token");
+    let mut options = std::fs::OpenOptions::new();
+    let opened = options.write(true).create(true).truncate(true).mode(0o600).open(&file);
+    opened.expect("create the token").write_all(TOKEN.as_bytes()).expect("write the token");
+    file
+}
+
+#[test]
+fn with_a_token_nothing_but_health_is_answered_without_it() {
+    let directory = tempfile::tempdir().expect("tempdir");
+    let token = Token::read(&token_file(directory.path())).expect("a token");
+    let options = Options { token: Some(token), ..Options::new(directory.path().join("store")) };
+    let backend = Backend::start_with(options);
+    let bearer = format!("Bearer {TOKEN}");
+    // any:0123456789abcdef
+    let basic = "Basic YW55OjAxMjM0NTY3ODlhYmNkZWY=";
+    let paths = [
+        "/",
+        "/app.js",
+        "/metrics",
+        "/api/v1/types",
+        "/api/v1/labels",
+        "/api/v1/merge",
+        "/api/v1/binaries",
+        "/api/v1/series",
+    ];
+    for path in paths {
+        let get = |headers: &[(&str, &str)]| send(backend.address, "GET", path, headers, &[]);
+        let refused = get(&[]);
+        assert_eq!(refused.status, 401, "{path}");
+        assert!(refused.header("www-authenticate").starts_with("Basic realm="), "{path}");
+        assert!(!refused.text().contains(TOKEN));
+        for wrong in ["Bearer 0123456789abcdeF", "Bearer", "Basic YW55Og==", ""] {
+            assert_eq!(get(&[("Authorization", wrong)]).status, 401, "{path} {wrong:?}");
+        }
+        for right in [bearer.as_str(), basic] {
+            assert_eq!(get(&[("Authorization", right)]).status, 200, "{path} {right:?}");
+        }
+        let foreign = [("Host", "evil.example"), ("Authorization", bearer.as_str())];
+        assert_eq!(get(&foreign).status, 403, "{path}");
+    }
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(backend.get(path).status, 200, "{path}");
+    }
+    let body = request(vec![cpu(CART, 1000, &[Line("main", 1, &[])])]).to_bytes();
+    let push = |authorization: &str| {
+        let headers = [("Content-Type", "application/x-protobuf"), ("Authorization", authorization)];
+        send(backend.address, "POST", "/api/v1/push", &headers, &body).status
+    };
+    assert_eq!((push(""), push(&bearer)), (401, 200));
+}
+
+#[test]
+fn an_address_of_a_network_without_a_token_opens_nothing() {
+    let directory = tempfile::tempdir().expect("tempdir");
+    let store = directory.path().join("store");
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:0"] {
+        let listen = listen.parse().expect("an address");
+        let bound = runtime.block_on(Server::bind(Options { listen, ..Options::new(&store) }));
+        assert!(matches!(bound, Err(ServeError::Unprotected { .. })), "{listen}");
+        assert!(!store.exists(), "{listen}");
+    }
+}
+
+#[test]
+fn the_program_refuses_an_open_address_in_one_line() {
+    let directory = tempfile::tempdir().expect("tempdir");
+    let store = directory.path().join("store");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_profiler-backend"));
+        let output = command.arg("--data-dir").arg(&store).args(arguments).output().expect("it starts");
+        let message = String::from_utf8(output.stderr).expect("text");
+        assert_eq!((output.status.code(), message.lines().count()), (Some(2), 1), "{message}");
+        message
+    };
+    let message = run(&["--listen", "0.0.0.0:0"]);
+    assert!(message.contains("0.0.0.0:0") && message.contains("token"), "{message}");
+    let file = token_file(directory.path());
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).expect("set the mode");
+    let message = run(&["--listen", "0.0.0.0:0", "--token-file", file.to_str().expect("plain")]);
+    assert!(message.contains("token-file") && message.contains("mode is 644"), "{message}");
+    assert!(!message.contains(TOKEN) && !store.exists(), "{message}");
 }
 
 #[test]

@@ -51,6 +51,28 @@ export interface Series {
   readonly lines: readonly Line[];
 }
 
+/** `/api/v1/binaries`: how well the code of each binary unwinds and is named. */
+export interface Binaries {
+  readonly unit: string;
+  readonly binaries: readonly Binary[];
+  /** Binaries that the answer has no room for. */
+  readonly leftOut: number;
+}
+
+export interface Binary {
+  readonly name: string;
+  /** Value of the stacks with a frame of it. */
+  readonly total: number;
+  /** Of those, the ones that end in it too early. */
+  readonly truncated: number;
+  /** Share of its frames without a name. */
+  readonly unknownPercent: number;
+  /** Why most of the truncated ones end. */
+  readonly reason: string | null;
+  /** What would help. */
+  readonly hint: string | null;
+}
+
 export interface LabelValues {
   readonly values: readonly string[];
   readonly truncated: boolean;
@@ -151,6 +173,33 @@ export async function fetchMerge(selection: Selection, signal: AbortSignal): Pro
     comments: answer.comments,
     tree: FrameTree.decode(answer),
   };
+}
+
+interface BinariesAnswer {
+  unit: string;
+  binaries: {
+    binary: string;
+    total: number;
+    truncated: number;
+    unknown_percent: number;
+    reason: string | null;
+    hint: string | null;
+  }[];
+  left_out: number;
+}
+
+export async function fetchBinaries(selection: Selection, signal: AbortSignal): Promise<Binaries> {
+  const query = parameters({ ...selection, groupBy: "" });
+  const answer = await get<BinariesAnswer>(`binaries?${query}`, signal);
+  const binaries = answer.binaries.map(({ binary, total, truncated, unknown_percent, reason, hint }) => ({
+    name: binary,
+    total,
+    truncated,
+    unknownPercent: unknown_percent,
+    reason,
+    hint,
+  }));
+  return { unit: answer.unit, binaries, leftOut: answer.left_out };
 }
 
 /** The backend and this file ship in one binary, so the shape is trusted; the tree's indexes are checked in `FrameTree`. */

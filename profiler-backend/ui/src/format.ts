@@ -76,9 +76,9 @@ export function percent(part: number, whole: number): string {
   return `${value.toFixed(value < 10 ? 2 : value < 99.95 ? 1 : 0)} %`;
 }
 
-/** `1 frame`, `2 frames`. */
-export function plural(count: number, noun: string): string {
-  return `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
+/** `1 frame`, `2 frames`; `several` where an s does not do. */
+export function plural(count: number, noun: string, several = `${noun}s`): string {
+  return `${count.toLocaleString("en-US")} ${count === 1 ? noun : several}`;
 }
 
 /** A span of time in whole units: `5 m`, `1 h 30 m`, `2 d`. */

@@ -1,4 +1,5 @@
 import { fetchLabels, type ApiError, type Merge, type Selection } from "./api.ts";
+import { BinaryTable } from "./binaries.ts";
 import { byId, h } from "./dom.ts";
 import { cores, plural, quantity, span } from "./format.ts";
 import { exactly, patternError } from "./flamegraph/search.ts";
@@ -9,7 +10,7 @@ import { LabelFilter } from "./labels.ts";
 import { Loader, select, type Loaded } from "./loader.ts";
 import { Menu, type Item } from "./menu.ts";
 import { Picker } from "./picker.ts";
-import { needsData, Store, type State } from "./state.ts";
+import { needsData, Store, viewOf, type State } from "./state.ts";
 import { TopTable } from "./table.ts";
 import { Timeline } from "./timeline.ts";
 import { Tooltip, describeFrame } from "./tooltip.ts";
@@ -40,6 +41,7 @@ class App {
     choose: (name) => this.store.update({ search: name === undefined ? "" : exactly(name) }),
     menu: (name, x, y) => this.openMenu(name, x, y),
   });
+  private readonly binaries = new BinaryTable((error) => this.failed(error));
   private readonly loader = new Loader(() => this.store.get(), {
     busy: (now) => byId("progress", HTMLElement).toggleAttribute("hidden", !now),
     loaded: (result) => this.loaded(result),
@@ -61,8 +63,8 @@ class App {
       this.store.update({ groupBy: this.groupBy.value, zoom: "" }),
     );
     this.views.addEventListener("click", ({ target }) => {
-      const view = target instanceof HTMLElement ? target.dataset["view"] : undefined;
-      if (view === "both" || view === "graph" || view === "table") this.store.update({ view }, "replace");
+      const view = viewOf(target instanceof HTMLElement ? target.dataset["view"] : undefined);
+      if (view) this.store.update({ view }, "replace");
     });
     document.addEventListener("keydown", (event) => this.press(event));
     this.store.subscribe((after, before) => this.changed(after, before));
@@ -75,6 +77,7 @@ class App {
     this.graphs.update(after, before);
     const changesTable = (["focus", "sandwich", "search"] as const).some((key) => after[key] !== before[key]);
     if (changesTable) this.showTable(after);
+    if (after.view !== before.view) this.showBinaries(after);
     if (needsData(before, after)) void this.loader.load();
     else if (after.live !== before.live) this.loader.reschedule();
   }
@@ -102,6 +105,10 @@ class App {
     if (current) this.table.show(current, this.unit, search, this.graphs.matches(search));
   }
 
+  private showBinaries({ view }: State): void {
+    if (view === "binaries") void this.binaries.load(this.selection());
+  }
+
   private loaded(result: Loaded): void {
     const { merge, series } = result;
     const state = this.store.get();
@@ -113,6 +120,7 @@ class App {
     this.timeline.show(series, merge.delta);
     this.graphs.load(merge.tree, merge.unit, state);
     this.showTable(state);
+    this.showBinaries(state);
     this.summarize(merge);
     const empty = merge.tree.total[ROOT] === 0;
     byId("empty", HTMLElement).hidden = !empty;

@@ -25,7 +25,13 @@ export interface State {
   readonly live: boolean;
 }
 
-export type View = "both" | "graph" | "table";
+export const VIEWS = ["both", "graph", "table", "binaries"] as const;
+export type View = (typeof VIEWS)[number];
+
+/** The view of that name, if there is one. */
+export function viewOf(name: string | null | undefined): View | undefined {
+  return VIEWS.find((view) => view === name);
+}
 
 export const DEFAULTS: State = {
   type: "",
@@ -64,10 +70,9 @@ export function parseState(search: string): State {
   const text = Object.fromEntries(
     TEXT_KEYS.map((key) => [key, given.get(PARAMETERS[key]) ?? DEFAULTS[key]]),
   ) as Record<TextKey, string>;
-  const view = given.get("view");
   return {
     ...text,
-    view: view === "graph" || view === "table" ? view : DEFAULTS.view,
+    view: viewOf(given.get("view")) ?? DEFAULTS.view,
     live: given.get("live") !== "0",
   };
 }

@@ -154,6 +154,15 @@ function steps(page, { url, name, label, value }) {
         "self time is above 0",
       );
     },
+    "see how well its binary unwinds and is named": async () => {
+      await page.getByRole("button", { name: "Binaries" }).click();
+      const row = page.locator(`#binaries-body tr[data-binary="${value}"]`);
+      await row.waitFor({ timeout: WAIT_MS });
+      const values = await row.locator(".value").evaluateAll((cells) => cells.map((cell) => Number(cell.dataset.value)));
+      assert.ok(values[0] > 0 && values[1] >= 0 && values[1] <= values[0], `total and truncated: ${values}`);
+      assert.ok(values[2] >= 0 && values[2] <= 100, `unknown, in percent: ${values}`);
+      assert.equal(new URL(page.url()).searchParams.get("view"), "binaries");
+    },
     "follow the pprof link": async () => {
       const href = await page.locator("#download-pprof").getAttribute("href");
       const answer = await page.request.get(new URL(href, url).href);

@@ -37,6 +37,7 @@ test("shares are exact where they are small", () => {
 test("counts and spans read as words", () => {
   assert.equal(plural(1, "profile"), "1 profile");
   assert.equal(plural(2500, "profile"), "2,500 profiles");
+  assert.equal(plural(2, "binary", "binaries"), "2 binaries");
   assert.equal(span(90_000), "1 m 30 s");
   assert.equal(span(86_400_000), "1 d");
   assert.equal(clock(new Date(2026, 0, 2, 3, 4, 5).getTime()), "03:04:05");
