@@ -11,7 +11,7 @@ use std::{
             AtomicU64,
             Ordering::{Acquire, Release},
         },
-        mpsc::{SyncSender, TrySendError},
+        mpsc::{SendError, SyncSender, TrySendError},
     },
     thread,
     time::{Duration, Instant},
@@ -55,6 +55,8 @@ pub(crate) struct Batch {
     /// Records of perf events, as `bytes`; they have an order of their own.
     perf_bytes: Vec<u8>,
     perf_records: u64,
+    /// Of the samples, those that are in the account as waiting for the worker.
+    entered: PerType<u64>,
 }
 
 impl Batch {
@@ -81,6 +83,10 @@ impl Batch {
     fn has_room(&self, record: &[u8]) -> bool {
         let bytes = self.bytes.len() + self.perf_bytes.len();
         bytes == 0 || bytes + LENGTH_BYTES + record.len() <= BATCH_BYTES_MAX
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty() && self.perf_bytes.is_empty()
     }
 
     /// Samples among the records, by type.
@@ -164,6 +170,7 @@ pub(crate) fn run(
     stop: &PipeReader,
 ) {
     let mut drained = Instant::now();
+    let mut kept = Batch::default();
     loop {
         let stopping = wait(&ring, mappings, stop);
         if !stopping {
@@ -171,10 +178,12 @@ pub(crate) fn run(
         }
         drained = Instant::now();
         let began_ns = clock::boot_ns();
-        drain(&mut ring, mappings, batches, ledger);
-        progress.reach(began_ns);
+        kept = drain(kept, &mut ring, mappings, batches, ledger);
+        if kept.is_empty() {
+            progress.reach(began_ns);
+        }
         if stopping {
-            return;
+            return finish(kept, batches, ledger);
         }
     }
 }
@@ -199,13 +208,16 @@ fn wait(ring: &impl AsFd, mappings: &impl AsFd, stop: &PipeReader) -> bool {
     stop.revents().contains(PollFlags::HUP)
 }
 
+/// Fills and sends batches, beginning with one that was kept. Gives the last one where the worker has no room for it: it is
+/// filled on with the next drain, so that many small drains take no more room than few large ones.
 fn drain(
+    kept: Batch,
     ring: &mut RingBuf<MapData>,
     mappings: &MappingEvents,
     batches: &SyncSender<Batch>,
     ledger: &Ledger,
-) {
-    let mut batch = Batch::default();
+) -> Batch {
+    let mut batch = kept;
     // First, so that the samples that follow find them.
     let broken = mappings.take(|record| {
         if !batch.push_perf(record) {
@@ -220,29 +232,61 @@ fn drain(
             batch.push(&record);
         }
     }
-    send(batch, batches, ledger);
+    offer(batch, batches, ledger).unwrap_or_default()
+}
+
+/// The last batch, for which the worker is waited for: nothing is drained any more.
+fn finish(mut batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
+    if batch.is_empty() {
+        return;
+    }
+    enter(&mut batch, ledger);
+    if let Err(SendError(batch)) = batches.send(batch) {
+        lose(&batch, ledger);
+    }
 }
 
 /// Hands a batch on; its samples wait in the channel or are dropped.
 pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
-    if batch.bytes.is_empty() && batch.perf_bytes.is_empty() {
-        return;
+    if let Some(batch) = offer(batch, batches, ledger) {
+        lose(&batch, ledger);
     }
-    let Batch { bytes: _, samples, execs, lives, perf_bytes: _, perf_records } = batch;
-    let accounts = ProfileType::ALL.map(|profile_type| (ledger.of(profile_type), *samples.of(profile_type)));
-    for (account, samples) in accounts {
-        account.add_drained(samples);
-        account.enter(Place::DrainQueue, samples);
+}
+
+/// Hands a batch on, and gives it back where there is no room. Its samples wait for the worker either way.
+fn offer(mut batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) -> Option<Batch> {
+    if batch.is_empty() {
+        return None;
     }
-    if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = batches.try_send(batch) {
-        for (account, samples) in accounts {
-            account.leave(Place::DrainQueue, samples);
-            account.drop_events(Cause::DrainQueueFull, samples);
-        }
-        ledger.lose_execs(execs);
-        ledger.lose_lives(lives);
-        ledger.lose_mappings(perf_records);
+    enter(&mut batch, ledger);
+    match batches.try_send(batch) {
+        Ok(()) => None,
+        Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch)) => Some(batch),
     }
+}
+
+/// Counts the samples that have come to a batch.
+fn enter(batch: &mut Batch, ledger: &Ledger) {
+    for profile_type in ProfileType::ALL {
+        let account = ledger.of(profile_type);
+        let new = batch.samples.of(profile_type) - batch.entered.of(profile_type);
+        account.add_drained(new);
+        account.enter(Place::DrainQueue, new);
+    }
+    batch.entered = batch.samples;
+}
+
+/// Counts a batch as dropped.
+fn lose(batch: &Batch, ledger: &Ledger) {
+    let Batch { bytes: _, samples, execs, lives, perf_bytes: _, perf_records, entered: _ } = batch;
+    for profile_type in ProfileType::ALL {
+        let (account, samples) = (ledger.of(profile_type), *samples.of(profile_type));
+        account.leave(Place::DrainQueue, samples);
+        account.drop_events(Cause::DrainQueueFull, samples);
+    }
+    ledger.lose_execs(*execs);
+    ledger.lose_lives(*lives);
+    ledger.lose_mappings(*perf_records);
 }
 
 /// A record as the worker sees it.
@@ -512,7 +556,7 @@ pub(crate) mod tests {
         for (_, record) in batch.records().enumerate().filter(|&(index, _)| index != deleted) {
             assert!(shorter.push(record), "the batch has room");
         }
-        Batch { samples: batch.samples, ..shorter }
+        Batch { samples: batch.samples, entered: batch.entered, ..shorter }
     }
 
     #[test]
@@ -606,6 +650,22 @@ pub(crate) mod tests {
         assert_eq!((batch.records().count(), batch.perf_records().count()), (1, taken));
         assert!(batch.perf_records().all(|found| found == record));
         assert!(!batch.push(&record), "there is no room for either");
+    }
+
+    #[test]
+    fn a_batch_that_is_kept_is_filled_on_and_its_samples_wait_once() {
+        let ledger = Ledger::default();
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        assert!(offer(batch(&[encode(&sample(1))]), &sender, &ledger).is_none());
+        let mut kept = offer(batch(&[encode(&sample(2))]), &sender, &ledger).expect("there is no room");
+        assert!(kept.push(&encode(&sample(3))));
+        let kept = offer(kept, &sender, &ledger).expect("there is no room");
+        let account = ledger.of(ProfileType::Cpu);
+        assert_eq!((account.drained(), account.waiting(Place::DrainQueue)), (3, 3));
+        assert_eq!(receiver.recv().expect("the first").records().count(), 1);
+        finish(kept, &sender, &ledger);
+        assert_eq!(receiver.recv().expect("the one that was kept").records().count(), 2);
+        assert_eq!((account.drained(), account.dropped(Cause::DrainQueueFull)), (3, 0));
     }
 
     #[test]

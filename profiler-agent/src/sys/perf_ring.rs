@@ -115,8 +115,9 @@ impl Memory {
     /// A word of the first page, which both sides read and write.
     fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8) && offset + 8 <= self.page_bytes, "{offset}");
+        let word = self.start.wrapping_add(offset).cast();
         // SAFETY: the word lies in the mapped first page, which lives as long as `self`; both sides use it as an atomic.
-        unsafe { AtomicU64::from_ptr(self.start.add(offset).cast()) }
+        unsafe { AtomicU64::from_ptr(word) }
     }
 
     /// Copies bytes out of the ring from a position on, around its end; `bytes` is at most the ring's size.
@@ -124,17 +125,16 @@ impl Memory {
         assert!(bytes <= self.data_bytes, "{bytes} of {}", self.data_bytes);
         let at = from as usize & (self.data_bytes - 1);
         let first = bytes.min(self.data_bytes - at);
+        let data = self.start.wrapping_add(self.page_bytes);
         to.clear();
         to.resize(bytes, 0);
-        // SAFETY: `at + first` bytes are in the ring, behind the first page, and `to` has `bytes`; the kernel does not
-        // write there before the tail has moved on.
-        unsafe { ptr::copy_nonoverlapping(self.start.add(self.page_bytes + at), to.as_mut_ptr(), first) };
-        if let Some(rest) = to.get_mut(first..).filter(|rest| !rest.is_empty()) {
-            // SAFETY: the rest lies at the ring's beginning and is shorter than the ring; as above.
-            unsafe {
-                ptr::copy_nonoverlapping(self.start.add(self.page_bytes), rest.as_mut_ptr(), rest.len());
-            }
-        }
+        let (head, rest) = to.split_at_mut(first);
+        let from = data.wrapping_add(at);
+        // SAFETY: `at + first` bytes are in the ring, behind the first page; the kernel does not write there before the tail
+        // has moved on.
+        unsafe { ptr::copy_nonoverlapping(from, head.as_mut_ptr(), head.len()) };
+        // SAFETY: the rest lies at the ring's beginning and is shorter than the ring; as above.
+        unsafe { ptr::copy_nonoverlapping(data, rest.as_mut_ptr(), rest.len()) };
     }
 }
 
