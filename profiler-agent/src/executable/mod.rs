@@ -15,7 +15,7 @@ use std::{fmt, io};
 
 pub(crate) use build_id::BuildId;
 pub(crate) use cache::ExecutableCache;
-pub(crate) use elf::{CompressedSection, Elf, ElfError, GoTable, SectionBytes, SymbolSections};
+pub(crate) use elf::{CompressedSection, Elf, ElfError, GoTable, SectionBytes, SymbolSections, SymbolTable};
 pub(crate) use identity::Identity;
 pub(crate) use open::{MappedFile, open_in_root};
 
@@ -35,6 +35,8 @@ pub(crate) struct Executable {
     file: File,
     elf: Elf,
     debug_is_safe: OnceLock<bool>,
+    /// The version of its separate debug file, and whether it can be used.
+    debug_file_is_usable: OnceLock<(String, bool)>,
 }
 
 impl Executable {
@@ -84,6 +86,12 @@ impl Executable {
         *self.debug_is_safe.get_or_init(check)
     }
 
+    /// What `check` said of this version of the executable's debug file when it was asked first.
+    pub(crate) fn debug_file_is_usable(&self, version: String, check: impl Fn() -> bool) -> bool {
+        let (known, is_usable) = self.debug_file_is_usable.get_or_init(|| (version.clone(), check()));
+        if *known == version { *is_usable } else { check() }
+    }
+
     pub(crate) fn is_go(&self) -> bool {
         self.elf.is_go
     }
@@ -98,8 +106,8 @@ impl Executable {
         let file_bytes = file.metadata().map_err(read_error)?.len();
         let elf = Elf::of(&file).map_err(|source| ExecutableError::Elf { path: path.into(), source })?;
         let identity = Identity::read(&file, file_bytes, elf.build_ids.clone()).map_err(read_error)?;
-        let debug_is_safe = OnceLock::new();
-        Ok(Self { id, path: path.into(), identity, file, elf, debug_is_safe })
+        let (debug_is_safe, debug_file_is_usable) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { id, path: path.into(), identity, file, elf, debug_is_safe, debug_file_is_usable })
     }
 }
 
@@ -152,7 +160,8 @@ impl Executable {
         elf.symbols.debug_link = Some(name.into());
         let file = self.file.try_clone().expect("a descriptor");
         let (path, identity) = (self.path.clone(), self.identity.clone());
-        Self { id: self.id, path, identity, file, elf, debug_is_safe: OnceLock::new() }
+        let (debug_is_safe, debug_file_is_usable) = (OnceLock::new(), OnceLock::new());
+        Self { id: self.id, path, identity, file, elf, debug_is_safe, debug_file_is_usable }
     }
 }
 
@@ -219,5 +228,25 @@ pub(crate) mod testing {
     pub(crate) fn run(command: &mut Command) {
         let output = command.output().unwrap();
         assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::testing::read;
+    use crate::{memory, sys::heap};
+
+    #[test]
+    fn an_executable_takes_what_the_memory_plan_gives_it() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let files: std::collections::BTreeSet<_> =
+            maps.lines().filter_map(|line| Some(&line[line.find('/')?..])).collect();
+        let before = heap::held_bytes();
+        let open: Vec<_> = files.iter().filter_map(|path| read(path.as_ref()).ok()).collect();
+        let held = usize::try_from(heap::held_bytes() - before).unwrap();
+        assert!(open.len() > 2 && held / open.len() < memory::EXECUTABLE_BYTES, "{held} of {}", open.len());
+        assert!(open.iter().all(|executable| Arc::strong_count(executable) == 1));
     }
 }
