@@ -63,6 +63,9 @@ use crate::{
     telemetry::Status,
 };
 
+#[global_allocator]
+static ALLOCATOR: sys::heap::Counting = sys::heap::Counting;
+
 /// A bad flag, variable or file: nothing was started.
 const EXIT_USAGE: u8 = 2;
 /// Ended by Ctrl-C, as shells count it: 128 + SIGINT.

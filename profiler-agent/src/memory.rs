@@ -33,7 +33,8 @@ const UNWIND_PARTS: u64 = 8;
 const RING_PARTS: u64 = 4;
 const DRAIN_PARTS: u64 = 4;
 const WINDOWS_PARTS: u64 = 15;
-const SYMBOLS_PARTS: u64 = 15;
+const SYMBOLS_PARTS: u64 = 10;
+const SYMBOL_FILES_PARTS: u64 = 5;
 const UPLOAD_PARTS: u64 = 8;
 const EXECUTABLES_PARTS: u64 = 2;
 const PROCESSES_PARTS: u64 = 7;
@@ -44,6 +45,7 @@ const _: () = assert!(
         + DRAIN_PARTS
         + WINDOWS_PARTS
         + SYMBOLS_PARTS
+        + SYMBOL_FILES_PARTS
         + UPLOAD_PARTS
         + EXECUTABLES_PARTS
         + PROCESSES_PARTS
@@ -51,10 +53,10 @@ const _: () = assert!(
         == PARTS
 );
 
-/// What one of each takes.
+/// What one of each takes. Tests hold processes and executables against what the allocator counts.
 const BATCH_BYTES: u64 = crate::drain::BATCH_BYTES_MAX as u64;
-const EXECUTABLE_BYTES: u64 = 1024;
-const PROCESS_BYTES: u64 = 2048;
+pub(crate) const EXECUTABLE_BYTES: usize = 1024;
+pub(crate) const PROCESS_BYTES: usize = 2048;
 const LEAF_BYTES: u64 = size_of::<Leaf>() as u64;
 const DIRECTORY_BYTES: u64 = size_of::<Directory>() as u64;
 /// A chunk, the entry that names it with the hash table's own, and the agent's copy.
@@ -64,6 +66,7 @@ const RULES_BYTES: u64 = 16 * UNWIND_RULES_MAX as u64;
 
 /// More than this is of no use.
 const SYMBOLS_BYTES_MAX: u64 = 256 * MIB;
+const SYMBOL_FILES_BYTES_MAX: u64 = 64 * MIB;
 const WINDOWS_BYTES_MAX: u64 = 512 * MIB;
 const UPLOAD_BYTES_MAX: u64 = 256 * MIB;
 const DRAIN_BATCHES_MAX: u64 = 1024;
@@ -101,6 +104,8 @@ pub(crate) struct MemoryPlan {
     pub(crate) windows_bytes: usize,
     /// Bytes of symbolized locations.
     pub(crate) symbols_bytes: usize,
+    /// Bytes of the tables of files that are symbolized, of all threads together.
+    pub(crate) symbol_files_bytes: usize,
     /// Bytes that wait for all destinations together.
     pub(crate) upload_bytes: usize,
     /// Open executables.
@@ -135,19 +140,19 @@ impl MemoryPlan {
             drain_batches: at_most(part(DRAIN_PARTS) / BATCH_BYTES, DRAIN_BATCHES_MAX),
             windows_bytes: at_most(part(WINDOWS_PARTS), WINDOWS_BYTES_MAX),
             symbols_bytes: at_most(part(SYMBOLS_PARTS), SYMBOLS_BYTES_MAX),
+            symbol_files_bytes: at_most(part(SYMBOL_FILES_PARTS), SYMBOL_FILES_BYTES_MAX),
             upload_bytes: at_most(part(UPLOAD_PARTS), UPLOAD_BYTES_MAX),
-            executables: at_most(part(EXECUTABLES_PARTS) / EXECUTABLE_BYTES, EXECUTABLES_MAX),
-            processes: at_most(part(PROCESSES_PARTS) / PROCESS_BYTES, PROCESSES_MAX),
+            executables: at_most(part(EXECUTABLES_PARTS) / EXECUTABLE_BYTES as u64, EXECUTABLES_MAX),
+            processes: at_most(part(PROCESSES_PARTS) / PROCESS_BYTES as u64, PROCESSES_MAX),
             mapping_rings_bytes: at_most(part(MAPPING_RINGS_PARTS), MAPPING_RINGS_BYTES_MAX),
         })
     }
 
     /// What each may take, in bytes, by name.
-    pub(crate) fn parts(&self) -> [(&'static str, u64); 10] {
+    pub(crate) fn parts(&self) -> [(&'static str, u64); 11] {
         let Self { limit_bytes: _, ring_bytes_max, unwind, mapping_rings_bytes, .. } = *self;
-        let Self {
-            drain_batches, windows_bytes, symbols_bytes, upload_bytes, executables, processes, ..
-        } = *self;
+        let Self { drain_batches, windows_bytes, symbols_bytes, symbol_files_bytes, .. } = *self;
+        let Self { upload_bytes, executables, processes, .. } = *self;
         [
             ("base", BASE_BYTES),
             ("ring", ring_bytes_max.into()),
@@ -155,9 +160,10 @@ impl MemoryPlan {
             ("drain_queue", drain_batches as u64 * BATCH_BYTES),
             ("windows", windows_bytes as u64),
             ("symbols", symbols_bytes as u64),
+            ("symbol_files", symbol_files_bytes as u64),
             ("upload_queue", upload_bytes as u64),
-            ("executables", executables as u64 * EXECUTABLE_BYTES),
-            ("processes", processes as u64 * PROCESS_BYTES),
+            ("executables", (executables * EXECUTABLE_BYTES) as u64),
+            ("processes", (processes * PROCESS_BYTES) as u64),
             ("mapping_rings", mapping_rings_bytes as u64),
         ]
     }
@@ -316,7 +322,7 @@ mod tests {
     fn the_default_holds_what_a_machine_of_some_hundred_processes_needs() {
         let plan = plan(256, false);
         let expect = "limit 256 MiB: base 32.0, ring 8.0, unwind_tables 28.0, drain_queue 14.0, windows 52.5, symbols \
-                      52.5, upload_queue 28.0, executables 7.0, processes 24.5, mapping_rings 3.5";
+                       35.0, symbol_files 17.5, upload_queue 28.0, executables 7.0, processes 24.5, mapping_rings 3.5";
         assert_eq!(plan.to_string(), expect);
         assert_eq!(plan.unwind.processes, UNWIND_PROCESSES_MAX);
         assert!(plan.unwind.leaves >= 10_000, "two compilers with their libraries: {plan:?}");

@@ -149,8 +149,8 @@ impl Shared {
         background: Background,
     ) -> anyhow::Result<Self> {
         let background = Arc::new(background);
-        let symbols = Symbols::start("/proc".as_ref(), memory.symbols_bytes, names, &background)
-            .context("start the symbolizer")?;
+        let symbols =
+            Symbols::start("/proc".as_ref(), &memory, names, &background).context("start the symbolizer")?;
         let symbols = Arc::new(symbols);
         let (ledger, gauges, unwind, sampling, binaries) = Default::default();
         Ok(Self { ledger, gauges, symbols, unwind, sampling, background, memory, binaries, exporters })

@@ -10,16 +10,13 @@ use std::{
     time::Duration,
 };
 
-use crate::{label::SeriesLabels, ledger::ProfileType, normalize::Location, sys::clock::WallClock};
+use crate::{
+    label::SeriesLabels,
+    ledger::ProfileType,
+    normalize::Location,
+    sys::{clock::WallClock, heap},
+};
 
-/// What takes memory in a window, about: a different (series, stack, sample labels); a different stack beside its frames;
-/// a frame of it; a different location, set of sample labels and series. Estimated from the sizes of the types, with the hash tables half full.
-const ENTRY_BYTES: usize = 100;
-const STACK_BYTES: usize = 64;
-const FRAME_BYTES: usize = size_of::<LocationIndex>();
-const LOCATION_BYTES: usize = 96;
-const LABELS_BYTES: usize = 160;
-const SERIES_BYTES: usize = 1024;
 /// Windows open at once. Two in normal running: the current one, and the last one until the drain has passed its end.
 /// More after a stall, when samples of many windows come at once.
 const OPEN_MAX: usize = 64;
@@ -35,6 +32,19 @@ pub(crate) struct SampleLabels {
     pub(crate) thread_name: String,
     /// Process id in the initial pid namespace.
     pub(crate) pid: u32,
+}
+
+/// Bytes of the heap that labels take: names and values, in the nodes of a tree that are two thirds full.
+fn series_bytes(series: &SeriesLabels) -> usize {
+    const LABEL_BYTES: usize = 2 * size_of::<String>() * 3 / 2;
+    series.iter().map(|(name, value)| LABEL_BYTES + name.len() + value.len()).sum()
+}
+
+impl SampleLabels {
+    fn heap_bytes(&self) -> usize {
+        let Self { comm, thread_name, pid: _ } = self;
+        comm.capacity() + thread_name.capacity()
+    }
 }
 
 /// What was counted for one stack under one set of labels.
@@ -92,10 +102,6 @@ impl<T: Hash + Eq> Interner<T> {
         *self.numbers.entry(value).or_insert(next)
     }
 
-    fn len(&self) -> usize {
-        self.numbers.len()
-    }
-
     /// The number of a value that has one.
     fn get(&self, value: &T) -> Option<u32> {
         self.numbers.get(value).copied()
@@ -134,7 +140,7 @@ impl Room {
     }
 }
 
-/// What one window has taken of the room; given back when it is dropped.
+/// What one window has taken of the room, as counted by the allocator; given back when it is dropped.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Taken {
@@ -227,7 +233,7 @@ impl Window {
         let key = match self.known(&series, &labels, &stack) {
             Some(key) => key,
             None if self.taken.room.is_full() => return Err(Full),
-            None => self.intern(series, labels, stack, &mut on_new),
+            None => self.intern_counted(series, labels, stack, &mut on_new),
         };
         let counts = self.counts.entry(key).or_default();
         counts.samples += added.samples;
@@ -247,6 +253,30 @@ impl Window {
         self.counts.contains_key(&key).then_some(key)
     }
 
+    /// Interns a key and takes from the room what the window has grown by.
+    fn intern_counted(
+        &mut self,
+        series: SeriesLabels,
+        labels: SampleLabels,
+        stack: Vec<Location>,
+        on_new: &mut impl FnMut(&Location),
+    ) -> Key {
+        let mut others = 0;
+        // Labels of a series are shared with the process table, for as long as the process is there.
+        let shared = if self.series.get(&series).is_none() { series_bytes(&series) } else { 0 };
+        let moved_in = shared + labels.heap_bytes() + stack.capacity() * size_of::<Location>();
+        let before = heap::held_bytes();
+        let key = self.intern(series, labels, stack, &mut |location| {
+            let before = heap::held_bytes();
+            on_new(location);
+            others += heap::held_bytes() - before;
+        });
+        self.counts.entry(key).or_default();
+        let grown = heap::held_bytes() - before - others;
+        self.taken.add(moved_in.saturating_add_signed(grown));
+        key
+    }
+
     fn intern(
         &mut self,
         series: SeriesLabels,
@@ -254,31 +284,18 @@ impl Window {
         stack: Vec<Location>,
         on_new: &mut impl FnMut(&Location),
     ) -> Key {
-        let locations_before = self.locations.len();
         let indices = stack.into_iter().map(|location| {
             if self.locations.get(&location).is_none() {
                 on_new(&location);
             }
             self.locations.intern(location)
         });
-        let indices: Box<[_]> = indices.collect();
-        let (frames, stacks_before) = (indices.len(), self.stacks.len());
-        let (series_before, labels_before) = (self.series.len(), self.labels.len());
-        let key = Key {
+        let stack = indices.collect();
+        Key {
             series: self.series.intern(series),
-            stack: self.stacks.intern(indices),
+            stack: self.stacks.intern(stack),
             labels: self.labels.intern(labels),
-        };
-        let new_locations = self.locations.len() - locations_before;
-        let new_stacks = self.stacks.len() - stacks_before;
-        self.taken.add(
-            ENTRY_BYTES
-                + new_locations * LOCATION_BYTES
-                + new_stacks * (STACK_BYTES + frames * FRAME_BYTES)
-                + (self.series.len() - series_before) * SERIES_BYTES
-                + (self.labels.len() - labels_before) * LABELS_BYTES,
-        );
-        key
+        }
     }
 
     /// Samples in the window, counted from what it holds.
@@ -678,9 +695,28 @@ mod tests {
         let used = |windows: &Windows| windows.room.used.load(Relaxed);
         let open = used(&windows);
         let closed = windows.close_due(140 * S, clock(0));
-        assert!(open > 3 * SERIES_BYTES && used(&windows) == open, "the encoder has them");
+        assert!(open > 3 * 256 && used(&windows) == open, "the encoder has them");
         drop(closed);
         assert_eq!(used(&windows), 0);
+    }
+
+    #[test]
+    fn what_a_window_takes_of_the_room_is_what_it_holds() {
+        let before = heap::held_bytes();
+        let mut windows = windows();
+        windows.room.max = usize::MAX;
+        let series = Labeler::new("n", &[]).series(&Subject { exe: "/x", ..Subject::default() });
+        let mapping: Arc<str> = "//anon".into();
+        for at in 0..3000 {
+            // Every second stack is new, with frames of its own.
+            let frames = [at / 2, at / 2 + 100_000, at % 7].map(Addr);
+            let location = |addr| Location::Unnamed { mapping: Arc::clone(&mapping), addr };
+            let labels = SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 };
+            let stack = frames.map(location).into();
+            windows.at(100 * S).add(series.clone(), labels, stack, 5, |_| ()).expect("there is room");
+        }
+        let (held, taken) = (heap::held_bytes() - before, windows.room.used.load(Relaxed));
+        assert!(taken > 200_000 && held.abs_diff(taken.cast_signed()) < taken / 20, "{taken}, held {held}");
     }
 
     #[test]

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::ops::Range;
 
 use object::read::ReadRef;
-use object::read::elf::{CompressionHeader as _, FileHeader, ProgramHeader as _, SectionHeader as _};
+use object::read::elf::{
+    CompressionHeader as _, FileHeader, ProgramHeader as _, SectionHeader as _, SectionTable,
+};
 use object::{Endian as _, Endianness, elf};
 
 use super::bounded::BoundedFile;
@@ -111,11 +113,23 @@ pub(crate) enum SectionBytes {
     Compressed(CompressedSection),
 }
 
+/// Where a symbol table of 64-bit little-endian entries lies in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SymbolTable {
+    pub(crate) symbols: Range<u64>,
+    /// Names, each ended by a zero byte.
+    pub(crate) strings: Range<u64>,
+    /// The table of the dynamic linker, which has only what others may use.
+    pub(crate) is_dynamic: bool,
+}
+
 /// What a symbolizer would load from a file, from its section headers alone, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SymbolSections {
     /// Symbol tables and their strings.
     pub(crate) symbol_bytes: u64,
+    /// Symbol tables; empty for other than 64-bit little-endian files.
+    pub(crate) tables: Vec<SymbolTable>,
     /// DWARF sections as they are in memory: uncompressed.
     pub(crate) debug_bytes: u64,
     /// The part of `debug_bytes` that is compressed in the file, hence costs memory of our own.
@@ -271,6 +285,7 @@ where
         match section.sh_type(endian) {
             elf::SHT_SYMTAB | elf::SHT_DYNSYM | elf::SHT_STRTAB => {
                 sizes.symbol_bytes = sizes.symbol_bytes.saturating_add(on_file);
+                sizes.tables.extend(symbol_table::<H, R>(endian, &table, section));
             }
             _ if name.starts_with(b".debug_") || name.starts_with(b".zdebug_") => {
                 sizes.add_debug::<H, R>(endian, data, section, name, on_file);
@@ -296,6 +311,33 @@ where
         }
     }
     (sizes, is_go)
+}
+
+fn symbol_table<'data, H, R>(
+    endian: Endianness,
+    sections: &SectionTable<'data, H, R>,
+    section: &H::SectionHeader,
+) -> Option<SymbolTable>
+where
+    H: FileHeader<Endian = Endianness>,
+    R: ReadRef<'data>,
+{
+    let kind = section.sh_type(endian);
+    let is_table = kind == elf::SHT_SYMTAB || kind == elf::SHT_DYNSYM;
+    if !is_table || size_of::<H::Sym>() != size_of::<elf::Sym64<Endianness>>() || endian != Endianness::Little
+    {
+        return None;
+    }
+    let range = |section: &H::SectionHeader| {
+        let (start, bytes) = section.file_range(endian)?;
+        Some(start..start.checked_add(bytes)?)
+    };
+    let strings = sections.section(section.link(endian)).ok()?;
+    Some(SymbolTable {
+        symbols: range(section)?,
+        strings: range(strings)?,
+        is_dynamic: kind == elf::SHT_DYNSYM,
+    })
 }
 
 /// Source: GDB manual, "Debugging Information in Separate Files": a name, a zero byte, padding, a CRC.

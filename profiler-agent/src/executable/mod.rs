@@ -18,7 +18,7 @@ use std::{fmt, io};
 pub(crate) use build_id::BuildId;
 pub(crate) use cache::ExecutableCache;
 pub(crate) use content::{ContentHash, FileKey};
-pub(crate) use elf::{CompressedSection, Elf, ElfError, GoTable, SectionBytes, SymbolSections};
+pub(crate) use elf::{CompressedSection, Elf, ElfError, GoTable, SectionBytes, SymbolSections, SymbolTable};
 pub(crate) use identity::Identity;
 pub(crate) use open::{MappedFile, open_in_root};
 
@@ -42,6 +42,8 @@ pub(crate) struct Executable {
     content: Content,
     /// The one that stands for all with this content, where that is another.
     settled: OnceLock<Arc<Executable>>,
+    /// The version of its separate debug file, and whether it can be used.
+    debug_file_is_usable: OnceLock<(String, bool)>,
 }
 
 impl Executable {
@@ -89,6 +91,12 @@ impl Executable {
     /// What `check` said of the file's DWARF when it was asked first.
     pub(crate) fn debug_is_safe(&self, check: impl FnOnce() -> bool) -> bool {
         *self.debug_is_safe.get_or_init(check)
+    }
+
+    /// What `check` said of this version of the executable's debug file when it was asked first.
+    pub(crate) fn debug_file_is_usable(&self, version: String, check: impl Fn() -> bool) -> bool {
+        let (known, is_usable) = self.debug_file_is_usable.get_or_init(|| (version.clone(), check()));
+        if *known == version { *is_usable } else { check() }
     }
 
     pub(crate) fn is_go(&self) -> bool {
@@ -141,8 +149,18 @@ impl Executable {
             None => Content::known(key, identity.content_hash, age_min),
             Some(_) => Content::unknown(age_min),
         };
-        let (debug_is_safe, settled) = Default::default();
-        Ok(Self { id, path: path.into(), identity, file, elf, debug_is_safe, content, settled })
+        let (debug_is_safe, debug_file_is_usable, settled) = Default::default();
+        Ok(Self {
+            id,
+            path: path.into(),
+            identity,
+            file,
+            elf,
+            debug_is_safe,
+            debug_file_is_usable,
+            content,
+            settled,
+        })
     }
 }
 
@@ -196,8 +214,8 @@ impl Executable {
         let file = self.file.try_clone().expect("a descriptor");
         let (path, identity) = (self.path.clone(), self.identity.clone());
         let content = Content::unknown(Duration::ZERO);
-        let (debug_is_safe, settled) = Default::default();
-        Self { id: self.id, path, identity, file, elf, debug_is_safe, content, settled }
+        let (debug_is_safe, debug_file_is_usable, settled) = Default::default();
+        Self { id: self.id, path, identity, file, elf, debug_is_safe, debug_file_is_usable, content, settled }
     }
 }
 
@@ -267,5 +285,25 @@ pub(crate) mod testing {
     pub(crate) fn run(command: &mut Command) {
         let output = command.output().unwrap();
         assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::testing::read;
+    use crate::{memory, sys::heap};
+
+    #[test]
+    fn an_executable_takes_what_the_memory_plan_gives_it() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let files: std::collections::BTreeSet<_> =
+            maps.lines().filter_map(|line| Some(&line[line.find('/')?..])).collect();
+        let before = heap::held_bytes();
+        let open: Vec<_> = files.iter().filter_map(|path| read(path.as_ref()).ok()).collect();
+        let held = usize::try_from(heap::held_bytes() - before).unwrap();
+        assert!(open.len() > 2 && held / open.len() < memory::EXECUTABLE_BYTES, "{held} of {}", open.len());
+        assert!(open.iter().all(|executable| Arc::strong_count(executable) == 1));
     }
 }

@@ -653,6 +653,7 @@ fn is_sampled(stat: Stat, sampled: Sampled<'_>) -> bool {
 mod tests {
     use super::*;
     use crate::executable::ExecutableCache;
+    use crate::{memory, sys::heap};
 
     fn processes() -> Processes {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(64)));
@@ -686,6 +687,18 @@ mod tests {
             "{mapping:?}"
         );
         assert!(process.mapping(Addr(1)).is_none());
+    }
+
+    #[test]
+    fn a_process_takes_what_the_memory_plan_gives_it() {
+        let mut processes = processes();
+        let pid = std::process::id();
+        processes.get(sampled(pid, 0, "x"));
+        // The files stay open, and known.
+        let before = heap::held_bytes();
+        processes.forget_all();
+        let held = usize::try_from(before - heap::held_bytes()).expect("it held something");
+        assert!((200..memory::PROCESS_BYTES).contains(&held), "{held}");
     }
 
     #[test]

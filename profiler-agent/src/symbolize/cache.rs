@@ -162,6 +162,7 @@ fn location_bytes(location: &Location) -> usize {
 mod tests {
     use super::*;
     use crate::addr::Addr;
+    use crate::sys::heap;
 
     fn id(addr: u64) -> LocationId {
         LocationId::Kernel(Addr(addr))
@@ -199,6 +200,21 @@ mod tests {
         assert!(!cache.contains(id(1)));
         assert_eq!(cache.evictions() + cache.len() as u64, 2000);
         assert!(cache.strings.len() <= cache.len() + 1, "strings of what was evicted are gone");
+    }
+
+    /// The table of the map doubles, so that what is held goes around what is said.
+    #[test]
+    fn what_is_held_is_about_what_is_said() {
+        for locations in [10_000, 14_000, 20_000, 28_000, 29_000, 40_000] {
+            let before = heap::held_bytes();
+            let mut cache = LocationCache::new(usize::MAX);
+            for at in 0..locations {
+                let [function, inlined] = [format!("module::function_{at}"), format!("inlined_{}", at % 100)];
+                cache.insert(id(at), frames(&[&inlined, &function]));
+            }
+            let held = (heap::held_bytes() - before) as f64 / cache.bytes() as f64;
+            assert!((0.8..1.3).contains(&held), "{locations} locations: {held} of {}", cache.bytes());
+        }
     }
 
     #[test]

@@ -429,7 +429,8 @@ mod tests {
         let store = Some(Arc::new(NameStore::open(dir.join("names")).unwrap()));
         let sources = Sources { store, fetcher: Some(fetcher), executables: None };
         let background = Arc::new(Background::new(TERM, Instant::now()));
-        let symbols = Symbols::start("/proc".as_ref(), 1 << 20, sources, &background).unwrap();
+        let plan = crate::memory::MemoryPlan::for_limit(64 << 20, false).unwrap();
+        let symbols = Symbols::start("/proc".as_ref(), &plan, sources, &background).unwrap();
         Asking { symbols, _runtime: runtime }
     }
 

@@ -17,6 +17,8 @@ mod pclntab;
 mod perf_map;
 mod queue;
 mod store;
+mod symtab;
+mod unpack;
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -29,6 +31,7 @@ use std::{io, thread};
 use crate::addr::{Addr, ElfAddr};
 use crate::background::{Background, Payer, Task};
 use crate::executable::{Executable, ExecutableCache, ExecutableId};
+use crate::memory::MemoryPlan;
 use crate::process::GeneratedCode;
 use crate::sys::{memory, sigbus};
 pub(crate) use debuginfod::{DebugInfod, DebugInfodCounts, Fetcher};
@@ -48,6 +51,9 @@ const IDLE: Duration = Duration::from_secs(5);
 
 /// A thread that has read files gives their pages and its free memory back this often.
 const RELEASE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// It does so at once when there are so many pages of files.
+const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// A code address, at the look-up position: one was subtracted from return addresses already.
 ///
@@ -242,26 +248,27 @@ pub(crate) struct Sources {
 }
 
 impl Symbols {
-    /// Starts the threads. `proc_root` is `/proc`; `cache_bytes_max` bounds what is remembered.
+    /// Starts the threads. `proc_root` is `/proc`; `plan` bounds what is remembered and what is loaded.
     ///
     /// # Errors
     /// A thread or the signal handler that guards it cannot be had.
     pub(crate) fn start(
         proc_root: &Path,
-        cache_bytes_max: usize,
+        plan: &MemoryPlan,
         sources: Sources,
         background: &Arc<Background>,
     ) -> io::Result<Self> {
         sigbus::install()?;
         let Sources { store, fetcher, executables } = sources;
-        let queue = Arc::new(Queue::new(cache_bytes_max));
+        let queue = Arc::new(Queue::new(plan.symbols_bytes));
+        let loaded_bytes_max = plan.symbol_files_bytes / Lane::ALL.len();
         let debuginfod = fetcher.as_ref().map(Fetcher::debuginfod);
         let symbols = Self { queue, threads: Mutex::default(), store, debuginfod };
         if let Some(fetcher) = fetcher {
             let thread = fetcher.start(Arc::clone(&symbols.queue))?;
             symbols.threads().push(thread);
         }
-        for (lane, name) in [(Lane::Quick, "symbolize"), (Lane::Large, "symbolize-large")] {
+        for (lane, name) in Lane::ALL {
             let queue = Arc::clone(&symbols.queue);
             let kernel = KernelSymbols::new(proc_root);
             let generated = GeneratedSymbols::new(proc_root);
@@ -270,8 +277,10 @@ impl Symbols {
             let payer = Payer::new(background, Task::Names);
             let thread =
                 thread::Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(move || {
-                    let native = NativeSymbols::new(store, debuginfod).with_executables(executables);
-                    work(&queue, lane, payer, kernel, generated, native)
+                    let native = NativeSymbols::new(store, debuginfod)
+                        .with_executables(executables)
+                        .with_bytes_max(loaded_bytes_max);
+                    work(&queue, lane, payer, kernel, generated, native);
                 })?;
             symbols.threads().push(thread);
         }
@@ -347,16 +356,10 @@ fn work(
     mut generated: GeneratedSymbols,
     mut native: NativeSymbols,
 ) {
-    let mut released = Instant::now();
-    let mut has_worked = false;
+    let mut releases = Releases::new();
     payer.begin();
     loop {
-        if has_worked && released.elapsed() >= RELEASE_INTERVAL {
-            memory::release_free();
-            if memory::release_file_pages() {
-                (released, has_worked) = (Instant::now(), false);
-            }
-        }
+        releases.release_if_due();
         let Work { source, addrs } = match queue.take(lane, IDLE) {
             queue::Next::Work(work) => work,
             queue::Next::Idle => {
@@ -374,7 +377,7 @@ fn work(
                 return native.save();
             }
         }
-        has_worked = true;
+        releases.has_worked = true;
         match source {
             Source::File(executable) => {
                 let ids = addrs.iter().map(|&addr| LocationId::Native(executable.id(), ElfAddr(addr)));
@@ -402,6 +405,39 @@ fn work(
         }
         native.release_idle(Instant::now());
         generated.release_idle(Instant::now());
+    }
+}
+
+/// When a thread gives back what it no longer needs.
+struct Releases {
+    at: Instant,
+    has_worked: bool,
+    /// Pages of files, in bytes, that stayed at the last time: those of this program.
+    file_bytes: u64,
+}
+
+impl Releases {
+    fn new() -> Self {
+        Self { at: Instant::now(), has_worked: false, file_bytes: memory::file_bytes() }
+    }
+
+    fn release_if_due(&mut self) {
+        if !self.has_worked {
+            return;
+        }
+        let is_late = self.at.elapsed() >= RELEASE_INTERVAL;
+        if !is_late && memory::file_bytes() < self.file_bytes + FILE_BYTES_MAX {
+            return;
+        }
+        if is_late {
+            memory::release_free();
+        }
+        if memory::release_file_pages() {
+            self.file_bytes = memory::file_bytes();
+            if is_late {
+                (self.at, self.has_worked) = (Instant::now(), false);
+            }
+        }
     }
 }
 
@@ -440,7 +476,8 @@ mod tests {
         let kernel_addr = line_of_kallsyms("vfs_read").expect("every kernel has vfs_read");
         let kernel = LocationKey::Kernel(Addr(kernel_addr + 1));
         let background = Arc::new(Background::new(crate::budget::TERM, Instant::now()));
-        let symbols = Symbols::start(Path::new("/proc"), 1 << 20, Sources::default(), &background).unwrap();
+        let plan = MemoryPlan::for_limit(64 << 20, false).unwrap();
+        let symbols = Symbols::start(Path::new("/proc"), &plan, Sources::default(), &background).unwrap();
         symbols.prefetch(own.clone());
 
         let found = symbols.resolve([own.clone(), library.clone(), kernel.clone()], soon());

@@ -1,8 +1,9 @@
 //! Addresses of ELF files by their symbols and DWARF, through blazesym.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,16 +21,26 @@ use super::inflate::is_honest;
 use super::mini::{self, MiniSymbols};
 use super::names::{Names, NamesKey};
 use super::store::NameStore;
+use super::symtab::{self, Symbol};
+use super::unpack::unpack;
 use super::{NewFrame, Reason, go, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableCache, ExecutableId, SymbolSections};
-use crate::sys::{memory, sigbus};
+use crate::sys::{heap, memory, sigbus};
 
-/// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them and the
-/// DWARF of units that were asked for are our own: 26 MB after 2000 addresses all over a 48 MB Rust program.
+/// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them, sections
+/// that are compressed in the file, and the DWARF of units that were asked for are our own: 26 MB after 2000 addresses
+/// all over a 48 MB Rust program.
 const LOADED_MAX: usize = 32;
 
 /// Symbols of a file are released when nothing new was asked of it for so long: by then its locations are remembered.
 const IDLE_MAX: Duration = Duration::from_secs(30);
+
+/// Large ones are released sooner, when so many bytes have been idle for a second, or half as many for two. A file of 10 MB
+/// takes some 50 ms to load again.
+const IDLE_BYTE_SECONDS_MAX: u64 = 64 << 20;
+
+/// Bytes that the files of a thread take, where nobody says another bound.
+const LOADED_BYTES_MAX: usize = 8 << 20;
 
 /// New names of a file that is asked for more all the time are saved this often.
 const SAVE_INTERVAL: Duration = Duration::from_secs(60);
@@ -40,11 +51,12 @@ const SYMBOL_BYTES_MAX: u64 = 1 << 30;
 /// DWARF larger than this is not read; the file's symbols still are.
 const DEBUG_BYTES_MAX: u64 = 4 << 30;
 
-/// Unfolded symbols of all files at a time, per thread; one more file may come on top.
-const MEMORY_BYTES_MAX: u64 = 16 << 20;
-
 /// DWARF that a compressed file may unfold to in our own memory.
 const INFLATED_BYTES_MAX: u64 = 256 << 20;
+
+/// Debug files are unpacked on disk when they unfold to so much, and kept up to so much of all.
+const UNPACKED_BYTES_MIN: u64 = 1 << 20;
+const UNPACKED_BYTES_MAX: u64 = 512 << 20;
 
 /// Frames of one location; inlining deeper than this is cut at the outer end.
 const FRAMES_MAX: usize = 128;
@@ -110,7 +122,7 @@ impl DebugFile {
 ///
 /// An executable that names another file for its debug information is never followed: the name would be looked up with
 /// the agent's rights, in the agent's mount namespace, and opening it may block.
-fn ways(executable: &Executable, debug_file: Option<DebugFile>) -> Vec<Symbols> {
+fn ways(executable: &Executable, debug_file: Option<DebugFile>, unpacked: &mut Unpacked) -> Vec<Symbols> {
     let mut ways = Vec::with_capacity(3);
     let symbols = executable.symbols();
     if symbols.symbol_bytes <= SYMBOL_BYTES_MAX {
@@ -126,10 +138,52 @@ fn ways(executable: &Executable, debug_file: Option<DebugFile>) -> Vec<Symbols> 
     if has_own_debug && executable.debug_is_safe(|| is_safe(executable.file(), symbols)) {
         ways.push(Symbols::OwnDebug);
     }
-    if let Some(file) = debug_file.filter(DebugFile::is_usable) {
-        ways.push(Symbols::DebugFile(file));
+    if let Some(file) = debug_file
+        && executable.debug_file_is_usable(file.version(), || file.is_usable())
+    {
+        ways.push(Symbols::DebugFile(unpacked.of(file)));
     }
     ways
+}
+
+/// Debug files that were compressed, unpacked on disk for as long as the agent runs.
+struct Unpacked {
+    /// `None`: there is no place for them, and blazesym unpacks them on the heap.
+    directory: Option<PathBuf>,
+    /// Those that unfold to less are left to blazesym.
+    bytes_min: u64,
+    /// By version, the longest unused first.
+    files: VecDeque<(String, File, u64)>,
+}
+
+impl Unpacked {
+    /// The same file, unpacked where that is worth it and can be done.
+    fn of(&mut self, debug: DebugFile) -> DebugFile {
+        let Some(directory) = &self.directory else { return debug };
+        let Ok(elf) = Elf::of(&debug.file) else { return debug };
+        // Another file is looked for beside the one that names it.
+        if elf.symbols.inflated_bytes < self.bytes_min || elf.symbols.names_other_file {
+            return debug;
+        }
+        let version = debug.version();
+        let known = self.files.iter().position(|(known, ..)| *known == version);
+        let known = known.and_then(|at| self.files.remove(at));
+        let entry = known.or_else(|| {
+            let file = unpack(&debug.file, directory).ok()?;
+            let bytes = file.metadata().ok()?.len();
+            Some((version, file, bytes))
+        });
+        let Some(entry) = entry else { return debug };
+        let file = entry.1.try_clone();
+        self.files.push_back(entry);
+        while self.files.iter().map(|(.., bytes)| bytes).sum::<u64>() > UNPACKED_BYTES_MAX {
+            self.files.pop_front();
+        }
+        match file {
+            Ok(file) => DebugFile { file, origin: debug.origin },
+            Err(_too_many_descriptors) => debug,
+        }
+    }
 }
 
 /// Whether DWARF of an author nobody vouches for can be given to blazesym.
@@ -194,9 +248,64 @@ struct Function {
     linkage_name: Option<Box<str>>,
 }
 
+/// A file, loaded one way.
+enum Loaded {
+    /// By its symbol tables, of which nothing is kept.
+    Tables(Arc<Executable>),
+    Blazesym(Box<Blazesym>),
+}
+
+/// The file as a whole is of no use this way.
+enum LoadedError {
+    Failed,
+    Shrank,
+}
+
+impl Loaded {
+    fn new(executable: &Arc<Executable>, way: Symbols) -> Self {
+        match way {
+            Symbols::OwnTable if !executable.symbols().tables.is_empty() => {
+                Self::Tables(Arc::clone(executable))
+            }
+            way => Self::Blazesym(Box::new(Blazesym::new(executable, way))),
+        }
+    }
+
+    /// Bytes of our own memory, beside the heap, that symbols which were unfolded lie in.
+    fn unfolded_bytes(&self) -> usize {
+        match self {
+            Self::Tables(_) => 0,
+            Self::Blazesym(blazesym) => usize::try_from(blazesym.memory_bytes).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// One answer per address.
+    fn symbolize(&mut self, addrs: &[u64]) -> Result<Vec<Result<Vec<NewFrame>, Reason>>, LoadedError> {
+        match self {
+            Self::Tables(executable) => by_tables(executable, addrs),
+            Self::Blazesym(blazesym) => blazesym.symbolize(addrs).map_err(|_error| LoadedError::Failed),
+        }
+    }
+}
+
+fn by_tables(
+    executable: &Executable,
+    addrs: &[u64],
+) -> Result<Vec<Result<Vec<NewFrame>, Reason>>, LoadedError> {
+    let tables = &executable.symbols().tables;
+    let found = symtab::find(executable.file(), tables, addrs).map_err(|error| match error.kind() {
+        ErrorKind::UnexpectedEof => LoadedError::Shrank,
+        _ => LoadedError::Failed,
+    })?;
+    let is_stripped = tables.iter().all(|table| table.is_dynamic);
+    let missing = if is_stripped { Reason::NoSymbols } else { Reason::NotInSymbols };
+    let frames = |symbol: Symbol| vec![frame(&symbol.name, None)];
+    Ok(found.into_iter().map(|symbol| symbol.map(frames).ok_or(missing)).collect())
+}
+
 /// blazesym's view of one file. It keeps files by path; here the path is a descriptor's, which names another file once
 /// it was closed. So each file has a `Symbolizer` of its own, which lives no longer than the descriptor.
-struct Loaded {
+struct Blazesym {
     symbolizer: Symbolizer,
     source: Source<'static>,
     /// The same file without its DWARF; `None` when `source` is that already.
@@ -210,7 +319,7 @@ struct Loaded {
     _file: Option<File>,
 }
 
-impl Loaded {
+impl Blazesym {
     fn new(executable: &Executable, way: Symbols) -> Self {
         let own = executable.file().as_raw_fd();
         let (fd, file, has_lines, memory_bytes) = match way {
@@ -350,6 +459,8 @@ struct Entry {
     loaded: Option<Loaded>,
     ways: Ways,
     used_at: Instant,
+    /// Bytes of the heap that all of this takes, as counted.
+    bytes: usize,
 }
 
 /// Looking for ways may unfold compressed sections: it is put off until a name is not known.
@@ -359,6 +470,10 @@ enum Ways {
 }
 
 impl Entry {
+    fn unfolded_bytes(&self) -> usize {
+        self.loaded.as_ref().map_or(0, Loaded::unfolded_bytes)
+    }
+
     fn new(
         executable: &Arc<Executable>,
         now: Instant,
@@ -376,16 +491,24 @@ impl Entry {
             loaded: None,
             ways: Ways::NotLookedFor { debug_file },
             used_at: now,
+            bytes: 0,
         }
     }
 
+    /// Whether it is likely enough to be asked for again, for what it takes.
+    fn is_worth_its_memory(&self, now: Instant) -> bool {
+        let idle = now.saturating_duration_since(self.used_at);
+        let bytes = u32::try_from(self.bytes).unwrap_or(u32::MAX);
+        idle < IDLE_MAX && idle.saturating_mul(bytes) < Duration::from_secs(IDLE_BYTE_SECONDS_MAX)
+    }
+
     /// Goes on to the next way; false when there is none.
-    fn load_next(&mut self) -> bool {
+    fn load_next(&mut self, unpacked: &mut Unpacked) -> bool {
         self.loaded = None;
         if let Ways::NotLookedFor { debug_file } = &mut self.ways {
             let debug_file = debug_file.take();
             // A decoder that panics over compressed sections costs the file, not the thread.
-            let found = catch_unwind(AssertUnwindSafe(|| ways(&self.executable, debug_file)));
+            let found = catch_unwind(AssertUnwindSafe(|| ways(&self.executable, debug_file, unpacked)));
             self.ways = Ways::Left(found.unwrap_or_default());
         }
         let Ways::Left(ways) = &mut self.ways else { return false };
@@ -416,7 +539,10 @@ impl Entry {
 /// The symbols of the files asked for last. One thread's own: blazesym shares nothing between threads.
 pub(super) struct NativeSymbols {
     entries: HashMap<ExecutableId, Entry>,
+    /// Bytes of all entries; one alone may be larger, until its batch is done.
+    bytes_max: usize,
     debug_dir: PathBuf,
+    unpacked: Unpacked,
     /// `None`: names are not kept on disk.
     store: Option<Arc<NameStore>>,
     /// `None`: no server is asked.
@@ -428,13 +554,31 @@ pub(super) struct NativeSymbols {
 
 impl NativeSymbols {
     pub(super) fn new(store: Option<Arc<NameStore>>, debuginfod: Option<Arc<DebugInfod>>) -> Self {
-        let (entries, executables, panics) = Default::default();
-        Self { entries, debug_dir: DEBUG_DIR.into(), store, debuginfod, executables, panics }
+        Self {
+            entries: HashMap::new(),
+            bytes_max: LOADED_BYTES_MAX,
+            debug_dir: DEBUG_DIR.into(),
+            unpacked: Unpacked {
+                directory: store.as_ref().map(|store| store.directory().to_owned()),
+                bytes_min: UNPACKED_BYTES_MIN,
+                files: VecDeque::new(),
+            },
+            store,
+            debuginfod,
+            executables: None,
+            panics: 0,
+        }
     }
 
     /// Copies of one of these executables have the names of that.
     pub(super) fn with_executables(mut self, executables: Option<Arc<ExecutableCache>>) -> Self {
         self.executables = executables;
+        self
+    }
+
+    /// With another bound of the bytes that all files take.
+    pub(super) fn with_bytes_max(mut self, bytes_max: usize) -> Self {
+        self.bytes_max = bytes_max;
         self
     }
 
@@ -505,15 +649,31 @@ impl NativeSymbols {
         of_go.into_iter().map(other).collect()
     }
 
-    /// By what is known from the store, then by symbols and DWARF.
+    /// Counts what the file takes by then, and makes room for it by forgetting others, the longest unused first.
     fn symbolize_elf(
         &mut self,
         executable: &Arc<Executable>,
         addrs: &[u64],
     ) -> Vec<Result<Vec<NewFrame>, Reason>> {
         let _mapping = memory::mapping_files();
-        let now = Instant::now();
         self.make_room(executable.id());
+        let before = heap::held_bytes();
+        let found = self.symbolize_named(executable, addrs);
+        let held = heap::held_bytes() - before - bytes_of(&found).cast_signed();
+        if let Some(entry) = self.entries.get_mut(&executable.id()) {
+            entry.bytes = entry.bytes.saturating_add_signed(held);
+        }
+        while self.bytes() > self.bytes_max && self.forget_longest_unused(executable.id()) {}
+        found
+    }
+
+    /// By what is known from the store, then by symbols and DWARF.
+    fn symbolize_named(
+        &mut self,
+        executable: &Arc<Executable>,
+        addrs: &[u64],
+    ) -> Vec<Result<Vec<NewFrame>, Reason>> {
+        let now = Instant::now();
         if !self.entries.contains_key(&executable.id()) {
             let entry = Entry::new(executable, now, self.debug_file(executable), self.store.as_deref());
             self.entries.insert(executable.id(), entry);
@@ -547,7 +707,7 @@ impl NativeSymbols {
         let Some(entry) = self.entries.get_mut(&executable.id()) else {
             return vec![Err(Reason::Malformed); addrs.len()];
         };
-        let mut usable = entry.loaded.is_some() || entry.load_next();
+        let mut usable = entry.loaded.is_some() || entry.load_next(&mut self.unpacked);
         while usable {
             match attempt(entry.loaded.as_mut().expect("a way was loaded"), addrs) {
                 Attempt::Found(found) => return found,
@@ -558,7 +718,7 @@ impl NativeSymbols {
                 Attempt::Panicked => self.panics += 1,
                 Attempt::Failed => {}
             }
-            usable = entry.load_next();
+            usable = entry.load_next(&mut self.unpacked);
         }
         vec![Err(Reason::Malformed); addrs.len()]
     }
@@ -568,7 +728,7 @@ impl NativeSymbols {
         let _unmapping = memory::mapping_files();
         let store = self.store.as_deref();
         self.entries.retain(|_, entry| {
-            let stays = now.saturating_duration_since(entry.used_at) < IDLE_MAX;
+            let stays = entry.is_worth_its_memory(now);
             let is_due =
                 entry.changed_at.is_some_and(|at| now.saturating_duration_since(at) >= SAVE_INTERVAL);
             if let Some(store) = store
@@ -593,22 +753,39 @@ impl NativeSymbols {
     }
 
     fn make_room(&mut self, for_id: ExecutableId) {
-        while self.entries.len() >= LOADED_MAX && !self.entries.contains_key(&for_id)
-            || self.memory_bytes() > MEMORY_BYTES_MAX
-        {
-            let others = self.entries.iter().filter(|(id, _)| **id != for_id);
-            let longest_unused = others.min_by_key(|(_, entry)| entry.used_at).map(|(&id, _)| id);
-            let Some(mut entry) = longest_unused.and_then(|id| self.entries.remove(&id)) else { return };
-            if let Some(store) = self.store.as_deref() {
-                entry.save(store);
-            }
+        if self.entries.len() < LOADED_MAX || self.entries.contains_key(&for_id) {
+            return;
         }
+        self.forget_longest_unused(for_id);
     }
 
-    /// Of our own memory, that symbols which were unfolded lie in.
-    fn memory_bytes(&self) -> u64 {
-        self.entries.values().filter_map(|entry| Some(entry.loaded.as_ref()?.memory_bytes)).sum()
+    /// False when there is no other.
+    fn forget_longest_unused(&mut self, but: ExecutableId) -> bool {
+        let others = self.entries.iter().filter(|(id, _)| **id != but);
+        let longest_unused = others.min_by_key(|(_, entry)| entry.used_at).map(|(&id, _)| id);
+        let Some(mut entry) = longest_unused.and_then(|id| self.entries.remove(&id)) else { return false };
+        if let Some(store) = self.store.as_deref() {
+            entry.save(store);
+        }
+        true
     }
+
+    /// Bytes that all files take: of the heap, and of the memory that symbols which were unfolded lie in.
+    pub(super) fn bytes(&self) -> usize {
+        self.entries.values().map(|entry| entry.bytes + entry.unfolded_bytes()).sum()
+    }
+}
+
+/// Bytes of the heap that answers take.
+fn bytes_of(found: &[Result<Vec<NewFrame>, Reason>]) -> usize {
+    let of_frame = |frame: &NewFrame| {
+        let NewFrame { function, system_name, module, file, .. } = frame;
+        [function, system_name, module, file].map(String::capacity).iter().sum::<usize>()
+    };
+    let of_frames = |frames: &Vec<NewFrame>| {
+        frames.capacity() * size_of::<NewFrame>() + frames.iter().map(of_frame).sum::<usize>()
+    };
+    size_of_val(found) + found.iter().flatten().map(of_frames).sum::<usize>()
 }
 
 impl Drop for NativeSymbols {
@@ -630,7 +807,8 @@ fn attempt(loaded: &mut Loaded, addrs: &[u64]) -> Attempt {
     match sigbus::guard(|| catch_unwind(AssertUnwindSafe(|| loaded.symbolize(addrs)))) {
         Err(sigbus::FileShrank) => Attempt::Shrank,
         Ok(Err(_panic)) => Attempt::Panicked,
-        Ok(Ok(Err(_error))) => Attempt::Failed,
+        Ok(Ok(Err(LoadedError::Shrank))) => Attempt::Shrank,
+        Ok(Ok(Err(LoadedError::Failed))) => Attempt::Failed,
         Ok(Ok(Ok(found))) => Attempt::Found(found),
     }
 }
@@ -728,7 +906,7 @@ pub(super) mod tests {
         let mut symbols = NativeSymbols::new(None, None);
         assert!(!one(&mut symbols, &stripped, addr).is_ok_and(|frames| frames[0].function == "hot"));
         check(one(&mut symbols, &executable, addr), &["hot"]);
-        assert!(symbols.memory_bytes() > 0);
+        assert!(symbols.entries.values().any(|entry| entry.unfolded_bytes() > 0));
         // What is in the dynamic table is named by that.
         check(one(&mut symbols, &executable, main), &["main"]);
     }
@@ -840,6 +1018,87 @@ pub(super) mod tests {
             check(one(&mut symbols, executable, addr), &["inlined", "hot"]);
         }
         assert_eq!(symbols.entries.len(), LOADED_MAX);
+    }
+
+    #[test]
+    fn a_compressed_debug_file_is_unpacked_once_and_names_as_before() {
+        let dir = tempfile::tempdir().unwrap();
+        // So much debug information that unpacking is worth it.
+        let many: String =
+            (0..6000).map(|at| format!("struct s{at} {{ int member_{at}_of_a_struct; }} v{at};\n")).collect();
+        let path = compile(
+            dir.path(),
+            "program",
+            &format!("{many}{PROGRAM}"),
+            &["-static", "-fno-eliminate-unused-debug-types"],
+        );
+        let addr = asm_addr(&path);
+        let build_id = read(&path).unwrap().build_id().unwrap().to_string();
+        let debug =
+            dir.path().join(".build-id").join(&build_id[..2]).join(format!("{}.debug", &build_id[2..]));
+        fs::create_dir_all(debug.parent().unwrap()).unwrap();
+        run(Command::new("objcopy")
+            .args(["--only-keep-debug", "--compress-debug-sections=zlib"])
+            .args([&path, &debug]));
+        let stripped = dir.path().join("stripped");
+        run(Command::new("objcopy").arg("--strip-all").args([&path, &stripped]));
+        let mut packed = with_debug_dir(dir.path());
+        let expect = one(&mut packed, &read(&stripped).unwrap(), addr);
+        assert!(packed.unpacked.files.is_empty());
+
+        let mut symbols = with_debug_dir(dir.path());
+        symbols.unpacked.directory = Some(dir.path().into());
+        symbols.unpacked.bytes_min = 100 << 10;
+        for _ in 0..2 {
+            let executable = read(&stripped).unwrap();
+            assert_eq!(one(&mut symbols, &executable, addr), expect);
+            assert_eq!(symbols.unpacked.files.len(), 1);
+            assert!(symbols.bytes() < packed.bytes() / 2, "{} of {}", symbols.bytes(), packed.bytes());
+            symbols.reload(&executable);
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_loaded_files_are_counted_and_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &["-static"]);
+        let addr = asm_addr(&path);
+        let mut symbols = NativeSymbols::new(None, None);
+        let before = heap::held_bytes();
+        let executables: Vec<_> = (0..3).map(|_| read(&path).unwrap()).collect();
+        let opened = heap::held_bytes();
+        check(one(&mut symbols, &executables[0], addr), &["inlined", "hot"]);
+        let (bytes, held) = (symbols.bytes(), heap::held_bytes() - opened);
+        // What is counted is what is held, but for the table that holds the entries.
+        assert!(bytes > 10_000 && held.abs_diff(bytes.cast_signed()) < bytes / 5, "{bytes}, held {held}");
+
+        symbols.bytes_max = bytes * 5 / 2;
+        for executable in &executables {
+            check(one(&mut symbols, executable, addr), &["inlined", "hot"]);
+        }
+        assert!(!symbols.entries.contains_key(&executables[0].id()) && symbols.entries.len() == 2);
+        symbols.bytes_max = 1;
+        check(one(&mut symbols, &executables[0], addr), &["inlined", "hot"]);
+        assert_eq!(symbols.entries.len(), 1, "what was asked for last stays until it is idle");
+        symbols.release_idle(Instant::now() + IDLE_MAX);
+        drop(executables);
+        assert_eq!(symbols.bytes(), 0);
+        assert!(heap::held_bytes() - before < 20_000, "{}", heap::held_bytes() - before);
+    }
+
+    #[test]
+    fn what_takes_more_memory_is_released_sooner() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = compile(dir.path(), "program", PROGRAM, &[]);
+        let executable = read(&path).unwrap();
+        let mut symbols = NativeSymbols::new(None, None);
+        check(one(&mut symbols, &executable, asm_addr(&path)), &["inlined", "hot"]);
+        let entry = symbols.entries.get_mut(&executable.id()).unwrap();
+        let at = |seconds| entry.used_at + Duration::from_secs(seconds);
+        assert!(entry.is_worth_its_memory(at(29)) && !entry.is_worth_its_memory(at(30)));
+        entry.bytes = 8 << 20;
+        let at = |seconds| entry.used_at + Duration::from_secs(seconds);
+        assert!(entry.is_worth_its_memory(at(7)) && !entry.is_worth_its_memory(at(8)));
     }
 
     #[test]

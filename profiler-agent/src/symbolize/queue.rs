@@ -14,7 +14,10 @@ use crate::process::GeneratedCode;
 const WAITING_MAX: usize = 64 << 10;
 
 /// Addresses of one file in a batch; between batches another file gets its turn.
-const BATCH_MAX: usize = 64;
+const BATCH_MAX: usize = 256;
+
+/// What nobody waits for yet is gathered for so long: a file whose tables are read for each batch is read once for all of it.
+const GATHER: Duration = Duration::from_secs(2);
 
 /// Symbols and DWARF above this many bytes go to the large lane. Reading 16 MiB takes about 30 ms.
 const QUICK_BYTES_MAX: u64 = 16 << 20;
@@ -27,6 +30,10 @@ pub(super) enum Lane {
 }
 
 impl Lane {
+    /// Each with the name of its thread.
+    pub(super) const ALL: [(Self, &'static str); 2] =
+        [(Self::Quick, "symbolize"), (Self::Large, "symbolize-large")];
+
     fn of(source: &Source) -> Self {
         match source {
             // Go's table is not loaded, but read where it is asked.
@@ -103,6 +110,8 @@ enum Asked {
 
 #[derive(Debug)]
 pub(super) struct Queue {
+    /// See [`GATHER`].
+    gather: Duration,
     state: Mutex<State>,
     /// One call of `resolve` at a time.
     resolving: Mutex<()>,
@@ -133,6 +142,8 @@ struct State {
 struct Waiting {
     turns: VecDeque<SourceId>,
     by_source: HashMap<SourceId, Work>,
+    /// When the first of it came.
+    since: Option<Instant>,
 }
 
 impl Waiting {
@@ -143,6 +154,7 @@ impl Waiting {
     /// What waits of a source; its turn comes also without an address.
     fn work(&mut self, source: Source) -> &mut Work {
         let id = source.id();
+        self.since.get_or_insert_with(Instant::now);
         self.by_source.entry(id).or_insert_with(|| {
             self.turns.push_back(id);
             Work { source, addrs: Vec::new() }
@@ -157,11 +169,26 @@ impl Waiting {
             self.by_source.insert(id, Work { source: work.source.clone(), addrs });
             self.turns.push_back(id);
         }
+        if self.turns.is_empty() {
+            self.since = None;
+        }
         Some(work)
+    }
+
+    /// When it is to be taken, if nobody waits for it.
+    fn due(&self, gather: Duration) -> Option<Instant> {
+        self.since.map(|since| since + gather)
     }
 }
 
 impl State {
+    /// How long what waits in a lane still may; `None` where nothing waits. Once somebody waits for an answer, all is due.
+    fn rest(&mut self, lane: Lane, gather: Duration) -> Option<Duration> {
+        let is_awaited = self.awaited.values().any(Option::is_none);
+        let due = self.waiting(lane).due(gather)?;
+        Some(if is_awaited { Duration::ZERO } else { due.saturating_duration_since(Instant::now()) })
+    }
+
     fn waiting(&mut self, lane: Lane) -> &mut Waiting {
         match lane {
             Lane::Quick => &mut self.quick,
@@ -231,7 +258,12 @@ impl State {
 
 impl Queue {
     pub(super) fn new(cache_bytes_max: usize) -> Self {
+        Self::gathering(GATHER, cache_bytes_max)
+    }
+
+    fn gathering(gather: Duration, cache_bytes_max: usize) -> Self {
         Self {
+            gather,
             state: Mutex::new(State {
                 cache: LocationCache::new(cache_bytes_max),
                 quick: Waiting::default(),
@@ -255,8 +287,9 @@ impl Queue {
             return;
         }
         match state.ask(key) {
-            Asked::New(lane) => self.work(lane).notify_one(),
-            Asked::Before => {}
+            // Who waits for work knows when it is due from the first of it on.
+            Asked::New(lane) if state.waiting(lane).turns.len() == 1 => self.work(lane).notify_one(),
+            Asked::New(_) | Asked::Before => {}
             Asked::Refused => state.counts.prefetch_refused += 1,
         }
     }
@@ -307,13 +340,17 @@ impl Queue {
             if state.closed {
                 return Next::Closed;
             }
-            if let Some(work) = state.waiting(lane).take() {
+            let rest = state.rest(lane, self.gather);
+            if rest.is_some_and(|rest| rest.is_zero())
+                && let Some(work) = state.waiting(lane).take()
+            {
                 return Next::Work(work);
             }
+            let (wait, has_work) = (rest.unwrap_or(idle).min(idle), rest.is_some());
             let waited;
             (state, waited) =
-                self.work(lane).wait_timeout(state, idle).unwrap_or_else(PoisonError::into_inner);
-            if waited.timed_out() {
+                self.work(lane).wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() && !has_work {
                 return Next::Idle;
             }
         }
@@ -409,6 +446,11 @@ mod tests {
         LocationKey::Kernel(Addr(addr))
     }
 
+    /// One that gathers nothing.
+    fn queue(cache_bytes_max: usize) -> Queue {
+        Queue::gathering(Duration::ZERO, cache_bytes_max)
+    }
+
     fn named(name: &str) -> Result<Vec<NewFrame>, Reason> {
         Ok(vec![NewFrame { function: name.into(), ..NewFrame::default() }])
     }
@@ -423,7 +465,7 @@ mod tests {
 
     #[test]
     fn a_location_is_symbolized_once_however_often_it_is_asked_for() {
-        let queue = Queue::new(1 << 20);
+        let queue = queue(1 << 20);
         for _ in 0..3 {
             queue.prefetch(kernel(1));
         }
@@ -438,7 +480,7 @@ mod tests {
 
     #[test]
     fn what_is_late_is_said_to_be_and_is_there_for_the_next_window() {
-        let queue = Queue::new(1 << 20);
+        let queue = queue(1 << 20);
         let id = kernel(1).id();
         assert_eq!(queue.resolve([kernel(1)], Instant::now())[&id], Location::Unresolved(Reason::Late));
         assert_eq!(work_once(&queue), [1]);
@@ -450,7 +492,7 @@ mod tests {
 
     #[test]
     fn answers_outlive_a_cache_too_small_for_them() {
-        let queue = Queue::new(1);
+        let queue = queue(1);
         let far = Instant::now() + Duration::from_secs(60);
         let answers = std::thread::scope(|scope| {
             let waiting = scope.spawn(|| queue.resolve((1..=200).map(kernel), far));
@@ -466,7 +508,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_refuses_and_counts() {
-        let queue = Queue::new(1 << 20);
+        let queue = queue(1 << 20);
         for addr in 0..WAITING_MAX as u64 + 5 {
             queue.prefetch(kernel(addr));
         }
@@ -480,7 +522,7 @@ mod tests {
 
     #[test]
     fn closing_frees_who_waits() {
-        let queue = Queue::new(1 << 20);
+        let queue = queue(1 << 20);
         let far = Instant::now() + Duration::from_secs(3600);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| queue.resolve([kernel(1)], far));
@@ -489,5 +531,22 @@ mod tests {
             assert_eq!(answers[&kernel(1).id()], Location::Unresolved(Reason::Late));
         });
         assert!(matches!(queue.take(Lane::Large, Duration::ZERO), Next::Closed));
+    }
+
+    #[test]
+    fn what_nobody_waits_for_is_gathered_and_goes_at_once_when_somebody_does() {
+        let far = Duration::from_secs(3600);
+        let queue = Queue::gathering(far, 1 << 20);
+        queue.prefetch(kernel(1));
+        queue.prefetch(kernel(2));
+        assert_eq!(queue.lock().rest(Lane::Quick, far).map(|rest| rest > far / 2), Some(true));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| queue.resolve([kernel(3)], Instant::now() + far));
+            let Next::Work(work) = queue.take(Lane::Quick, far) else { panic!("somebody waits") };
+            assert_eq!(work.addrs, [1, 2, 3]);
+            queue.finish(work.addrs.iter().map(|&addr| (LocationId::Kernel(Addr(addr)), named("found"))), 0);
+            assert_eq!(waiting.join().unwrap().len(), 1);
+        });
+        assert_eq!(queue.lock().rest(Lane::Quick, far), None);
     }
 }

@@ -65,6 +65,11 @@ impl NameStore {
         Ok(Self { directory, bytes_max: STORE_BYTES_MAX, counts: StoreCounts::default() })
     }
 
+    /// Where it is. Only this user writes there.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     pub(crate) fn counts(&self) -> &StoreCounts {
         &self.counts
     }

@@ -31,6 +31,13 @@ pub(crate) fn release_free() {
     }
 }
 
+/// Resident pages of files, this program's own among them, in bytes. Source: proc_pid_statm(5), `shared`.
+pub(crate) fn file_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: Option<u64> = text.split(' ').nth(2).and_then(|pages| pages.parse().ok());
+    pages.unwrap_or_default() * PAGE_BYTES
+}
+
 /// Files smaller than this stay mapped as they are.
 const FILE_BYTES_MIN: u64 = 1 << 20;
 const PAGE_BYTES: u64 = 4096;

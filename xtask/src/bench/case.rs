@@ -216,7 +216,7 @@ impl Moment {
             at_s: proc::uptime_s()?,
             cpu_s: proc::cpu_s(pid)?,
             bpf: proc::bpf(pid)?,
-            counters: profiler.counters(),
+            counters: profiler.wait_for_counters(),
         })
     }
 }

@@ -138,9 +138,10 @@ fn overhead(plan: &Plan, cases: &[Case]) -> Result<()> {
         for case in in_order(cases, round) {
             eprintln!("round {} of {}: {case}", round + 1, plan.rounds);
             runs.push(case::measure(case, plan, &backend, &folder.work()).with_context(|| case.to_string())?);
+            // Now, so that a case that fails does not take the others with it.
+            folder.write("overhead.json", &report::json(&machine, &runs)?)?;
         }
     }
-    folder.write("overhead.json", &report::json(&machine, &runs)?)?;
     print!("{}", report::markdown(&machine, plan, &runs));
     Ok(())
 }

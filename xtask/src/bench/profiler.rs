@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -118,6 +118,18 @@ impl Started {
         match self {
             Self::Agent { process, .. } | Self::Perf { process, .. } | Self::Bpftrace { process, .. } => {
                 process
+            }
+        }
+    }
+
+    /// [`Self::counters`], asked for until there is an answer, of a profiler that can be asked.
+    pub(super) fn wait_for_counters(&self) -> Option<Counters> {
+        let end = Instant::now() + load::PATIENCE;
+        let is_asked = matches!(self, Self::Agent { .. });
+        loop {
+            let counters = self.counters();
+            if counters.is_some() || !is_asked || Instant::now() > end {
+                return counters;
             }
         }
     }
