@@ -11,6 +11,7 @@ pub(crate) mod file_map;
 pub(crate) mod hold;
 pub(crate) mod limits;
 pub(crate) mod memory;
+pub(crate) mod page;
 pub(crate) mod perf_event;
 pub(crate) mod random;
 pub(crate) mod sigbus;
