@@ -213,6 +213,28 @@ pub(crate) struct Flags {
     allow_kernel: Option<String>,
 }
 
+/// `unwind = "dwarf"`, or `unwind.native = "dwarf"`, which says that interpreted code is not meant.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "unwind is dwarf or frame-pointers, and so is unwind.native, its only key")]
+enum FileUnwind {
+    Native(String),
+    Table(UnwindTable),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UnwindTable {
+    native: String,
+}
+
+impl FileUnwind {
+    fn native(self) -> String {
+        match self {
+            Self::Native(native) | Self::Table(UnwindTable { native }) => native,
+        }
+    }
+}
+
 /// The file's keys.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -227,7 +249,7 @@ struct File {
     cache_dir: Option<PathBuf>,
     #[serde(default)]
     debuginfod_urls: Vec<String>,
-    unwind: Option<String>,
+    unwind: Option<FileUnwind>,
     stack_depth: Option<u32>,
     #[serde(default)]
     target: Vec<FileTarget>,
@@ -550,7 +572,7 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
             .map(|url| parse_debuginfod_url(url))
             .collect::<Result<_, _>>()?,
         data_dir,
-        unwind: parse_unwind(unwind.or(file.unwind))?,
+        unwind: parse_unwind(unwind.or(file.unwind.map(FileUnwind::native)))?,
         stack_depth: parse_stack_depth(stack_depth.or(file.stack_depth.map(|depth| depth.to_string())))?,
         targets: parse_targets(&[pid, comm], cgroup, file.target, file.target_default)?,
         uploads: parse_uploads(&upload, upload_token_file.as_deref())?,
@@ -1064,6 +1086,16 @@ pub(crate) mod tests {
         assert_eq!((config.frequency_hz, config.window), (99, Duration::from_secs(20)));
         assert_eq!(config.unwind, Unwind::FramePointers);
         assert_eq!(config.labels, [("cluster".into(), "d".into()), ("team".into(), "t".into())]);
+    }
+
+    #[test]
+    fn how_native_code_is_unwound_has_a_key_of_its_own_as_well() {
+        for file in ["unwind.native = \"frame-pointers\"\n", "[unwind]\nnative = \"frame-pointers\"\n"] {
+            assert_eq!(config(&[], file).expect("valid").unwind, Unwind::FramePointers, "{file}");
+            assert_eq!(config(&["--unwind", "dwarf"], file).expect("valid").unwind, Unwind::Dwarf, "{file}");
+        }
+        refused(&[], "unwind.native = \"lbr\"\n", &["unwind", "lbr", "frame-pointers"]);
+        refused(&[], "unwind.python = \"frames\"\n", &["unwind.native"]);
     }
 
     #[test]

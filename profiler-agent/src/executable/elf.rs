@@ -13,15 +13,13 @@ use object::{Endian as _, Endianness, elf};
 use super::bounded::BoundedFile;
 use super::build_id::{BuildIds, build_ids};
 use crate::addr::{ElfAddr, FileOffset};
+use crate::sys::page::page_bytes;
 
 /// Load segments taken from one file. Linkers write 2 to 6; every program header is 56 bytes of a bounded read.
 const SEGMENTS_MAX: usize = 256;
 
 /// A file's name, and the CRC behind it.
 const DEBUG_LINK_BYTES_MAX: u64 = 256 + 8;
-
-/// Mappings begin and end on pages; 4 KiB is the least any supported kernel uses.
-const PAGE_BYTES: u64 = 4096;
 
 /// Why a file is not taken as an executable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,9 +50,9 @@ impl Segment {
     }
 
     /// The kernel maps whole pages: what lies around the segment in its first and last page is mapped with it.
-    fn maps(&self, offset: u64) -> bool {
-        let start = self.file_offset & !(PAGE_BYTES - 1);
-        let end = self.file_offset.saturating_add(self.file_bytes).checked_next_multiple_of(PAGE_BYTES);
+    fn maps(&self, offset: u64, page_bytes: u64) -> bool {
+        let start = self.file_offset & !(page_bytes - 1);
+        let end = self.file_offset.saturating_add(self.file_bytes).checked_next_multiple_of(page_bytes);
         (start..end.unwrap_or(u64::MAX)).contains(&offset)
     }
 
@@ -77,11 +75,15 @@ impl Segments {
     /// The address that the ELF gives to the byte at `offset`, for code: an executable segment is preferred where the
     /// same page of the file is mapped twice. `None` when no segment maps it.
     pub(crate) fn elf_addr(&self, offset: FileOffset) -> Option<ElfAddr> {
-        let FileOffset(offset) = offset;
+        self.elf_addr_with(offset, page_bytes())
+    }
+
+    /// The same where pages have a size, a power of two.
+    fn elf_addr_with(&self, FileOffset(offset): FileOffset, page_bytes: u64) -> Option<ElfAddr> {
         let code = || self.0.iter().filter(|segment| segment.executable);
         let found = code()
             .find(|segment| segment.holds(offset))
-            .or_else(|| code().find(|segment| segment.maps(offset)))
+            .or_else(|| code().find(|segment| segment.maps(offset, page_bytes)))
             .or_else(|| self.0.iter().find(|segment| segment.holds(offset)))?;
         Some(found.elf_addr(offset))
     }
@@ -412,8 +414,13 @@ mod tests {
 
     #[track_caller]
     fn check(segments: &[Segment], offset: u64, expect: Option<u64>) {
-        let segments = Segments(segments.into());
-        assert_eq!(segments.elf_addr(FileOffset(offset)), expect.map(ElfAddr), "offset {offset:#x}");
+        check_with(4 << 10, segments, offset, expect);
+    }
+
+    #[track_caller]
+    fn check_with(page_bytes: u64, segments: &[Segment], offset: u64, expect: Option<u64>) {
+        let found = Segments(segments.into()).elf_addr_with(FileOffset(offset), page_bytes);
+        assert_eq!(found, expect.map(ElfAddr), "offset {offset:#x}");
     }
 
     #[test]
@@ -428,6 +435,16 @@ mod tests {
         check(&[segment(0x1000, 0x10, 0x1000, true)], 0xfff, None);
         check(&[segment(0, 0x10, 0x4000, false)], 0x8, Some(0x4008));
         check(&[segment(u64::MAX, u64::MAX, u64::MAX, true)], 0, None);
+    }
+
+    #[test]
+    fn larger_pages_map_more_around_a_segment() {
+        // As linkers for aarch64 lay out, whose pages may have 64 KiB.
+        let code = [segment(0x1_5000, 0x100, 0x41_5000, true)];
+        check(&code, 0x1_0000, None);
+        check_with(64 << 10, &code, 0x1_0000, Some(0x41_0000));
+        check_with(64 << 10, &code, 0x1_ffff, Some(0x41_ffff));
+        check_with(64 << 10, &code, 0x2_0000, None);
     }
 
     #[test]

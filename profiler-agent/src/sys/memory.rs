@@ -6,6 +6,8 @@ use std::{
     sync::{PoisonError, RwLock, RwLockReadGuard},
 };
 
+use super::page::page_bytes;
+
 /// Bounds what the allocator keeps for itself. To be called before the first thread is started.
 ///
 /// glibc gives each thread an arena of its own and raises the size from which memory is mapped, and unmapped when it is
@@ -40,7 +42,6 @@ pub(crate) fn file_bytes() -> u64 {
 
 /// Files smaller than this stay mapped as they are.
 const FILE_BYTES_MIN: u64 = 1 << 20;
-const PAGE_BYTES: u64 = 4096;
 
 /// Held for writing while pages are given back, for reading while such a mapping may come or go: else another mapping
 /// could have taken the place of one that is gone. Nobody waits for it but for the calls of `madvise`.
@@ -84,7 +85,7 @@ fn whole_file(line: &str) -> Option<(u64, u64)> {
         return None;
     }
     let file = fs::metadata(format!("/proc/self/map_files/{range}")).ok()?;
-    let is_whole = file.len().next_multiple_of(PAGE_BYTES) == bytes.next_multiple_of(PAGE_BYTES);
+    let is_whole = file.len().next_multiple_of(page_bytes()) == bytes;
     (is_whole && inode.parse() == Ok(file.ino())).then_some((start, end))
 }
 

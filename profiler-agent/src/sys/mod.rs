@@ -12,6 +12,7 @@ pub(crate) mod heap;
 pub(crate) mod hold;
 pub(crate) mod limits;
 pub(crate) mod memory;
+pub(crate) mod page;
 pub(crate) mod page_cache;
 pub(crate) mod perf_event;
 pub(crate) mod perf_record;

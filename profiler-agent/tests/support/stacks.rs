@@ -75,13 +75,14 @@ impl Stacks {
     /// Of the calls in perf's stacks, how many there are and how many of them the agent has seen; and those it has not.
     ///
     /// One function may have several symbols. Perf's choice is translated where both have seen one address. Behind a
-    /// frame that perf cannot name, such as generated code, it has lost its way: what follows is no call.
+    /// frame without call frame information perf has lost its way, and what follows is no call: generated code, which it
+    /// cannot name, and the built-ins of V8.
     pub fn edges_found(&self, of_perf: &[Vec<perf::Frame>]) -> EdgesFound {
         let aliases = self.aliases(of_perf);
         let mut found = EdgesFound::default();
         for stack in of_perf {
-            let named = stack.iter().position(|frame| frame.symbol.is_none()).unwrap_or(stack.len());
-            for pair in stack[..named].windows(2) {
+            let described = stack.iter().position(|frame| !is_described(frame)).unwrap_or(stack.len());
+            for pair in stack[..described].windows(2) {
                 let functions = (self.translate(&pair[1], &aliases), self.translate(&pair[0], &aliases));
                 let (Some(caller), Some(callee)) = functions else { continue };
                 found.total += 1;
@@ -89,11 +90,17 @@ impl Stacks {
                 if self.edges.contains(&edge) {
                     found.found += 1;
                 } else {
-                    *found.missing.entry(edge).or_default() += 1;
+                    let callers = || self.callers(&edge.1);
+                    found.missing.entry(edge.clone()).or_insert_with(|| (0, callers())).0 += 1;
                 }
             }
         }
         found
+    }
+
+    /// Whom the agent has seen calling a function.
+    fn callers(&self, callee: &Function) -> Vec<String> {
+        self.edges.iter().filter(|edge| edge.1 == *callee).map(|edge| edge.0.1.clone()).collect()
     }
 
     fn aliases(&self, of_perf: &[Vec<perf::Frame>]) -> HashMap<Function, String> {
@@ -117,12 +124,18 @@ impl Stacks {
     }
 }
 
+/// Whether the frame's code may have call frame information. V8 writes its built-ins into the binary without any.
+fn is_described(frame: &perf::Frame) -> bool {
+    frame.symbol.as_deref().is_some_and(|symbol| !symbol.starts_with("Builtins_"))
+}
+
 /// How many of perf's calls the agent has seen.
 #[derive(Debug, Default)]
 pub struct EdgesFound {
     pub total: u64,
     pub found: u64,
-    pub missing: HashMap<Edge, u64>,
+    /// How often perf has those that the agent has not, and the callers that the agent has instead.
+    pub missing: HashMap<Edge, (u64, Vec<String>)>,
 }
 
 impl EdgesFound {
@@ -134,10 +147,12 @@ impl EdgesFound {
     /// The most frequent ones that are missing.
     pub fn worst(&self) -> String {
         let mut missing: Vec<_> = self.missing.iter().collect();
-        missing.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-        let missing = missing.iter().take(4);
-        let text = |((caller, callee), count): &(&Edge, &u64)| format!("{} > {} {count}", caller.1, callee.1);
-        missing.map(text).collect::<Vec<_>>().join("; ")
+        missing.sort_by_key(|(_, (count, _))| std::cmp::Reverse(*count));
+        let missing = missing.iter().take(8);
+        let text = missing.map(|((caller, callee), (count, callers))| {
+            format!("{count} of {} > {}, instead {callers:?}", caller.1, callee.1)
+        });
+        text.collect::<Vec<_>>().join("; ")
     }
 }
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     load::{self, Running},
-    proc::{BpfStats, SampleRuns},
+    proc::{self, BpfStats, SampleRuns},
     profiler, report,
 };
 use crate::{command, project};
@@ -70,7 +70,8 @@ struct TableCost {
     rows: u64,
     raw_rows: u64,
     bytes: u64,
-    /// Time in making them; reading the files is not in it.
+    /// CPU time of making them, by the scheduler's account, whose steps of a tick even out over the files. Reading the
+    /// files is not in it.
     seconds: f64,
     refused: u64,
 }
@@ -97,8 +98,9 @@ fn sample_stacks(duration: Duration, work: &Path) -> Result<Vec<StackCost>> {
     let _counting = BpfStats::enable()?;
     let address = load::free_address()?;
     let mut command = load::own_program("profiler-agent");
-    command.args(["--frequency", &SAMPLE_HZ.to_string(), "--listen", &address.to_string()]);
-    command.args(["--backend-listen", "127.0.0.1:0", "--data-dir"]).arg(work.join("unwind-store"));
+    command.args(["--frequency", &SAMPLE_HZ.to_string(), "--cpu-budget", "off"]);
+    command.args(["--listen", &address.to_string(), "--backend-listen", "127.0.0.1:0"]);
+    command.arg("--data-dir").arg(work.join("unwind-store")).arg("--run-dir").arg(work.join("unwind-run"));
     let mut agent = Running::start(command.stderr(load::log(work, "agent-unwind.log")?))?;
     wait_for_tables(&mut agent, address)?;
     let costs = DEPTHS.iter().map(|&frames| sample_depth(frames, duration, &agent));
@@ -166,9 +168,10 @@ fn convert_all(folder: &Path) -> TableCost {
 
 impl TableCost {
     fn add(&mut self, bytes: &[u8]) {
-        let start = Instant::now();
+        let cpu_ns = || proc::thread_cpu_ns().unwrap_or_default();
+        let start_ns = cpu_ns();
         let table = from_elf(bytes);
-        let seconds = start.elapsed().as_secs_f64();
+        let seconds = (cpu_ns() - start_ns) as f64 / 1e9;
         match table {
             Ok(table) => self.add_table(&table, seconds),
             Err(UnwindError::NoUnwindInformation | UnwindError::NoCode | UnwindError::Headers(_)) => {}
@@ -216,9 +219,13 @@ fn markdown(measured: &Measured) -> String {
             us(mean_ns)
         );
     }
+    if let [least, .., most] = &stacks[..] {
+        let ns = most.p50_ns.saturating_sub(least.p50_ns);
+        let _ = writeln!(text, "\nA frame more: {} ns", ns / u64::from(most.frames - least.frames));
+    }
     let _ = writeln!(
         text,
-        "\n{} shared libraries: {:.2} s, {} rows ({:.1} M before merging), {:.1} MiB, {:.2} bytes a row, {} refused",
+        "\n{} shared libraries: {:.2} s of CPU time, {} rows ({:.1} M before merging), {:.1} MiB, {:.2} bytes a row, {} refused",
         tables.files,
         tables.seconds,
         tables.rows,

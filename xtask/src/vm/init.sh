@@ -1,7 +1,8 @@
 #!/bin/sh
 # First and last program of a virtual machine: mounts what the tests need, runs them, turns the machine off.
 # Parameters come with the kernel's: profiler.cgroup=v1|v2, profiler.tests=NAME,NAME
-export PATH=/bin:/usr/bin HOME=/
+# Programs of the host come before those of the same names in busybox.
+export PATH=/usr/bin:/bin HOME=/
 /bin/busybox --install -s /bin
 mkdir -p /proc /sys /dev /tmp /run
 mount -t proc proc /proc
@@ -40,7 +41,8 @@ ip link set lo up
 uname -a
 
 # Emulated processors are slow.
-export PROFILER_TEST_PATIENCE=2
+export PROFILER_TEST_PATIENCE=2 PROFILER_TEST_HZ=99
+export PROFILER_TEST_PROGRAMS=deep_gcc,deep_static,deep_musl,throw_gcc,rust_deep,cgoburn,python3
 cd /tmp
 for test in $(parameter tests); do
     echo "== begin $test"

@@ -1,8 +1,9 @@
 //! `cargo xtask vm`: the root tests on Debian's kernels, each booted by qemu without hardware support.
 //!
-//! A machine is a kernel and an archive of files, which is its root file system: busybox, the agent and the test programs
-//! as cargo has built them, at the same paths as here, each with the libraries it is linked with. Its time is the number
-//! of instructions it has executed (`-icount`), so what a test sees does not depend on how busy the host is.
+//! A machine is a kernel and an archive of files, which is its root file system: busybox, the agent, and the test programs
+//! as cargo has built them, at the same paths as here, each with the libraries it is linked with. The agent is linked
+//! statically, as one is that has to run anywhere. A machine's time is the number of instructions it has executed
+//! (`-icount`), so what a test sees does not depend on how busy the host is.
 
 mod image;
 mod kernel;
@@ -41,7 +42,7 @@ const TESTS: &str = "/tests";
 const TESTS_RUN: [&str; 3] = ["backend_away", "cpu_time", "operate"];
 
 /// Programs of the host that tests start.
-const HOST_PROGRAMS: [&str; 1] = ["dd"];
+const HOST_PROGRAMS: [&str; 2] = ["dd", "nice"];
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -76,6 +77,8 @@ fn run_on<'a>(
     ensure!(cfg!(target_arch = "x86_64"), "the machines are x86-64, and so must be the programs built here");
     tools::need(&[QEMU, BUSYBOX, GO])?;
     testprogs::build()?;
+    // First: both agents are put at one path.
+    let agent = static_agent()?;
     let mut tests = built_tests()?;
     let mut total = Tally::default();
     let wanted = |name: &String| {
@@ -88,7 +91,7 @@ fn run_on<'a>(
         }
     }
     ensure!(!tests.programs.is_empty(), "no test is left to run");
-    let archive = pack(&tests)?;
+    let archive = pack(&agent, &tests)?;
     let mut rows = Vec::new();
     for kernel in kernels {
         let start = Instant::now();
@@ -169,6 +172,24 @@ struct Program {
     file: PathBuf,
 }
 
+/// Builds an agent that needs no library of the machine it runs on; gives its path in `target/vm`.
+///
+/// Only the agent's own crate is compiled for it: what links the C library statically is decided when the program is
+/// linked, so that everything else is what the tests were built with.
+fn static_agent() -> Result<PathBuf> {
+    let mut cargo = command::cargo();
+    cargo.args(["rustc", "--release", "--locked", "--package", "profiler-agent", "--bin", "profiler-agent"]);
+    cargo.args(["--message-format", "json-render-diagnostics", "--", "-C", "target-feature=+crt-static"]);
+    let built = parse_messages(&command::output(&mut cargo)?)?.agent;
+    let dir = project::target().join("vm");
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let agent = dir.join("profiler-agent");
+    command::run(Command::new("strip").arg("-o").arg(&agent).arg(&built))?;
+    let headers = command::output(Command::new("readelf").arg("--program-headers").arg(&agent))?;
+    ensure!(!headers.contains("INTERP"), "{} asks for a dynamic linker", agent.display());
+    Ok(agent)
+}
+
 /// Builds the agent's tests; says where they are.
 fn built_tests() -> Result<Built> {
     let mut cargo = command::cargo();
@@ -195,9 +216,8 @@ fn parse_messages(messages: &str) -> Result<Built> {
 }
 
 /// Writes the archive that is the machines' root file system; gives its path.
-fn pack(tests: &Built) -> Result<PathBuf> {
+fn pack(agent: &Path, tests: &Built) -> Result<PathBuf> {
     let dir = project::target().join("vm");
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let mut image = Image::default();
     image.bytes("/init", 0o755, INIT.to_vec());
     image.bytes("/bin/busybox", 0o755, read(&find("busybox")?)?);
@@ -208,7 +228,7 @@ fn pack(tests: &Built) -> Result<PathBuf> {
         0o644,
         read("/etc/ssl/certs/ca-certificates.crt".as_ref())?,
     );
-    image.stripped(&tests.agent, &tests.agent)?;
+    image.program_as(agent, &tests.agent)?;
     for Program { name, file } in &tests.programs {
         image.stripped(file, &Path::new(TESTS).join(name))?;
     }
