@@ -285,7 +285,7 @@ mod tests {
             measure: Measure::Cpu,
             period_ns: 1,
             samples: 1,
-            series: vec![Series { labels, samples }],
+            series: vec![Series { labels, samples, comments: Vec::new() }],
             locations,
             stacks: indexes,
             labels: vec![SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 }],

@@ -22,6 +22,7 @@ use crate::{
     heap, logs,
     memory::{self, MemoryPlan, TooSmall},
     pipeline,
+    sys::bpf::UprobeKind,
     targets::{CommPrefix, Target, Targets},
 };
 pub(crate) use show::Key;
@@ -144,11 +145,28 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LABEL", value_name = "NAME=VALUE", value_delimiter = ',')]
     label: Vec<String>,
 
-    /// Profile the heap of processes with a label: NAME=VALUE or NAME=VALUE@RATE, as exe=postgres@64KiB. NAME is a label of their
-    /// profiles or pid, RATE the mean bytes between samples, 0 for none [default: 512KiB]; may be given more than once, the
-    /// first that matches counts. x86-64, Linux 6.13
+    /// Profile the heap of processes with a label: NAME=VALUE[@RATE][@BUDGET], as exe=postgres@64KiB@5%. NAME is a label of their
+    /// profiles or pid, RATE the mean bytes between samples, 1 for everything, 0 for none [default: 512KiB], BUDGET as
+    /// --heap-budget; may be given more than once, the first that matches counts. x86-64, Linux 5.15
     #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]
     heap: Vec<String>,
+
+    /// What heap profiling may take of the time of each process, as a share of one CPU, or off; above it, allocations are
+    /// sampled in windows at random times and scaled [default: 1%]
+    #[arg(long, env = "PROFILER_HEAP_BUDGET", value_name = "SHARE")]
+    heap_budget: Option<String>,
+
+    /// For tests alone: the only way to probe functions that is tried
+    #[arg(long, hide = true, value_name = "KIND", value_parser = ["session", "multi", "perf"])]
+    test_heap_kind: Option<String>,
+
+    /// For tests alone: go by it that seccomp filters kill for probed returns
+    #[arg(long, hide = true)]
+    test_heap_seccomp_kills: bool,
+
+    /// For tests alone: sampled allocations in use that there is room for
+    #[arg(long, hide = true, value_name = "SAMPLES")]
+    test_heap_live_max: Option<u32>,
 
     /// What to log: error, warn, info, debug, trace, or a tracing filter [default: info]
     #[arg(long, env = "PROFILER_LOG", value_name = "FILTER")]
@@ -213,6 +231,7 @@ struct File {
     labels: BTreeMap<String, String>,
     #[serde(default)]
     heap: Vec<HeapRule>,
+    heap_budget: Option<String>,
     log: Option<String>,
     log_format: Option<String>,
     #[serde(default)]
@@ -225,13 +244,14 @@ struct File {
     allow_kernel: Option<bool>,
 }
 
-/// `{ match = "exe=postgres", rate = "64KiB" }`
+/// `{ match = "exe=postgres", rate = "64KiB", budget = "5%" }`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct HeapRule {
     #[serde(rename = "match")]
     matches: String,
     rate: Option<String>,
+    budget: Option<String>,
 }
 
 /// One `[[target]]` of the file.
@@ -304,7 +324,9 @@ pub(crate) struct Config {
     /// Labels of every profile.
     pub(crate) labels: Vec<(String, String)>,
     /// Whose heap is profiled; empty means nobody's.
-    pub(crate) heap: Vec<heap::Rule>,
+    pub(crate) heap: heap::Rules,
+    /// How, where a test says so.
+    pub(crate) heap_options: heap::Options,
     /// Filter of log lines.
     pub(crate) log: String,
     /// Form of log lines.
@@ -476,6 +498,10 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         node,
         label,
         heap,
+        heap_budget,
+        test_heap_kind,
+        test_heap_seccomp_kills,
+        test_heap_live_max,
         log,
         log_format,
         profiles,
@@ -513,7 +539,11 @@ fn merge(flags: Flags, file: File) -> Result<Config, ConfigError> {
         uploads: parse_uploads(&upload)?,
         node: parse_node(node.or(file.node))?,
         labels: parse_labels(file.labels, &label)?,
-        heap: parse_heap(&file.heap, &heap)?,
+        heap: heap::Rules {
+            list: parse_heap(&file.heap, &heap)?,
+            budget: parse_heap_budget(heap_budget.or(file.heap_budget))?,
+        },
+        heap_options: heap_options(test_heap_kind.as_deref(), test_heap_seccomp_kills, test_heap_live_max),
         log: parse_log(log.or(file.log))?,
         log_format: parse_log_format(log_format.or(file.log_format))?,
         profiles: parse_profiles(profiles)?,
@@ -780,13 +810,36 @@ fn is_label_name(name: &str) -> bool {
 
 /// Rules of flags come before those of the file, and the first that matches decides.
 fn parse_heap(file: &[HeapRule], flags: &[String]) -> Result<Vec<heap::Rule>, ConfigError> {
-    let file = file.iter().map(|rule| match &rule.rate {
-        Some(rate) => format!("{}@{rate}", rule.matches),
-        None => rule.matches.clone(),
+    let file = file.iter().map(|HeapRule { matches, rate, budget }| {
+        let parts = [Some(matches), rate.as_ref(), budget.as_ref()];
+        parts.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join("@")
     });
-    let accepted = "accepted: NAME=VALUE or NAME=VALUE@RATE, NAME a label or pid, RATE in bytes, KiB or MiB, below 4 GiB";
+    let accepted = "accepted: NAME=VALUE[@RATE][@BUDGET], NAME a label or pid, RATE in bytes, KiB or MiB, below 4 GiB, \
+                    BUDGET as 1% or off";
     let rule = |text: String| heap::parse(&text).ok_or_else(|| refuse("heap", &text, accepted));
     flags.iter().cloned().chain(file).map(rule).collect()
+}
+
+fn parse_heap_budget(value: Option<String>) -> Result<heap::Budget, ConfigError> {
+    let Some(text) = value else { return Ok(heap::Budget::DEFAULT) };
+    text.parse().map_err(|()| {
+        refuse(
+            "heap-budget",
+            &text,
+            "accepted: a share of one CPU above 0% and up to 100%, as 1% or 0.5%, or off",
+        )
+    })
+}
+
+fn heap_options(kind: Option<&str>, seccomp_kills: bool, live_max: Option<u32>) -> heap::Options {
+    let default = heap::Options::default();
+    let kinds = match kind {
+        None => default.kinds,
+        Some("session") => vec![UprobeKind::Session],
+        Some("multi") => vec![UprobeKind::Multi],
+        Some(_) => vec![UprobeKind::Perf],
+    };
+    heap::Options { kinds, seccomp_kills, live_max: live_max.unwrap_or(default.live_max) }
 }
 
 fn parse_unwind(value: Option<String>) -> Result<Unwind, ConfigError> {

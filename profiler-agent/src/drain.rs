@@ -20,8 +20,8 @@ use profiler_common::{
     heap::AllocPart,
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{
-        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd,
-        WIRE_VERSION,
+        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, Frame, RecordHead, RecordKind, SampleHeader,
+        StackEnd, WIRE_VERSION,
     },
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -94,6 +94,12 @@ pub(crate) fn sample_type(record: &[u8]) -> Option<ProfileType> {
         RecordKind::AllocSample => Some(ProfileType::Allocs),
         RecordKind::Exec | RecordKind::Fork | RecordKind::Exit | RecordKind::CgroupMade => None,
     }
+}
+
+/// When a record was written, by the boot clock.
+pub(crate) fn time_ns(record: &[u8]) -> Option<u64> {
+    const AT: usize = std::mem::offset_of!(RecordHead, time_ns);
+    record.get(AT..)?.first_chunk().map(|time| u64::from_ne_bytes(*time))
 }
 
 fn kind(record: &[u8]) -> Option<RecordKind> {
@@ -348,7 +354,8 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
 }
 
 fn alloc_part(reader: &mut Reader<'_>) -> Option<AllocPart> {
-    Some(AllocPart { pointer: reader.u64()?, target: reader.u32()?, rate: reader.u32()? })
+    let (pointer, target, rate) = (reader.u64()?, reader.u32()?, reader.u32()?);
+    Some(AllocPart { pointer, target, rate, scale: reader.u32()?, flags: reader.u32()? })
 }
 
 /// Takes integers off the front of a record.
@@ -412,16 +419,18 @@ pub(crate) mod tests {
     }
 
     /// Some sampled allocation.
-    pub(crate) const PART: AllocPart = AllocPart { pointer: 0x5000, target: 3, rate: 1 << 19 };
+    pub(crate) const PART: AllocPart =
+        AllocPart { pointer: 0x5000, target: 3, rate: 1 << 19, scale: 3 << 15, flags: 1 };
 
     /// The bytes of a sampled allocation as the kernel side writes them; it has no kernel frames.
     pub(crate) fn encode_alloc(sample: &RawSample, part: AllocPart) -> Vec<u8> {
         let sample = RawSample { kernel: Vec::new(), ..sample.clone() };
         let mut bytes = encode(&sample);
         bytes[1] = RecordKind::AllocSample as u8;
-        let words = [part.pointer.to_ne_bytes().to_vec(), part.target.to_ne_bytes().to_vec()].concat();
+        let AllocPart { pointer, target, rate, scale, flags } = part;
+        let words = [target, rate, scale, flags].into_iter().flat_map(u32::to_ne_bytes);
         let header = size_of::<SampleHeader>();
-        bytes.splice(header..header, words.into_iter().chain(part.rate.to_ne_bytes()));
+        bytes.splice(header..header, pointer.to_ne_bytes().into_iter().chain(words));
         bytes
     }
 
@@ -511,6 +520,7 @@ pub(crate) mod tests {
     fn a_sampled_allocation_is_read_back_as_it_was_written() {
         let sample = RawSample { kernel: Vec::new(), ..sample(5) };
         let bytes = encode_alloc(&sample, PART);
+        assert_eq!(time_ns(&bytes), Some(sample.time_ns));
         assert_eq!(decode(&bytes), Some(Record::Alloc(sample, PART)));
         for length in 0..bytes.len() {
             assert_eq!(decode(&bytes[..length]), None, "{length} bytes");

@@ -10,7 +10,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io::PipeWriter,
     sync::{
-        Arc,
+        Arc, OnceLock,
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
     },
     thread::{self, JoinHandle},
@@ -29,14 +29,14 @@ use tracing::{error, info, warn};
 use crate::{
     background::{Background, Payer, Task as Work},
     binaries::Binaries,
-    bpf::{BpfError, HeapCounts, KernelCounts, LoadOptions, Programs},
+    bpf::{BpfError, HeapCounts, HeapSource, KernelCounts, LoadOptions, Programs},
     budget::{BpfTime, CpuShare, Direction, Governor, Sampling, Step, Use},
     config::{Config, Unwind},
     drain::{self, Progress, RawSample, Record},
     embedded,
     executable::ExecutableCache,
     export::{self, Batch, Collector, Destination, Losses, Queue, UploadCounts},
-    heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Orders, Targets},
+    heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Notes, Orders},
     label::{CgroupNames, Labeler, SeriesLabels, fold_kworker, task_name},
     ledger::{Account, Balance, Cause, KernelTotals, Ledger, PerType, Place, ProfileType, Snapshot},
     memory::MemoryPlan,
@@ -167,8 +167,8 @@ pub(crate) struct View {
     pub(crate) shared: Shared,
     /// Counted by the programs.
     pub(crate) kernel: KernelCounts,
-    /// Heap profiling, where it is on.
-    pub(crate) heap: Option<HeapView>,
+    /// Heap profiling, once it is on.
+    pub(crate) heap: Arc<OnceLock<HeapView>>,
 }
 
 /// What metrics look at of heap profiling.
@@ -232,13 +232,13 @@ impl View {
             ProfileType::Cpu => {
                 KernelTotals { taken: counter(Counter::CpuTaken), submitted: counter(Counter::CpuSubmitted) }
             }
-            ProfileType::Allocs => self.heap.as_ref().map(HeapView::totals).unwrap_or_default(),
+            ProfileType::Allocs => self.heap.get().map(HeapView::totals).unwrap_or_default(),
         })
     }
 
     fn take_kernel_drops(&self) {
         take_kernel_drops(&self.kernel, &self.shared.ledger);
-        if let Some(heap) = &self.heap {
+        if let Some(heap) = self.heap.get() {
             heap.take_drops(&self.shared.ledger);
         }
     }
@@ -292,7 +292,7 @@ pub(crate) struct Pipeline {
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
-    heap: Option<HeapStage>,
+    heap: Heap,
     encoder: JoinHandle<()>,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
 }
@@ -309,7 +309,6 @@ impl Pipeline {
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
-            has_heap: !config.heap.is_empty(),
             processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
             targets: config.targets.clone(),
@@ -331,7 +330,7 @@ impl Pipeline {
         let symbols_deadline =
             sinks.iter().map(|sink| sink.patience(config.window)).max().unwrap_or(SYMBOLS_DEADLINE);
         let uploads = start_uploads(sinks, &shared.exporters, runtime, &upload_stop)?;
-        let mut view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: None };
+        let view = View { shared: shared.clone(), kernel: programs.take_counts()?, heap: Arc::default() };
         let (drain_stop, stop_drain) = std::io::pipe().context("make a pipe")?;
         let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
@@ -352,13 +351,17 @@ impl Pipeline {
         let room = Room::new(config.memory.windows_bytes);
         let windows =
             Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room.clone());
-        let (heap_windows, heap) = start_heap(config, &mut programs, &mut view, &executables, room)?.unzip();
+        let (heap_sender, new_heap) = channel();
+        let parts = HeapParts { executables, room, windows: heap_sender, view: view.clone() };
+        let mut heap = Heap::New(programs.take_heap().map(|source| Box::new((source, parts))));
+        heap.start(config)?;
         let (periods, new_periods) = channel();
         let worker = Worker {
             shared: shared.clone(),
             processes,
             windows,
-            heap: heap_windows,
+            heap: None,
+            new_heap,
             periods: new_periods,
             closed: closed_sender,
             new_labelers,
@@ -403,7 +406,7 @@ impl Pipeline {
             self.programs.stop();
             return Err(error).context("attach to the kernel");
         }
-        if let Some((heap, _)) = &self.heap {
+        if let Heap::Runs(heap, _) = &self.heap {
             heap.resume();
         }
         self.is_attached = true;
@@ -414,7 +417,7 @@ impl Pipeline {
     /// Detaches everything. What was sampled goes its way; the stages wait.
     pub(crate) fn pause(&mut self) {
         self.programs.stop();
-        if let Some((heap, _)) = &self.heap {
+        if let Heap::Runs(heap, _) = &self.heap {
             heap.pause();
         }
         self.is_attached = false;
@@ -425,6 +428,20 @@ impl Pipeline {
     pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
         // An error means that the worker is dead, which ends the agent.
         let _ = self.labelers.send(Labeler::new(node, labels));
+    }
+
+    /// Profiles the heap of others from now on, or with another budget. What it needs is loaded when somebody is first meant.
+    pub(crate) fn set_heap(&mut self, config: &Config) {
+        if let Heap::Runs(heap, _) = &self.heap {
+            heap.set_rules(config.heap.clone());
+            return;
+        }
+        if let Err(error) = self.heap.start(config) {
+            error!(error = %format!("{error:#}"), "no heap is profiled");
+        }
+        if let (Heap::Runs(heap, _), true) = (&self.heap, self.is_attached) {
+            heap.resume();
+        }
     }
 
     /// What metrics and the status line read.
@@ -500,7 +517,7 @@ impl Pipeline {
     /// A stage that has ended by itself, which none does but by a panic.
     pub(crate) fn dead_stage(&self) -> Option<&str> {
         let all = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
-        let mut threads = all.chain(self.heap.as_ref().map(|(_, thread)| thread));
+        let mut threads = all.chain(self.heap.thread());
         let thread = threads.find(|thread| thread.is_finished());
         let name = thread.map(|thread| thread.thread().name().unwrap_or("unnamed"));
         let upload = self.uploads.iter().any(Task::is_finished).then_some("upload");
@@ -510,10 +527,7 @@ impl Pipeline {
     /// Stops sampling, lets every stage finish what it has, and gives the final account.
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
-        let heap = self.heap.map(|(orders, thread)| {
-            orders.stop();
-            thread
-        });
+        let heap = self.heap.stop();
         // Probes are out before the last drain, so that no allocation is sampled behind it.
         let detached = join_in_order(heap, STAGE_DEADLINE);
         drop(self.stop_drain);
@@ -707,41 +721,77 @@ fn start_unwinder(
     Ok((tables, spawn("unwind", move || unwinder.run(&requests))?))
 }
 
-/// What attaches to heaps: how to tell it what to do, and its thread.
-type HeapStage = (Orders, JoinHandle<()>);
+/// Heap profiling.
+enum Heap {
+    /// Nobody's heap was ever to be profiled; with what it takes to begin. `None` where that was tried in vain.
+    New(Option<Box<(HeapSource, HeapParts)>>),
+    /// How to tell what attaches what to do, and its thread.
+    Runs(Orders, JoinHandle<()>),
+}
 
-/// Heap profiling, where a rule wants it: the worker's part, and the thread that attaches. Where the kernel cannot do it,
-/// all else goes on.
-fn start_heap(
-    config: &Config,
-    programs: &mut Programs,
-    view: &mut View,
-    executables: &Arc<ExecutableCache>,
+/// What heap profiling has of the other stages.
+struct HeapParts {
+    executables: Arc<ExecutableCache>,
     room: Room,
-) -> anyhow::Result<Option<(HeapWindows, HeapStage)>> {
-    let (program, live, kernel) = match programs.take_heap() {
-        None => return Ok(None),
-        Some(Ok(heap)) => heap,
-        Some(Err(error)) => {
-            let error = format!("{:#}", anyhow::Error::from(error));
-            error!(error, "no heap is profiled");
-            return Ok(None);
+    /// Gives the worker its part.
+    windows: Sender<HeapWindows>,
+    view: View,
+}
+
+impl Heap {
+    /// Starts it where a rule wants it. Where the kernel cannot do it, all else goes on.
+    fn start(&mut self, config: &Config) -> anyhow::Result<()> {
+        let Self::New(parts) = self else { return Ok(()) };
+        if config.heap.list.is_empty() {
+            return Ok(());
         }
-    };
-    let heap = HeapView { kernel, gauges: Arc::default(), live: Arc::default() };
-    let images = || ImageReader::new("/proc".into(), Arc::clone(executables));
-    let labeler = Labeler::new(&config.node, &config.labels);
-    let processes = Processes::new(images(), labeler, CgroupNames::new(None), None, 0);
-    let targets = Targets::default();
-    let live = Live::new(live, targets.clone(), Arc::clone(&heap.live));
-    let gauges = Arc::clone(&heap.gauges);
-    let profiler = heap::Profiler::new(program, config.heap.clone(), processes, images(), targets, gauges);
-    let (orders, told) = heap::orders();
-    let windows = Windows::new(clock::boot_ns(), config.window, 0, WallClock::now(), room.clone());
-    let rate = config.heap.iter().map(|rule| rule.rate).filter(|&rate| rate > 0).min().unwrap_or(0);
-    let windows = HeapWindows::new(windows, live, orders.clone(), rate, room);
-    view.heap = Some(heap);
-    Ok(Some((windows, (orders, spawn("heap", move || profiler.run(&told))?))))
+        let Some((source, parts)) = parts.take().map(|parts| *parts) else { return Ok(()) };
+        let (program, live, kernel) = match source.load(config.heap_options.live_max) {
+            Ok(heap) => heap,
+            Err(error) => {
+                let error = format!("{:#}", anyhow::Error::from(error));
+                error!(error, "no heap is profiled");
+                return Ok(());
+            }
+        };
+        let HeapParts { executables, room, windows: to_worker, view } = parts;
+        let heap = HeapView { kernel, gauges: Arc::default(), live: Arc::default() };
+        let images = || ImageReader::new("/proc".into(), Arc::clone(&executables));
+        let labeler = Labeler::new(&config.node, &config.labels);
+        let processes = Processes::new(images(), labeler, CgroupNames::new(None), None, 0);
+        let notes = Notes::default();
+        let live = Live::new(live, notes.clone(), Arc::clone(&heap.live));
+        let gauges = Arc::clone(&heap.gauges);
+        let (rules, options) = (config.heap.clone(), config.heap_options.clone());
+        let profiler =
+            heap::Profiler::new(program, rules, options, (processes, images()), notes.clone(), gauges);
+        let (orders, told) = heap::orders();
+        let windows = Windows::new(clock::boot_ns(), config.window, 0, WallClock::now(), room.clone());
+        // An error means that the worker is dead, which ends the agent. Before the first probe, so that no sample is ahead of it.
+        let _ = to_worker.send(HeapWindows::new(windows, live, orders.clone(), notes, room));
+        // It is set once: what it is made of has just been taken.
+        let _ = view.heap.set(heap);
+        *self = Self::Runs(orders, spawn("heap", move || profiler.run(&told))?);
+        Ok(())
+    }
+
+    fn thread(&self) -> Option<&JoinHandle<()>> {
+        match self {
+            Self::New(_) => None,
+            Self::Runs(_, thread) => Some(thread),
+        }
+    }
+
+    /// Has all probes taken out, and gives the thread to join.
+    fn stop(self) -> Option<JoinHandle<()>> {
+        match self {
+            Self::New(_) => None,
+            Self::Runs(orders, thread) => {
+                orders.stop();
+                Some(thread)
+            }
+        }
+    }
 }
 
 /// The BPF programs' rare messages become log lines.
@@ -782,6 +832,8 @@ struct Worker {
     processes: Processes,
     windows: Windows,
     heap: Option<HeapWindows>,
+    /// Where that comes from when it is first wanted.
+    new_heap: Receiver<HeapWindows>,
     periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
     /// Labelers that are to be used from now on.
@@ -876,6 +928,9 @@ impl Worker {
         for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
             self.windows.set_period(period_ns, at_ns);
         }
+        if let Ok(heap) = self.new_heap.try_recv() {
+            self.heap = Some(heap);
+        }
         let mut samples_left = batch.samples();
         let records: Vec<_> = batch.records().map(|record| (record, drain::decode(record))).collect();
         let mut execs = Execs::in_records(records.iter().filter_map(|(_, record)| record.as_ref()));
@@ -892,12 +947,17 @@ impl Worker {
                 Some(Record::Exec(exec)) => {
                     execs.pass(exec.pid);
                     if let Some(heap) = &self.heap {
-                        heap.orders.exec(exec.pid);
+                        heap.orders.exec(exec.pid, drain::time_ns(bytes).unwrap_or(u64::MAX));
                     }
                     self.processes.exec(exec, Instant::now());
                 }
                 Some(Record::CgroupMade { id }) => self.processes.cgroup_made(id),
-                Some(Record::Fork(fork)) => self.processes.fork(fork),
+                Some(Record::Fork(fork)) => {
+                    if let Some(heap) = &self.heap {
+                        heap.orders.fork(fork.parent, fork.child);
+                    }
+                    self.processes.fork(fork);
+                }
                 Some(Record::Exit { tgid, start_ns }) => self.processes.exit(tgid, start_ns),
                 None => match drain::sample_type(bytes) {
                     Some(profile_type) => {
@@ -1131,12 +1191,13 @@ mod tests {
         let processes = Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None, 8);
         let room = Room::new(shared.memory.windows_bytes);
         let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
-        let ((_, periods), (_, new_labelers)) = (channel(), channel());
+        let ((_, periods), (_, new_labelers), (_, new_heap)) = (channel(), channel(), channel());
         let worker = Worker {
             shared: shared.clone(),
             processes,
             windows,
             heap: None,
+            new_heap,
             periods,
             closed: closed_sender,
             new_labelers,

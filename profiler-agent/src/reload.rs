@@ -60,8 +60,8 @@ impl Reloader {
 /// supervisor makes each of them take effect.
 fn merge(old: &Config, new: Config) -> (Config, Change) {
     let Config { frequency_hz, enabled, .. } = new;
-    let (labels, log) = (new.labels.clone(), new.log.clone());
-    let running = Config { frequency_hz, labels, log, enabled, ..old.clone() };
+    let (labels, log, heap) = (new.labels.clone(), new.log.clone(), new.heap.clone());
+    let running = Config { frequency_hz, labels, log, enabled, heap, ..old.clone() };
     let change = Change { live: changed(old, &running), after_restart: changed(&running, &new) };
     (running, change)
 }
@@ -190,7 +190,8 @@ pub(crate) mod tests {
         let new = "frequency = 7\nlabels = { a = \"b\" }\nlog = \"warn\"\nenabled = false\nwindow = \"3s\"\n\
                    listen = \"127.0.0.1:1\"\nbackend_listen = \"127.0.0.1:2\"\ndata_dir = \"/x\"\nnode = \"x\"\n\
                    unwind = \"frame-pointers\"\nupload = [\"http://h/\"]\nlog_format = \"json\"\ninstance = \"i\"\n\
-                   metrics_listen = \"127.0.0.1:3\"\nrun_dir = \"/y\"\nallow_kernel = true\n";
+                   metrics_listen = \"127.0.0.1:3\"\nrun_dir = \"/y\"\nallow_kernel = true\n\
+                   heap_budget = \"2%\"\n[[heap]]\nmatch = \"pid=7\"\n";
         let mut case = Case::new("");
         case.write(new);
         case.reloader.reload().expect("accepted").live

@@ -181,6 +181,7 @@ impl Supervisor {
                 }
             }
             "labels" => self.pipeline.set_labels(&config.node, &config.labels),
+            "heap" | "heap_budget" => self.pipeline.set_heap(config),
             // It was checked when it was read.
             "log" => drop(self.logs.set_filter(&config.log)),
             // The switch is looked at after every reload.

@@ -156,7 +156,7 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     names_on_disk(&mut text, shared.symbols.store_counts());
     debuginfod(&mut text, shared.symbols.debuginfod());
     uploads(&mut text, shared);
-    heap(&mut text, view.heap.as_ref());
+    heap(&mut text, view.heap.get());
     let gauges = &shared.gauges;
     text.gauge("profiler_agent_processes", "Processes known now.", gauges.processes.load(Relaxed));
     text.gauge("profiler_agent_containers", "Containers among them.", gauges.containers.load(Relaxed));
@@ -347,6 +347,37 @@ fn heap(text: &mut Text, heap: Option<&HeapView>) {
         gauge(|heap| &heap.gauges.targets),
     );
     text.gauge(
+        "profiler_agent_heap_targets_limited",
+        "Of these: above their heap budget, sampled in windows.",
+        gauge(|heap| &heap.gauges.limited),
+    );
+    text.gauge(
+        "profiler_agent_heap_targets_without_in_use",
+        "Of these: what is in use is not followed, for it costs too much or a seccomp filter forbids it.",
+        gauge(|heap| &heap.gauges.without_in_use),
+    );
+    text.gauge(
+        "profiler_agent_heap_targets_entry_only",
+        "Of these: under a seccomp filter, which might kill them for a probed return.",
+        gauge(|heap| &heap.gauges.entry_only),
+    );
+    text.counter(
+        "profiler_agent_heap_windows_total",
+        "Windows in which processes above their heap budget were sampled.",
+        gauge(|heap| &heap.gauges.windows),
+    );
+    let (name, probe_ns) = ("profiler_agent_heap_probe_seconds_total", gauge(|heap| &heap.gauges.probe_ns));
+    let help = "CPU time that probes took of the profiled processes, by the calibrated cost of a hit.";
+    text.head(name, help, "counter");
+    text.line(format_args!("{name} {}", probe_ns as f64 / 1e9));
+    let costs = heap.map(|heap| heap.gauges.costs()).unwrap_or_default();
+    let name = "profiler_agent_heap_hit_seconds";
+    text.head(name, "What a hit costs on this host: measured when heap profiling starts, 0 before.", "gauge");
+    for (kind, ns) in [("entry", costs.entry_ns), ("return", costs.return_ns), ("stepped", costs.stepped_ns)]
+    {
+        text.line(format_args!("{name}{{kind=\"{kind}\"}} {}", ns / 1e9));
+    }
+    text.gauge(
         "profiler_agent_heap_live_samples",
         "Sampled allocations in the last snapshot.",
         gauge(|heap| &heap.live.samples),
@@ -372,14 +403,19 @@ fn heap(text: &mut Text, heap: Option<&HeapView>) {
         counter(HeapCounter::LiveFull),
     );
     text.counter(
-        "profiler_agent_heap_live_full_bytes_total",
-        "Bytes of the allocations missing from snapshots.",
-        counter(HeapCounter::LiveFullBytes),
-    );
-    text.counter(
         "profiler_agent_heap_live_dropped_total",
         "Samples missing from snapshots: too many to remember.",
         gauge(|heap| &heap.live.dropped),
+    );
+    text.counter(
+        "profiler_agent_heap_missing_objects_total",
+        "Allocations missing from snapshots: those that the samples stand for there was no room for.",
+        gauge(|heap| &heap.live.missing_objects),
+    );
+    text.counter(
+        "profiler_agent_heap_missing_bytes_total",
+        "Their bytes.",
+        gauge(|heap| &heap.live.missing_bytes),
     );
     text.counter(
         "profiler_agent_heap_snapshots_failed_total",

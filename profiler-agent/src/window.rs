@@ -290,8 +290,7 @@ impl Window {
     fn close(self, end_ns: u64, clock: WallClock) -> Closed {
         let samples = self.samples();
         let Self { start_ns, end_ns: _, period_ns, series, locations, stacks, labels, counts, taken } = self;
-        let mut by_series: Vec<_> =
-            series.into_values().into_iter().map(|labels| Series { labels, samples: Vec::new() }).collect();
+        let mut by_series: Vec<_> = series.into_values().into_iter().map(Series::new).collect();
         for (Key { series, stack, labels }, counts) in counts {
             by_series[series as usize].samples.push(Entry { stack, labels, counts });
         }
@@ -343,6 +342,26 @@ pub(crate) struct Series {
     pub(crate) labels: SeriesLabels,
     /// Its samples.
     pub(crate) samples: Vec<Entry>,
+    /// What its profile says besides.
+    pub(crate) comments: Vec<String>,
+}
+
+impl Series {
+    fn new(labels: SeriesLabels) -> Self {
+        Self { labels, samples: Vec::new(), comments: Vec::new() }
+    }
+}
+
+impl Closed {
+    /// Has the profile of a series say something, even if it has no samples.
+    pub(crate) fn comment(&mut self, labels: &SeriesLabels, text: String) {
+        let known = self.series.iter().position(|series| series.labels == *labels);
+        let index = known.unwrap_or_else(|| {
+            self.series.push(Series::new(labels.clone()));
+            self.series.len() - 1
+        });
+        self.series[index].comments.push(text);
+    }
 }
 
 /// One line of a series: a stack under one set of sample labels.

@@ -135,6 +135,9 @@ pub struct Point {
 }
 
 /// What the programs know of a process whose heap is profiled. An unused one is all zero.
+///
+/// The agent writes it while a program may read it: of [`Self::end_ns`] and the other fields of its time, one write changes
+/// only that one or only those, and the latter only while `end_ns` is past.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
@@ -142,6 +145,39 @@ pub struct Target {
     pub id: u32,
     /// Mean bytes between samples: 1 samples everything, 0 nothing.
     pub rate: u32,
+    /// By how much a sample stands for more than its like: for the time in which there were none. In 1/[`SCALE_ONE`]s.
+    pub scale: u32,
+    /// [`TARGET_ENTRY_ONLY`], [`TARGET_NO_LIVE`], [`TARGET_EVERY_RETURN`].
+    pub flags: u32,
+    /// Samples are taken from this time on: CLOCK_BOOTTIME, in nanoseconds.
+    pub begin_ns: u64,
+    /// And before this one.
+    pub end_ns: u64,
+}
+
+/// A [`Target::scale`] of 1.
+pub const SCALE_ONE: u32 = 1 << 16;
+
+/// Flag of a [`Target`]: no return of its functions is probed. Allocations are sampled where they are asked for; whether they
+/// succeed, and where they are, is not known.
+pub const TARGET_ENTRY_ONLY: u32 = 1;
+/// Flag of a [`Target`]: its samples are not followed until they are freed.
+pub const TARGET_NO_LIVE: u32 = 2;
+/// Flag of a [`Target`]: every return of its functions is probed, whatever the program says at the entry.
+pub const TARGET_EVERY_RETURN: u32 = 4;
+
+/// What the probes of one [`Target`] cost on one CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits {
+    /// Entries of functions that allocate.
+    pub allocs: u64,
+    /// Entries of functions that free.
+    pub frees: u64,
+    /// Returns.
+    pub returns: u64,
+    /// Nanoseconds spent on samples.
+    pub sample_ns: u64,
 }
 
 /// An allocation in use that was a sample.
@@ -176,6 +212,22 @@ pub struct Pending {
     pub point: u32,
     /// Mean bytes between samples when the coin was tossed; 0 when the call is no sample.
     pub rate: u32,
+    /// [`Target::scale`] then.
+    pub scale: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// The outermost function that a thread of a target with [`TARGET_ENTRY_ONLY`] has entered, of those that may call others.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outer {
+    /// Stack pointer at the entry.
+    pub sp: u64,
+    /// The return address, which lies there until the caller calls something else.
+    pub caller: u64,
+    /// Index of the [`Point`].
+    pub point: u64,
 }
 
 /// Between the header of an [`AllocSample`](crate::wire::RecordKind::AllocSample) and its frames. The header's value is
@@ -183,28 +235,40 @@ pub struct Pending {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocPart {
-    /// Address of the allocation.
+    /// Address of the allocation; 0 where it is not known.
     pub pointer: u64,
     /// [`Target::id`].
     pub target: u32,
     /// Mean bytes between samples when the coin was tossed.
     pub rate: u32,
+    /// [`Target::scale`] then.
+    pub scale: u32,
+    /// [`PART_NOT_LIVE`], [`PART_LIVE_FULL`].
+    pub flags: u32,
 }
 
+/// Flag of an [`AllocPart`]: the allocation is not followed until it is freed.
+pub const PART_NOT_LIVE: u32 = 1;
+/// Flag of an [`AllocPart`]: nor was there room for it among those that are.
+pub const PART_LIVE_FULL: u32 = 2;
+
 /// 64-bit words of an [`AllocPart`].
-pub const ALLOC_PART_WORDS: usize = 2;
+pub const ALLOC_PART_WORDS: usize = 3;
 
 const _: () = assert!(size_of::<AllocPart>() == 8 * ALLOC_PART_WORDS);
 const _: () = assert!(size_of::<Point>() == 16);
-const _: () = assert!(size_of::<Target>() == 8);
+const _: () = assert!(size_of::<Target>() == 32);
+const _: () = assert!(size_of::<Hits>() == 32);
 const _: () = assert!(size_of::<LiveKey>() == 16);
-const _: () = assert!(size_of::<Pending>() == 56);
+const _: () = assert!(size_of::<Pending>() == 64);
+const _: () = assert!(size_of::<Outer>() == 24);
 
 /// Processes profiled at a time.
 pub const TARGETS_MAX: u32 = 256;
 /// Probed functions of all of them: an allocator has about 10, with all of C++'s operators 40.
 pub const POINTS_MAX: u32 = 4096;
-/// Threads inside probed functions at a time: those that sleep in one, for all others are on a CPU.
+/// Threads inside probed functions at a time: those that sleep in one, for all others are on a CPU. Of targets with
+/// [`TARGET_ENTRY_ONLY`]: threads that entered one that may call others, the latest.
 pub const PENDING_MAX: u32 = 8192;
 /// Sampled allocations in use: at a rate of 512 KiB, 64 GiB of memory in use.
 pub const LIVE_MAX: u32 = 1 << 17;
@@ -229,19 +293,17 @@ pub enum HeapCounter {
     DroppedPendingFull = 4,
     /// Samples missing from what is in use: the table of live allocations was full.
     LiveFull = 5,
-    /// Bytes of the allocations counted by `LiveFull`.
-    LiveFullBytes = 6,
     /// Calls that never returned: a thread that was left by an exception, or killed.
-    Unreturned = 7,
+    Unreturned = 6,
     /// Sampled allocations in use that were freed.
-    Freed = 8,
+    Freed = 7,
     /// Probes hit where nothing is known of: between an exec and the detaching.
-    Stray = 9,
+    Stray = 8,
 }
 
 impl HeapCounter {
     /// Number of counters: the size of `HEAP_STATS`.
-    pub const COUNT: u32 = 10;
+    pub const COUNT: u32 = 9;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -251,7 +313,6 @@ impl HeapCounter {
         Self::DroppedNoScratch,
         Self::DroppedPendingFull,
         Self::LiveFull,
-        Self::LiveFullBytes,
         Self::Unreturned,
         Self::Freed,
         Self::Stray,

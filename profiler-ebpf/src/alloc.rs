@@ -1,5 +1,5 @@
-//! Heap samples: one program at the entry of each probed allocator function and, where the entry wants it, at its return
-//! (uprobe session, kernel 6.13).
+//! Heap samples: taken when a probed allocator function returns, which the program at its entry asks for (uprobe session,
+//! kernel 6.13) or a second program sees each time; or at the entry alone.
 //!
 //! A thread may be preempted in the middle of the program, by another that runs it on the same CPU: counters are added
 //! to atomically, and a sample in the making has a scratch slot to itself.
@@ -8,19 +8,22 @@ use core::{arch::asm, ffi::c_void};
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, HashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use profiler_common::{
     heap::{
-        ALLOC_PART_WORDS, AllocPart, Call, EXP, HEAP_FRAMES_MAX, HeapCounter, LiveKey, POINT_NESTS, Pending,
-        Point, SCRATCH_SLOTS, Target, unsampled,
+        ALLOC_PART_WORDS, AllocPart, Call, EXP, HEAP_FRAMES_MAX, HeapCounter, Hits, LiveKey, Outer,
+        PART_LIVE_FULL, PART_NOT_LIVE, POINT_NESTS, Pending, Point, SCRATCH_SLOTS, TARGET_ENTRY_ONLY,
+        TARGET_EVERY_RETURN, TARGET_NO_LIVE, Target, unsampled,
     },
     wire::{FLAG_TABLES, Frame, RecordHead, RecordKind, SampleHeader, StackEnd, WIRE_VERSION},
 };
 
 use crate::{
     arch,
-    helpers::{attach_cookie, boot_time_ns, current_ids, current_thread_name, random, read_user},
+    helpers::{
+        attach_cookie, boot_time_ns, current_ids, current_thread_name, monotonic_ns, random, read_user,
+    },
     maps::{EVENTS, NO_CHUNK, Scratch},
     stack::{go_to_caller, load_context, mask},
     table, task,
@@ -35,14 +38,19 @@ pub static HEAP_POINTS: Array<Point> = Array::with_max_entries(1, 0);
 #[map]
 pub static HEAP_TARGETS: Array<Target> = Array::with_max_entries(1, 0);
 
-/// Probes hit: key as [`HEAP_TARGETS`]. Written here, read by the agent.
+/// Probes hit, and what samples cost: key as [`HEAP_TARGETS`]. Written here, read by the agent.
 #[map]
-pub static HEAP_HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+pub static HEAP_HITS: PerCpuArray<Hits> = PerCpuArray::with_max_entries(1, 0);
 
 /// Threads inside a probed function: key thread id. An entry is made and deleted here; that of a thread which never comes
 /// back is replaced when its id comes up again. When it is full, samples are dropped and counted.
 #[map]
 pub static HEAP_PENDING: HashMap<u32, Pending> = HashMap::with_max_entries(1, 0);
+
+/// Threads of targets whose returns are not probed, and the function that they entered last of those that may call others: key
+/// thread id. Written here; when it is full, the oldest go, whose threads may count a nested call.
+#[map]
+pub static HEAP_OUTER: LruHashMap<u32, Outer> = LruHashMap::with_max_entries(1, 0);
 
 /// `BPF_F_NO_PREALLOC`: memory is taken as entries are made.
 const NO_PREALLOC: u32 = 1;
@@ -82,20 +90,44 @@ const NESTED_BYTES_MAX: u64 = 64 << 10;
 /// So is a call that began longer ago: a thread that was left by an exception may come back to the same depth.
 const NESTED_NS_MAX: u64 = 1_000_000_000;
 
-/// The function's entry or its return.
+/// The function's entry or its return: one program for both.
 #[inline(always)]
-pub fn probe(ctx: *mut c_void) -> u32 {
-    let index = attach_cookie(ctx) as u32;
-    let Some(point) = HEAP_POINTS.get(index) else {
-        count(HeapCounter::Stray, 1);
-        return SKIP_RETURN;
-    };
+pub fn session(ctx: *mut c_void) -> u32 {
+    let Some((index, point)) = probed(ctx) else { return SKIP_RETURN };
     let (_, tid) = current_ids();
     if load_context!(ctx, 128) == point.address {
         return enter(ctx, index, point, tid);
     }
-    leave(ctx, tid);
+    leave(ctx, point, tid);
     WANT_RETURN
+}
+
+/// The function's entry; its return is probed in any case, or never.
+#[inline(always)]
+pub fn entry(ctx: *mut c_void) {
+    if let Some((index, point)) = probed(ctx) {
+        let (_, tid) = current_ids();
+        enter(ctx, index, point, tid);
+    }
+}
+
+/// The function's return.
+#[inline(always)]
+pub fn returned(ctx: *mut c_void) {
+    if let Some((_, point)) = probed(ctx) {
+        let (_, tid) = current_ids();
+        leave(ctx, point, tid);
+    }
+}
+
+#[inline(always)]
+fn probed(ctx: *mut c_void) -> Option<(u32, &'static Point)> {
+    let index = attach_cookie(ctx) as u32;
+    let point = HEAP_POINTS.get(index);
+    if point.is_none() {
+        count(HeapCounter::Stray, 1);
+    }
+    Some((index, point?))
 }
 
 #[inline(always)]
@@ -105,19 +137,22 @@ fn enter(ctx: *mut c_void, index: u32, point: &Point, tid: u32) -> u32 {
         count(HeapCounter::Stray, 1);
         return SKIP_RETURN;
     };
-    if let Some(hits) = HEAP_HITS.get_ptr_mut(point.target) {
-        add(hits, 1);
-    }
     if let Call::Free = call {
+        hit(point.target, |hits| &raw mut hits.frees, 1);
         take_live(target.id, argument(ctx, point, 0));
         return SKIP_RETURN;
     }
+    hit(point.target, |hits| &raw mut hits.allocs, 1);
     let sp = load_context!(ctx, 152);
+    if target.flags & TARGET_ENTRY_ONLY != 0 {
+        enter_only(ctx, index, (point, target, call), tid, sp);
+        return SKIP_RETURN;
+    }
     if is_nested(tid, sp) {
         return SKIP_RETURN;
     }
     let size = size(ctx, point, call);
-    let is_sample = toss(size, target.rate);
+    let is_sample = toss(size, target.rate) && is_time(target);
     if !is_sample && point.flags & POINT_NESTS == 0 {
         return SKIP_RETURN;
     }
@@ -130,6 +165,8 @@ fn enter(ctx: *mut c_void, index: u32, point: &Point, tid: u32) -> u32 {
         time_ns: boot_time_ns(),
         point: index,
         rate: if is_sample { target.rate } else { 0 },
+        scale: target.scale,
+        reserved: 0,
     };
     match call {
         Call::AllocateInto => pending.result = argument(ctx, point, 0),
@@ -153,6 +190,67 @@ fn enter(ctx: *mut c_void, index: u32, point: &Point, tid: u32) -> u32 {
             SKIP_RETURN
         }
     }
+}
+
+/// Samples the call by what is known at its entry.
+#[inline(always)]
+fn enter_only(
+    ctx: *mut c_void,
+    index: u32,
+    (point, target, call): (&Point, &Target, Call),
+    tid: u32,
+    sp: u64,
+) {
+    let mut caller = 0;
+    // The call has just written it; where it cannot be read all the same, the stack ends here.
+    let _ = read_user(sp, &raw mut caller);
+    if is_inside_outer(tid, sp, index) {
+        return;
+    }
+    if point.flags & POINT_NESTS != 0 {
+        // When there is no room, the oldest goes.
+        let _ = HEAP_OUTER.insert(tid, Outer { sp, caller, point: index.into() }, 0);
+    }
+    let size = size(ctx, point, call);
+    if !toss(size, target.rate) || !is_time(target) {
+        return;
+    }
+    count(HeapCounter::Taken, 1);
+    let part = AllocPart {
+        pointer: 0,
+        target: target.id,
+        rate: target.rate,
+        scale: target.scale,
+        flags: PART_NOT_LIVE,
+    };
+    sample(ctx, point.target, part, size, Some((caller, sp)));
+}
+
+/// Whether the call comes from the function that the thread entered last of those that may call others: it lies below it,
+/// whose return address is still there. A tail call lies in its place.
+#[inline(always)]
+fn is_inside_outer(tid: u32, sp: u64, index: u32) -> bool {
+    let Some(outer) = HEAP_OUTER.get_ptr(tid) else { return false };
+    // SAFETY: the look-up gave a value that stays readable for the run of the program; only this thread writes it.
+    let Outer { sp: outer_sp, caller, point } = unsafe { outer.read() };
+    let is_below = outer_sp.wrapping_sub(sp) < NESTED_BYTES_MAX;
+    if !is_below || (outer_sp == sp && point == u64::from(index)) {
+        return false;
+    }
+    let mut found = 0;
+    read_user(outer_sp, &raw mut found).is_some() && found == caller
+}
+
+/// Whether samples are taken now.
+#[inline(always)]
+fn is_time(target: &Target) -> bool {
+    let now_ns = boot_time_ns();
+    // Volatile: the agent writes them meanwhile.
+    // SAFETY: fields of a map value, which stays readable.
+    let (begin_ns, end_ns) = unsafe {
+        ((&raw const target.begin_ns).read_volatile(), (&raw const target.end_ns).read_volatile())
+    };
+    begin_ns <= now_ns && now_ns < end_ns
 }
 
 /// Whether the thread is inside another probed function. One that it has left without returning is forgotten.
@@ -225,16 +323,13 @@ fn take_live(target: u32, pointer: u64) -> Option<u64> {
 }
 
 #[inline(always)]
-fn leave(ctx: *mut c_void, tid: u32) {
-    let Some(pending) = HEAP_PENDING.get_ptr(tid) else {
-        count(HeapCounter::Stray, 1);
-        return;
-    };
+fn leave(ctx: *mut c_void, probed: &Point, tid: u32) {
+    hit(probed.target, |hits| &raw mut hits.returns, 1);
+    let Some(pending) = HEAP_PENDING.get_ptr(tid) else { return stray(probed) };
     // SAFETY: as in `is_nested`.
     let pending = unsafe { pending.read() };
     if load_context!(ctx, 152) != pending.sp + 8 {
-        count(HeapCounter::Stray, 1);
-        return;
+        return stray(probed);
     }
     // It is there: only this thread deletes it.
     let _ = HEAP_PENDING.remove(tid);
@@ -252,8 +347,19 @@ fn leave(ctx: *mut c_void, tid: u32) {
     }
     if pending.rate != 0 {
         count(HeapCounter::Taken, 1);
-        let part = AllocPart { pointer, target: target.id, rate: pending.rate };
-        sample(ctx, &part, pending.size);
+        let flags = if target.flags & TARGET_NO_LIVE == 0 { 0 } else { PART_NOT_LIVE };
+        let Pending { rate, scale, size, .. } = pending;
+        let part = AllocPart { pointer, target: target.id, rate, scale, flags };
+        sample(ctx, point.target, part, size, None);
+    }
+}
+
+/// A return that no entry asked for.
+#[inline(always)]
+fn stray(probed: &Point) {
+    let every = HEAP_TARGETS.get(probed.target).is_some_and(|target| target.flags & TARGET_EVERY_RETURN != 0);
+    if !every {
+        count(HeapCounter::Stray, 1);
     }
 }
 
@@ -271,19 +377,26 @@ fn result(ctx: *mut c_void, pending: &Pending) -> u64 {
     }
 }
 
-/// Takes the stack of the caller and writes the record.
+/// Takes the stack of the caller and writes the record. At the entry of a function, the caller is the return address and
+/// where it lies.
 #[inline(always)]
-fn sample(ctx: *mut c_void, part: &AllocPart, size: u64) {
-    let Some((slot, value)) = claim_scratch() else {
+fn sample(ctx: *mut c_void, slot: u32, part: AllocPart, size: u64, caller: Option<(u64, u64)>) {
+    let began_ns = monotonic_ns();
+    let Some((scratch_slot, value)) = claim_scratch() else {
         count(HeapCounter::DroppedNoScratch, 1);
         return;
     };
     // SAFETY: a value of this CPU, and `claim_scratch` made it this thread's alone.
     let scratch = unsafe { &mut (*value).scratch };
-    fill(ctx, slot, scratch, part, size);
-    submit(scratch, part, size);
+    arch::context_registers(ctx, &mut scratch.regs);
+    if let Some((address, sp)) = caller {
+        arch::return_to(&mut scratch.regs, address, sp + 8);
+    }
+    fill(scratch_slot, scratch, size);
+    submit(scratch, part);
     // SAFETY: as above; volatile, so that it comes last.
     unsafe { (&raw mut (*value).busy).write_volatile(0) };
+    hit(slot, |hits| &raw mut hits.sample_ns, monotonic_ns().wrapping_sub(began_ns));
 }
 
 /// A slot of this CPU that no other thread uses, for one that was preempted may.
@@ -304,11 +417,11 @@ fn claim_scratch() -> Option<(u32, *mut HeapScratch)> {
 
 /// Walks the user stack, then fills in the header.
 #[inline(always)]
-fn fill(ctx: *mut c_void, slot: u32, scratch: &mut Scratch, part: &AllocPart, size: u64) {
+fn fill(slot: u32, scratch: &mut Scratch, size: u64) {
     let (tgid, tid) = current_ids();
     let leader = task::group_leader();
     let start_ns = task::start_ns(leader);
-    walk(ctx, slot, scratch, tgid, start_ns);
+    walk(slot, scratch, tgid, start_ns);
     let header = &mut scratch.sample.header;
     header.head = RecordHead {
         version: WIRE_VERSION,
@@ -326,15 +439,11 @@ fn fill(ctx: *mut c_void, slot: u32, scratch: &mut Scratch, part: &AllocPart, si
     header.start_ns = start_ns;
     header.thread_name = current_thread_name();
     task::read_comm(leader, &raw mut header.comm);
-    let words = (&raw mut scratch.sample.frames).cast::<u64>();
-    // SAFETY: the first words of the array, which the walk leaves to the part.
-    unsafe { words.cast::<AllocPart>().write(*part) };
 }
 
-/// As `stack::walk_user`, from the caller of a function that has just returned. The frames lie behind the part.
+/// As `stack::walk_user`, from the caller of the function, whose registers are there. The frames lie behind the part.
 #[inline(always)]
-fn walk(ctx: *mut c_void, slot: u32, scratch: &mut Scratch, tgid: u32, start_ns: u64) {
-    arch::context_registers(ctx, &mut scratch.regs);
+fn walk(slot: u32, scratch: &mut Scratch, tgid: u32, start_ns: u64) {
     scratch.chunk = table::chunk_of(tgid, start_ns);
     scratch.sample.frames[ALLOC_PART_WORDS] = Frame::raw(scratch.regs.ip, true).0;
     // Inside the call instruction, where all registers are known.
@@ -363,7 +472,7 @@ extern "C" fn heap_step(frame: u32, slot: u32) -> u32 {
             let index = mask!(u64::from(frame), 127) as usize + ALLOC_PART_WORDS;
             let frames = (&raw mut scratch.sample.frames).cast::<u64>();
             let is_return_address = scratch.regs.exact == 0;
-            // SAFETY: index is at most 129, and the array has FRAMES_MAX slots.
+            // SAFETY: index is at most 130, and the array has FRAMES_MAX slots.
             unsafe { frames.add(index).write(Frame::raw(scratch.regs.ip, is_return_address).0) };
             scratch.frames = u64::from(frame) + 1;
             0
@@ -378,18 +487,23 @@ extern "C" fn heap_step(frame: u32, slot: u32) -> u32 {
 /// Makes the sample one of those in use, and writes it to the ring buffer. One that does not get there is not in use
 /// either, for nobody would know its stack.
 #[inline(always)]
-fn submit(scratch: &Scratch, part: &AllocPart, size: u64) {
+fn submit(scratch: &mut Scratch, mut part: AllocPart) {
     const FIXED_BYTES: u64 = (size_of::<SampleHeader>() + size_of::<AllocPart>()) as u64;
     const { assert!(FIXED_BYTES + 8 * (HEAP_FRAMES_MAX as u64) < 2048, "the mask below lets every size through") };
+    let key = LiveKey { pointer: part.pointer, target: part.target, reserved: 0 };
+    if part.flags & PART_NOT_LIVE == 0
+        && HEAP_LIVE.insert(key, scratch.sample.header.head.time_ns, 0).is_err()
+    {
+        count(HeapCounter::LiveFull, 1);
+        part.flags = PART_NOT_LIVE | PART_LIVE_FULL;
+    }
+    let words = (&raw mut scratch.sample.frames).cast::<u64>();
+    // SAFETY: the first words of the array, which the walk leaves to the part.
+    unsafe { words.cast::<AllocPart>().write(part) };
     let bytes = mask!(FIXED_BYTES + 8 * scratch.frames, 2047);
     // SAFETY: `bytes` is below 2048, and the sample is larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
-    let key = LiveKey { pointer: part.pointer, target: part.target, reserved: 0 };
-    if HEAP_LIVE.insert(key, scratch.sample.header.head.time_ns, 0).is_err() {
-        count(HeapCounter::LiveFull, 1);
-        count(HeapCounter::LiveFullBytes, size);
-    }
     match EVENTS.output::<[u8]>(record, NO_WAKEUP) {
         Ok(()) => count(HeapCounter::Submitted, 1),
         Err(_) => {
@@ -397,6 +511,15 @@ fn submit(scratch: &Scratch, part: &AllocPart, size: u64) {
             // It may not be there.
             let _ = HEAP_LIVE.remove(key);
         }
+    }
+}
+
+/// Adds to one of the counts of a target.
+#[inline(always)]
+fn hit(slot: u32, field: impl FnOnce(&mut Hits) -> *mut u64, amount: u64) {
+    if let Some(hits) = HEAP_HITS.get_ptr_mut(slot) {
+        // SAFETY: a live map value; only the address of a field is taken.
+        add(field(unsafe { &mut *hits }), amount);
     }
 }
 

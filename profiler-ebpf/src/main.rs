@@ -64,7 +64,25 @@ pub fn cgroup_made(ctx: RawTracePointContext) -> i32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uprobe")]
 extern "C" fn heap_probe(ctx: *mut core::ffi::c_void) -> u32 {
-    alloc::probe(ctx)
+    alloc::session(ctx)
+}
+
+/// An allocator's function is entered, before kernel 6.13. Kernels that look at the answer take 1 as a wish to be detached.
+#[cfg(bpf_target_arch = "x86_64")]
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+extern "C" fn heap_entry(ctx: *mut core::ffi::c_void) -> u32 {
+    alloc::entry(ctx);
+    0
+}
+
+/// An allocator's function returns, before kernel 6.13.
+#[cfg(bpf_target_arch = "x86_64")]
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uretprobe")]
+extern "C" fn heap_return(ctx: *mut core::ffi::c_void) -> u32 {
+    alloc::returned(ctx);
+    0
 }
 
 /// GPL-only helpers (`bpf_probe_read_user`, `bpf_get_stack`) need it.

@@ -11,7 +11,7 @@ use object::{
 use profiler_common::heap::{Call, POINT_NESTS};
 
 use crate::{
-    names::call_of,
+    names::{call_of, is_standard},
     point::{AttachPoint, Refusal, find_point, stub_slot},
 };
 
@@ -56,6 +56,17 @@ pub struct Function {
     pub arguments: u16,
     /// `profiler_common::heap::POINT_NESTS`, or 0.
     pub flags: u8,
+    /// Whether one of its names is that of the C library or of C++: then it is called only if no object ahead of this one
+    /// in the order of symbol look-up defines them.
+    pub is_standard: bool,
+}
+
+impl Allocator {
+    /// Whether it is the one behind the C library's names where no other is ahead of it.
+    #[must_use]
+    pub fn is_standard(&self) -> bool {
+        self.points.iter().any(|function| function.is_standard && function.call == Call::Allocate)
+    }
 }
 
 /// The functions of an allocator that can be probed, and those that cannot.
@@ -95,6 +106,7 @@ struct Named<'data> {
     /// The shortest of its names.
     name: &'data str,
     is_malloc: bool,
+    is_standard: bool,
     call: Call,
     offset: u64,
     code: &'data [u8],
@@ -166,9 +178,16 @@ fn functions<'data>(
         let Some(call) = call_of(name) else { continue };
         let address = symbol.st_value(LittleEndian);
         if let Some((offset, code)) = code(file, address, symbol.st_size(LittleEndian)) {
-            let function =
-                found.entry(address).or_insert(Named { name, is_malloc: false, call, offset, code });
+            let function = found.entry(address).or_insert(Named {
+                name,
+                is_malloc: false,
+                is_standard: false,
+                call,
+                offset,
+                code,
+            });
             function.is_malloc |= name.ends_with("malloc");
+            function.is_standard |= is_standard(name);
             if name.len() < function.name.len() {
                 function.name = name;
             }
@@ -196,7 +215,7 @@ fn probe_all(code_of: &Code<'_, '_>) -> Result<Allocator, ScanError> {
     let mut allocator = Allocator::default();
     let mut points: BTreeMap<u64, Function> = BTreeMap::new();
     for (&address, function) in &code_of.by_address {
-        let &Named { name, is_malloc: _, call, offset, code } = function;
+        let &Named { name, is_malloc: _, is_standard, call, offset, code } = function;
         match find_point(code, address, call) {
             Ok(point) if delegates(&point, call, name, code_of) => {}
             Ok(point) => {
@@ -206,6 +225,7 @@ fn probe_all(code_of: &Code<'_, '_>) -> Result<Allocator, ScanError> {
                     offset: offset + (point.address - address),
                     arguments: point.arguments,
                     flags: if nests(&point, call, name, code_of) { POINT_NESTS } else { 0 },
+                    is_standard,
                 };
                 points.insert(function.offset, function);
             }

@@ -37,6 +37,9 @@ fn every_installed_allocator_can_be_probed() {
         for call in [Call::Allocate, Call::AllocateArray, Call::Reallocate, Call::AllocateInto, Call::Free] {
             assert!(allocator.points.iter().any(|point| point.call == call), "{path}: {call:?}");
         }
+        // It calls realloc, which is probed.
+        let refused = allocator.refused.iter().filter(|(name, _)| name != "reallocarray");
+        assert_eq!(refused.count(), 0, "{path}: {:?}", allocator.refused);
         found += 1;
     }
     assert!(found > 0, "a host has a C library");

@@ -1,12 +1,13 @@
-//! The program for heap samples. aya loads none for uprobe sessions, so it is taken from the object here, with the maps
-//! that aya has made.
+//! The programs for heap samples. aya loads none for uprobe sessions, so they are taken from the object here, with the maps
+//! that aya has made; those of heap profiling are made here, when it is first wanted.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap as StdHashMap, HashSet},
     ffi::CString,
     io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
+    sync::Arc,
 };
 
 use aya::{
@@ -15,46 +16,99 @@ use aya::{
 };
 use aya_obj::{Object, btf::BtfError, obj::ParseError, relocation::EbpfRelocationError};
 use profiler_common::heap::{
-    HeapCounter, LIVE_MAX, LiveKey, PENDING_MAX, POINTS_MAX, Point, SCRATCH_SLOTS, TARGETS_MAX, Target,
+    HeapCounter, Hits, LIVE_MAX, LiveKey, PENDING_MAX, POINTS_MAX, Point, SCRATCH_SLOTS, TARGETS_MAX, Target,
 };
 
 use super::{load::BpfError, value::Value};
-use crate::sys::bpf::{self, Code, Probe, Records};
+use crate::sys::{
+    bpf::{self, Code, LinkKind, Probe, Records, UprobeKind},
+    uprobe_event::UprobeEvents,
+};
 
-/// Sizes of the maps of heap profiling. Preallocated: 64 KiB of points, 2 KiB of targets, 0.9 MiB of threads; live
-/// allocations take about 100 bytes each as they come; 100 KiB a CPU of samples in the making.
-pub(super) const HEAP_MAPS: [(&str, u32); 6] = [
+/// Sizes of the maps of heap profiling. Preallocated: 64 KiB of points, 8 KiB of targets, 1.6 MiB of threads; live
+/// allocations take about 100 bytes each as they come; 100 KiB and 8 KiB a CPU of samples in the making and of hits.
+const HEAP_MAPS: [(&str, u32); 8] = [
     ("HEAP_POINTS", POINTS_MAX),
     ("HEAP_TARGETS", TARGETS_MAX),
     ("HEAP_HITS", TARGETS_MAX),
     ("HEAP_PENDING", PENDING_MAX),
-    ("HEAP_LIVE", LIVE_MAX),
+    ("HEAP_OUTER", PENDING_MAX),
+    (LIVE, LIVE_MAX),
+    ("HEAP_STATS", HeapCounter::COUNT),
     ("HEAP_SCRATCH", SCRATCH_SLOTS),
 ];
 
-const PROGRAM: &str = "heap_probe";
+const LIVE: &str = "HEAP_LIVE";
 
-/// Why the program could not be loaded.
+const SESSION: &str = "heap_probe";
+const ENTRY: &str = "heap_entry";
+const RETURN: &str = "heap_return";
+
+/// Why the programs could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HeapLoadError {
-    #[error("heap profiling is for x86-64 only")]
+    #[error(
+        "heap profiling is for x86-64 only: which instructions the kernel executes itself, and so where probes are cheap, \
+         is not known here for other architectures"
+    )]
     Architecture,
     #[error("read the BPF object")]
     Object(#[from] ParseError),
     #[error("prepare the type information of the BPF object")]
     Btf(#[from] BtfError),
-    #[error("link program {PROGRAM}")]
-    Link(#[from] EbpfRelocationError),
-    #[error("load program {PROGRAM} (uprobe sessions need kernel 6.13)")]
-    Load(#[source] io::Error),
+    #[error("link program {program}")]
+    Link {
+        program: &'static str,
+        #[source]
+        source: EbpfRelocationError,
+    },
+    #[error("load program {program}")]
+    Load {
+        program: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("copy the descriptor of a map")]
+    Descriptor(#[source] io::Error),
+    #[error("find the kernel's uprobe events")]
+    Events(#[source] io::Error),
 }
 
-/// The program, and the maps it shares with the agent. Dropping it unloads the program once no link holds it.
+/// What is needed to load the programs later: the object, and descriptors of the maps that they share with others.
+pub(crate) struct HeapSource {
+    object: &'static [u8],
+    maps: StdHashMap<String, OwnedFd>,
+}
+
+/// The programs, and the maps they share with the agent. Dropping it unloads the programs once no link holds them.
 pub(crate) struct HeapProgram {
-    program: OwnedFd,
+    object: &'static [u8],
+    maps: StdHashMap<String, OwnedFd>,
+    loaded: Option<Loaded>,
     points: Array<MapData, Value<Point>>,
     targets: Array<MapData, Value<Target>>,
-    hits: PerCpuArray<MapData, u64>,
+    hits: PerCpuArray<MapData, Value<Hits>>,
+}
+
+/// The programs of one way to probe functions.
+enum Loaded {
+    Session(OwnedFd),
+    Multi { entry: OwnedFd, returns: OwnedFd },
+    Perf { entry: OwnedFd, returns: OwnedFd, events: UprobeEvents },
+}
+
+/// Probes of one process. Dropping it takes them out: those of entries first, so that no return is missed.
+#[derive(Debug, Default)]
+pub(crate) struct Links {
+    entries: Vec<OwnedFd>,
+    returns: Vec<OwnedFd>,
+}
+
+impl Links {
+    /// Takes the probes of returns out, as far as they are links of their own.
+    pub(crate) fn drop_returns(&mut self) {
+        self.returns.clear();
+    }
 }
 
 /// Sampled allocations in use.
@@ -67,25 +121,82 @@ pub(crate) struct LiveMap {
 /// Counters of the kernel side.
 #[derive(Clone)]
 pub(crate) struct HeapCounts {
-    map: std::sync::Arc<PerCpuArray<MapData, u64>>,
+    map: Arc<PerCpuArray<MapData, u64>>,
+}
+
+/// The programs for heap samples, what they count as in use, and their counters.
+pub(crate) type Heap = (HeapProgram, LiveMap, HeapCounts);
+
+impl HeapSource {
+    /// Of `ebpf`, which was made from `object` and whose maps nobody has taken yet.
+    pub(super) fn new(object: &'static [u8], ebpf: &Ebpf) -> Result<Self, HeapLoadError> {
+        let is_of_heap = |name: &str| HEAP_MAPS.iter().any(|(of_heap, _)| *of_heap == name);
+        let shared = ebpf.maps().filter(|(name, _)| !is_of_heap(name));
+        let maps = shared.filter_map(|(name, map)| {
+            let fd = descriptor(map)?.try_clone_to_owned().map_err(HeapLoadError::Descriptor);
+            Some(fd.map(|fd| (name.to_owned(), fd)))
+        });
+        Ok(Self { object, maps: maps.collect::<Result<_, _>>()? })
+    }
+
+    /// Makes the maps of heap profiling, with room for so many sampled allocations in use; [`HeapProgram::choose`] loads
+    /// programs.
+    pub(crate) fn load(self, live_max: u32) -> Result<Heap, BpfError> {
+        if !cfg!(target_arch = "x86_64") {
+            return Err(HeapLoadError::Architecture.into());
+        }
+        let Self { object, mut maps } = self;
+        let parsed = Object::parse(object).map_err(HeapLoadError::Object)?;
+        let mut made = StdHashMap::new();
+        for (name, entries) in HEAP_MAPS {
+            let mut map = parsed.maps.get(name).ok_or(BpfError::Missing { what: name })?.clone();
+            map.set_max_entries(if name == LIVE { live_max } else { entries });
+            let map =
+                MapData::create(map, name, None).map_err(|source| BpfError::Map { map: name, source })?;
+            let fd = map.fd().as_fd().try_clone_to_owned().map_err(HeapLoadError::Descriptor)?;
+            maps.insert(name.to_owned(), fd);
+            made.insert(name, map);
+        }
+        let mut take = |name: &'static str| made.remove(name).ok_or(BpfError::Missing { what: name });
+        let failed = |map| move |source: MapError| BpfError::Map { map, source };
+        let program = HeapProgram {
+            object,
+            maps,
+            loaded: None,
+            points: Map::Array(take("HEAP_POINTS")?).try_into().map_err(failed("HEAP_POINTS"))?,
+            targets: Map::Array(take("HEAP_TARGETS")?).try_into().map_err(failed("HEAP_TARGETS"))?,
+            hits: Map::PerCpuArray(take("HEAP_HITS")?).try_into().map_err(failed("HEAP_HITS"))?,
+        };
+        let live = LiveMap::new(Map::HashMap(take(LIVE)?))?;
+        let stats = Map::PerCpuArray(take("HEAP_STATS")?).try_into().map_err(failed("HEAP_STATS"))?;
+        Ok((program, live, HeapCounts { map: Arc::new(stats) }))
+    }
 }
 
 impl HeapProgram {
-    /// Loads the program of `object` into the kernel, with the maps of `ebpf`, which was made from the same bytes and
-    /// whose maps nobody has taken yet.
-    pub(super) fn load(object: &[u8], ebpf: &mut Ebpf) -> Result<(Self, LiveMap, HeapCounts), BpfError> {
-        let program = load_program(object, ebpf)?;
-        let mut take = |name: &'static str| ebpf.take_map(name).ok_or(BpfError::Missing { what: name });
-        let failed = |map| move |source: MapError| BpfError::Map { map, source };
-        let program = Self {
-            program,
-            points: take("HEAP_POINTS")?.try_into().map_err(failed("HEAP_POINTS"))?,
-            targets: take("HEAP_TARGETS")?.try_into().map_err(failed("HEAP_TARGETS"))?,
-            hits: take("HEAP_HITS")?.try_into().map_err(failed("HEAP_HITS"))?,
-        };
-        let live = LiveMap::new(take("HEAP_LIVE")?)?;
-        let map: PerCpuArray<_, _> = take("HEAP_STATS")?.try_into().map_err(failed("HEAP_STATS"))?;
-        Ok((program, live, HeapCounts { map: map.into() }))
+    /// Loads the programs of a way to probe functions, in the place of those of another.
+    pub(crate) fn choose(&mut self, kind: UprobeKind) -> Result<(), BpfError> {
+        self.loaded = None;
+        self.loaded = Some(match kind {
+            UprobeKind::Session => Loaded::Session(self.load(SESSION, kind)?),
+            UprobeKind::Multi => {
+                Loaded::Multi { entry: self.load(ENTRY, kind)?, returns: self.load(RETURN, kind)? }
+            }
+            UprobeKind::Perf => {
+                let events = UprobeEvents::find("/sys".as_ref()).map_err(HeapLoadError::Events)?;
+                Loaded::Perf { entry: self.load(ENTRY, kind)?, returns: self.load(RETURN, kind)?, events }
+            }
+        });
+        Ok(())
+    }
+
+    fn load(&self, name: &'static str, kind: UprobeKind) -> Result<OwnedFd, BpfError> {
+        load_program(self.object, name, kind, &self.maps)
+    }
+
+    /// Whether every return is probed that is probed at all: no program says at the entry which it wants.
+    pub(crate) fn probes_every_return(&self) -> bool {
+        !matches!(self.loaded, Some(Loaded::Session(_)))
     }
 
     /// Writes what a probe with this cookie finds.
@@ -99,22 +210,69 @@ impl HeapProgram {
     }
 
     /// Probes hit by the processes that had the slot so far, all together.
-    pub(crate) fn hits(&self, slot: u32) -> Result<u64, MapError> {
-        Ok(self.hits.get(&slot, 0)?.iter().sum())
+    pub(crate) fn hits(&self, slot: u32) -> Result<Hits, MapError> {
+        let cpus = self.hits.get(&slot, 0)?;
+        let sum = |of: fn(&Hits) -> u64| cpus.iter().map(|Value(hits)| of(hits)).sum();
+        Ok(Hits {
+            allocs: sum(|hits| hits.allocs),
+            frees: sum(|hits| hits.frees),
+            returns: sum(|hits| hits.returns),
+            sample_ns: sum(|hits| hits.sample_ns),
+        })
     }
 
-    /// Puts probes into one process, as long as the link is open.
-    pub(crate) fn attach(&self, file: &Path, pid: u32, probes: &[Probe]) -> io::Result<OwnedFd> {
-        bpf::attach_uprobe_session(self.program.as_fd(), file, pid, probes)
+    /// Puts probes into one process: of entries, and of those returns that are of interest where `has_returns` says so.
+    pub(crate) fn attach(
+        &self,
+        file: &Path,
+        pid: u32,
+        probes: &[Probe],
+        has_returns: bool,
+    ) -> io::Result<Links> {
+        let returned: Vec<Probe> =
+            probes.iter().filter(|probe| has_returns && probe.has_return).copied().collect();
+        let mut links = Links::default();
+        let Some(loaded) = &self.loaded else { return Err(io::ErrorKind::NotFound.into()) };
+        match loaded {
+            Loaded::Session(program) => {
+                links.entries.push(bpf::attach_uprobes(
+                    program.as_fd(),
+                    LinkKind::Session,
+                    file,
+                    pid,
+                    probes,
+                )?);
+            }
+            Loaded::Multi { entry, returns } => {
+                if !returned.is_empty() {
+                    let link = bpf::attach_uprobes(returns.as_fd(), LinkKind::Returns, file, pid, &returned)?;
+                    links.returns.push(link);
+                }
+                let link = bpf::attach_uprobes(entry.as_fd(), LinkKind::Entries, file, pid, probes)?;
+                links.entries.push(link);
+            }
+            Loaded::Perf { entry, returns, events } => {
+                let one = |program: &OwnedFd, probe: &Probe, is_return| {
+                    let event = events.open(file, pid, probe.offset, is_return)?;
+                    bpf::attach_to_event(program.as_fd(), event.as_fd(), probe.cookie)
+                };
+                for probe in &returned {
+                    links.returns.push(one(returns, probe, true)?);
+                }
+                for probe in probes {
+                    links.entries.push(one(entry, probe, false)?);
+                }
+            }
+        }
+        Ok(links)
     }
 }
 
 impl LiveMap {
     fn new(map: Map) -> Result<Self, BpfError> {
-        const MAP: &str = "HEAP_LIVE";
-        let fd = descriptor(&map).ok_or(BpfError::Missing { what: MAP })?;
-        let fd = fd.try_clone_to_owned().map_err(HeapLoadError::Load)?;
-        let map = map.try_into().map_err(|source| BpfError::Map { map: MAP, source })?;
+        let fd = descriptor(&map).ok_or(BpfError::Missing { what: LIVE })?;
+        let fd = fd.try_clone_to_owned().map_err(HeapLoadError::Descriptor)?;
+        let map = map.try_into().map_err(|source| BpfError::Map { map: LIVE, source })?;
         Ok(Self { fd, map })
     }
 
@@ -143,10 +301,13 @@ impl HeapCounts {
     }
 }
 
-fn load_program(object: &[u8], ebpf: &Ebpf) -> Result<OwnedFd, BpfError> {
-    if !cfg!(target_arch = "x86_64") {
-        return Err(HeapLoadError::Architecture.into());
-    }
+fn load_program(
+    object: &[u8],
+    name: &'static str,
+    kind: UprobeKind,
+    maps: &StdHashMap<String, OwnedFd>,
+) -> Result<OwnedFd, BpfError> {
+    let refused = |source| HeapLoadError::Load { program: name, source };
     let mut object = Object::parse(object).map_err(HeapLoadError::Object)?;
     let features = aya::features();
     let btf = match features.btf() {
@@ -154,11 +315,10 @@ fn load_program(object: &[u8], ebpf: &Ebpf) -> Result<OwnedFd, BpfError> {
         None => None,
     };
     let btf = btf.ok_or(BpfError::Missing { what: "type information" })?.to_bytes();
-    let btf = bpf::load_btf(&btf).map_err(HeapLoadError::Load)?;
-    link(&mut object, ebpf)?;
-    let program = object.programs.get(PROGRAM).ok_or(BpfError::Missing { what: PROGRAM })?;
-    let function =
-        object.functions.get(&program.function_key()).ok_or(BpfError::Missing { what: PROGRAM })?;
+    let btf = bpf::load_btf(&btf).map_err(refused)?;
+    link(&mut object, maps).map_err(|source| HeapLoadError::Link { program: name, source })?;
+    let program = object.programs.get(name).ok_or(BpfError::Missing { what: name })?;
+    let function = object.functions.get(&program.function_key()).ok_or(BpfError::Missing { what: name })?;
     let instructions: Vec<u8> = function.instructions.iter().flat_map(instruction_bytes).collect();
     let (functions, lines) = (function.func_info.func_info_bytes(), function.line_info.line_info_bytes());
     let license: CString = program.license.clone();
@@ -169,16 +329,14 @@ fn load_program(object: &[u8], ebpf: &Ebpf) -> Result<OwnedFd, BpfError> {
         functions: Records { bytes: &functions, record_bytes: function.func_info_rec_size },
         lines: Records { bytes: &lines, record_bytes: function.line_info_rec_size },
     };
-    Ok(bpf::load_uprobe_session(PROGRAM, &code).map_err(HeapLoadError::Load)?)
+    Ok(bpf::load_uprobe(name, kind, &code).map_err(refused)?)
 }
 
 /// Writes the maps' descriptors into the instructions, and puts called functions behind their callers.
-fn link(object: &mut Object, ebpf: &Ebpf) -> Result<(), HeapLoadError> {
+fn link(object: &mut Object, fds: &StdHashMap<String, OwnedFd>) -> Result<(), EbpfRelocationError> {
     let sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
     let maps = object.maps.clone();
-    let fds = maps
-        .iter()
-        .filter_map(|(name, map)| Some((name.as_str(), descriptor(ebpf.map(name)?)?.as_raw_fd(), map)));
+    let fds = maps.iter().filter_map(|(name, map)| Some((name.as_str(), fds.get(name)?.as_raw_fd(), map)));
     object.relocate_maps(fds, &sections)?;
     object.relocate_calls(&sections)?;
     object.sanitize_functions(aya::features());

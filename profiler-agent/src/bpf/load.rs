@@ -17,7 +17,7 @@ use profiler_common::{config::Settings, limits};
 use tracing::{info, warn};
 
 use super::{
-    heap::{HEAP_MAPS, HeapCounts, HeapLoadError, HeapProgram, LiveMap},
+    heap::{HeapLoadError, HeapSource},
     probe::{cgroup_facts, kernel_facts},
     stats::KernelCounts,
     targets::TargetMap,
@@ -91,8 +91,6 @@ pub(crate) struct LoadOptions {
     pub(crate) ring_bytes: u32,
     /// Room for unwind tables; `None` where there are none.
     pub(crate) tables: Option<UnwindSizes>,
-    /// Whether to load what samples heaps.
-    pub(crate) has_heap: bool,
     /// Processes that the kernel side knows, about 90 bytes each.
     pub(crate) processes: u32,
     /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
@@ -110,8 +108,8 @@ pub(crate) struct LoadOptions {
 /// The loaded programs. Dropping it detaches and unloads everything.
 pub(crate) struct Programs {
     ebpf: Ebpf,
-    /// What samples heaps, or why it could not be loaded; `None` where it is not wanted.
-    heap: Option<Result<Heap, BpfError>>,
+    /// What samples heaps, when it is wanted.
+    heap: Option<HeapSource>,
     /// The clock event of every CPU that is sampled.
     clocks: BTreeMap<u32, CpuClock>,
     /// What follows the events of processes. Dropping them detaches.
@@ -122,9 +120,6 @@ pub(crate) struct Programs {
     period_ns: u64,
     sys_root: PathBuf,
 }
-
-/// The program for heap samples, what it counts as in use, and its counters.
-pub(crate) type Heap = (HeapProgram, LiveMap, HeapCounts);
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
 /// Programs that follow processes, and the raw tracepoints they are attached to. The end of a process before its
@@ -159,14 +154,11 @@ impl Programs {
         for (map, entries) in options.tables.into_iter().flat_map(table_maps) {
             loader.map_max_entries(map, entries);
         }
-        for (map, entries) in HEAP_MAPS.into_iter().filter(|_| options.has_heap) {
-            loader.map_max_entries(map, entries);
-        }
         if has_families {
             loader.map_max_entries("FAMILY", limits::FAMILY_MAX);
         }
         let mut ebpf = loader.load(OBJECT)?;
-        let heap = options.has_heap.then(|| HeapProgram::load(OBJECT, &mut ebpf));
+        let heap = Some(HeapSource::new(OBJECT, &ebpf)?);
         for (name, _) in PROCESS_PROGRAMS {
             raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
         }
@@ -321,8 +313,8 @@ impl Programs {
         UnwindMaps::new(|name| self.take_map(name))
     }
 
-    /// What samples heaps, if it was wanted; can be taken once.
-    pub(crate) fn take_heap(&mut self) -> Option<Result<Heap, BpfError>> {
+    /// What samples heaps; can be taken once.
+    pub(crate) fn take_heap(&mut self) -> Option<HeapSource> {
         self.heap.take()
     }
 
@@ -426,7 +418,6 @@ mod tests {
         let is_stopped = Arc::clone(&stop);
         let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
         let options = LoadOptions {
-            has_heap: false,
             ring_bytes: 1 << 20,
             tables: None,
             processes: 1024,

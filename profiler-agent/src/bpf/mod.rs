@@ -8,7 +8,7 @@ mod targets;
 mod unwind;
 mod value;
 
-pub(crate) use heap::{HeapCounts, HeapProgram, LiveMap};
+pub(crate) use heap::{HeapCounts, HeapProgram, HeapSource, Links, LiveMap};
 pub(crate) use load::{BpfError, LoadOptions, Programs};
 pub(crate) use stats::KernelCounts;
 pub(crate) use unwind::UnwindMaps;

@@ -2,7 +2,7 @@
 
 use aya::Pod;
 use profiler_common::{
-    heap::{LiveKey, Point, Target},
+    heap::{Hits, LiveKey, Point, Target},
     targets::Targets,
     unwind::{
         Directory, Leaf, UnwindRule,
@@ -18,6 +18,7 @@ pub(super) struct Value<T>(pub(super) T);
 /// Types that `profiler_common` lays out for the kernel: integers only, no implicit padding, sizes asserted there.
 pub(super) trait Shared: Copy + 'static {}
 impl Shared for Directory {}
+impl Shared for Hits {}
 impl Shared for Leaf {}
 impl Shared for LiveKey {}
 impl Shared for MappingChunk {}

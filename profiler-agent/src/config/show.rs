@@ -30,6 +30,8 @@ impl Config {
             node,
             labels,
             heap,
+            // For tests, and no key.
+            heap_options: _,
             log,
             log_format,
             profiles,
@@ -62,7 +64,8 @@ impl Config {
             ("upload", Some(uploads.into())),
             ("node", text(node.clone())),
             ("labels", Some(labels.into())),
-            ("heap", Some(heap.iter().map(heap_rule).collect::<Vec<_>>().into())),
+            ("heap", Some(heap.list.iter().map(heap_rule).collect::<Vec<_>>().into())),
+            ("heap_budget", text(heap.budget.to_string())),
             ("log", text(log.clone())),
             ("log_format", text(log_format_name(*log_format).to_owned())),
             ("profiles", Some(profiles.clone().into())),
@@ -77,9 +80,14 @@ impl Config {
 }
 
 fn heap_rule(rule: &Rule) -> toml::Value {
-    let Rule { name, value, rate } = rule;
-    let keys = [("match", format!("{name}={value}")), ("rate", rate.to_string())];
-    toml::Table::from_iter(keys.map(|(key, value)| (key.to_owned(), value.into()))).into()
+    let Rule { name, value, rate, budget } = rule;
+    let keys = [
+        ("match", Some(format!("{name}={value}"))),
+        ("rate", Some(rate.to_string())),
+        ("budget", budget.map(|budget| budget.to_string())),
+    ];
+    let given = keys.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?.into())));
+    toml::Value::Table(given.collect())
 }
 
 fn target(target: &Target) -> toml::Value {
@@ -220,7 +228,9 @@ mod tests {
             "--instance",
             "a",
             "--heap",
-            "exe=x@64KiB",
+            "exe=x@64KiB@5%",
+            "--heap-budget",
+            "2%",
         ];
         let text = shown(&args, "enabled = false\nmetrics_listen = \"0.0.0.0:9\"\n");
         let again = shown(&[], &text);

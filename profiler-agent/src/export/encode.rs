@@ -204,6 +204,9 @@ impl<'a> SeriesEncoder<'a> {
             let values = [count, counts.value].map(|value| i64::try_from(value).unwrap_or(i64::MAX));
             self.builder.sample(&stack, &values, labels.as_slice());
         }
+        for text in &series.comments {
+            self.builder.comment(text);
+        }
         if self.python.runs && !self.python.is_named {
             self.builder.comment(PYTHON_HINT);
         }
@@ -434,7 +437,7 @@ mod tests {
             period_ns: 10,
             measure: Measure::Cpu,
             samples: 1,
-            series: vec![Series { labels, samples }],
+            series: vec![Series { labels, samples, comments: Vec::new() }],
             locations,
             stacks: vec![stack],
             labels: vec![SampleLabels { comm: "x".into(), thread_name: "x".into(), pid: 1 }],

@@ -11,13 +11,13 @@ use std::{
 
 use profiler_common::heap::{LIVE_MAX, LiveKey};
 
-use super::Targets;
+use super::Notes;
 use crate::{
     bpf::LiveMap,
     label::SeriesLabels,
     normalize::Location,
     sys::clock::{self, WallClock},
-    window::{Closed, Counts, Measure, Room, SampleLabels, Window},
+    window::{Closed, Counts, Measure, OBJECT, Room, SampleLabels, Window},
 };
 
 /// Samples remembered. Those that were freed are found out when this is reached or a window closes; no more than
@@ -46,8 +46,20 @@ pub(crate) struct LiveCounts {
     pub(crate) samples: AtomicU64,
     /// Samples that are missing from snapshots because there was no room for them or their stack.
     pub(crate) dropped: AtomicU64,
+    /// Allocations that all samples stand for that were missing from snapshots, whyever there was no room.
+    pub(crate) missing_objects: AtomicU64,
+    /// Their bytes.
+    pub(crate) missing_bytes: AtomicU64,
     /// Snapshots that could not be read from the kernel.
     pub(crate) failed: AtomicU64,
+}
+
+/// What there was no room for, of one process since it is profiled.
+#[derive(Clone, Debug)]
+struct Missing {
+    pid: u32,
+    series: SeriesLabels,
+    counts: Counts,
 }
 
 /// Sampled allocations, by address.
@@ -56,14 +68,17 @@ pub(crate) struct Live {
     samples: HashMap<LiveKey, (Sample, Arc<[Location]>)>,
     stacks: HashSet<Arc<[Location]>>,
     frames: usize,
-    targets: Targets,
+    /// By number of the process.
+    missing: HashMap<u32, Missing>,
+    notes: Notes,
     counts: Arc<LiveCounts>,
 }
 
 impl Live {
-    /// Nothing yet. `targets` says whose allocations are wanted.
-    pub(crate) fn new(map: LiveMap, targets: Targets, counts: Arc<LiveCounts>) -> Self {
-        Self { map, samples: HashMap::new(), stacks: HashSet::new(), frames: 0, targets, counts }
+    /// Nothing yet. `notes` says whose allocations are wanted.
+    pub(crate) fn new(map: LiveMap, notes: Notes, counts: Arc<LiveCounts>) -> Self {
+        let (samples, stacks, missing) = Default::default();
+        Self { map, samples, stacks, frames: 0, missing, notes, counts }
     }
 
     /// Remembers a sample.
@@ -78,8 +93,21 @@ impl Live {
             }
             None => {
                 self.counts.dropped.fetch_add(1, Relaxed);
+                self.lose(key.target, sample);
             }
         }
+    }
+
+    /// A sample that there was no room for.
+    pub(crate) fn lose(&mut self, target: u32, sample: Sample) {
+        let Sample { time_ns: _, series, labels, counts } = sample;
+        let Counts { samples: _, value, objects } = counts;
+        self.counts.missing_objects.fetch_add(objects.saturating_add(OBJECT / 2) / OBJECT, Relaxed);
+        self.counts.missing_bytes.fetch_add(value, Relaxed);
+        let none = || Missing { pid: labels.pid, series, counts: Counts::default() };
+        let missing = &mut self.missing.entry(target).or_insert_with(none).counts;
+        missing.value = missing.value.saturating_add(value);
+        missing.objects = missing.objects.saturating_add(objects);
     }
 
     fn intern(&mut self, stack: &[Location]) -> Option<Arc<[Location]>> {
@@ -95,13 +123,15 @@ impl Live {
         Some(stack)
     }
 
-    /// What is in use now, of processes that are profiled; `None` where that is nothing, or the kernel does not say.
-    pub(crate) fn snapshot(&mut self, rate: u32, room: &Room) -> Option<Closed> {
+    /// What is in use at a boot time up to which all samples are there, of processes that are profiled; `None` where that is
+    /// nothing, or the kernel does not say. What was freed since is not in it.
+    pub(crate) fn snapshot(&mut self, at_ns: u64, room: &Room) -> Option<Closed> {
+        let rate = self.notes.rate();
         if !self.forget_freed() {
             return None;
         }
         self.counts.samples.store(self.samples.len() as u64, Relaxed);
-        let mut window = Window::snapshot(clock::boot_ns(), room);
+        let mut window = Window::snapshot(at_ns, room);
         for (sample, stack) in self.samples.values() {
             let Sample { time_ns: _, series, labels, counts } = sample.clone();
             // The window of the allocations has asked for their symbols.
@@ -109,7 +139,15 @@ impl Live {
                 self.counts.dropped.fetch_add(1, Relaxed);
             }
         }
-        (!self.samples.is_empty()).then(|| window.close_snapshot(WallClock::now(), Measure::InUse { rate }))
+        if self.samples.is_empty() {
+            return None;
+        }
+        let mut closed = window.close_snapshot(WallClock::now(), Measure::InUse { rate });
+        let lacks = self.missing.values().map(|missing| (missing.series.clone(), missing.comment()));
+        for (series, text) in lacks.chain(self.notes.of_snapshot()) {
+            closed.comment(&series, text);
+        }
+        Some(closed)
     }
 
     /// Keeps what the kernel side says is in use, and what is too new for it to be asked. Gives whether it said.
@@ -139,7 +177,8 @@ impl Live {
 
     /// The times of the samples in use. Those of processes that are gone are deleted.
     fn in_use(&mut self) -> io::Result<HashMap<LiveKey, u64>> {
-        let targets = self.targets.ids();
+        let targets = self.notes.followed();
+        self.missing.retain(|target, _| targets.contains(target));
         let (mut in_use, mut gone) = (HashMap::new(), Vec::new());
         self.map.each(|key, time_ns| {
             if targets.contains(&key.target) {
@@ -150,5 +189,16 @@ impl Live {
         })?;
         gone.into_iter().for_each(|key| self.map.remove(key));
         Ok(in_use)
+    }
+}
+
+impl Missing {
+    fn comment(&self) -> String {
+        let Self { pid, series: _, counts } = self;
+        let objects = counts.objects.saturating_add(OBJECT / 2) / OBJECT;
+        format!(
+            "pid {pid}: {objects} objects of {} bytes, freed since or not, are missing: there was no room to follow their samples",
+            counts.value
+        )
     }
 }

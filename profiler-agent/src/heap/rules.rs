@@ -1,11 +1,12 @@
 //! Whose heap is profiled, and at what rate.
 
+use super::Budget;
 use crate::label::SeriesLabels;
 
 /// Mean bytes between samples, as in Go's runtime.
 pub(crate) const DEFAULT_RATE: u32 = 512 << 10;
 
-/// Processes of one kind, and their rate.
+/// Processes of one kind, and how they are profiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
     /// Name of a series label, or `pid`.
@@ -14,6 +15,38 @@ pub(crate) struct Rule {
     pub(crate) value: String,
     /// Mean bytes between samples; 0 is off.
     pub(crate) rate: u32,
+    /// What their probes may take, where that is not the same as for all.
+    pub(crate) budget: Option<Budget>,
+}
+
+/// Whom to profile, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rules {
+    /// The first that means a process decides.
+    pub(crate) list: Vec<Rule>,
+    /// What the probes of a process may take, where its rule does not say.
+    pub(crate) budget: Budget,
+}
+
+/// How one process is profiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Setting {
+    /// Mean bytes between samples, not 0.
+    pub(super) rate: u32,
+    pub(super) budget: Budget,
+}
+
+impl Rules {
+    /// By the first rule that means a process; `None` where none does or it says off.
+    pub(super) fn of(&self, pid: u32, labels: &SeriesLabels) -> Option<Setting> {
+        let &Rule { rate, budget, .. } = self.list.iter().find(|rule| rule.matches(pid, labels))?;
+        (rate != 0).then(|| Setting { rate, budget: budget.unwrap_or(self.budget) })
+    }
+
+    /// The rate that profiles state: the lowest, for every sample has its own.
+    pub(super) fn stated_rate(&self) -> u32 {
+        self.list.iter().map(|rule| rule.rate).filter(|&rate| rate > 0).min().unwrap_or(0)
+    }
 }
 
 impl Rule {
@@ -26,21 +59,21 @@ impl Rule {
     }
 }
 
-/// The rate of the first rule that means a process; `None` where none does or it says off.
-pub(crate) fn rate_of(rules: &[Rule], pid: u32, labels: &SeriesLabels) -> Option<u32> {
-    let rule = rules.iter().find(|rule| rule.matches(pid, labels))?;
-    (rule.rate != 0).then_some(rule.rate)
-}
-
-/// `NAME=VALUE` or `NAME=VALUE@RATE`.
+/// `NAME=VALUE`, `NAME=VALUE@RATE` or `NAME=VALUE@RATE@BUDGET`.
 pub(crate) fn parse(text: &str) -> Option<Rule> {
+    let (text, budget) = match text.rsplit_once('@') {
+        Some((rest, budget)) if budget == "off" || budget.ends_with('%') => {
+            (rest, Some(budget.parse().ok()?))
+        }
+        _ => (text, None),
+    };
     let (matched, rate) = match text.rsplit_once('@') {
         Some((matched, rate)) => (matched, parse_rate(rate)?),
         None => (text, DEFAULT_RATE),
     };
     let (name, value) = matched.split_once('=')?;
     let is_name = profiler_pprof::push::is_label_name(name) && !value.is_empty();
-    is_name.then(|| Rule { name: name.to_owned(), value: value.to_owned(), rate })
+    is_name.then(|| Rule { name: name.to_owned(), value: value.to_owned(), rate, budget })
 }
 
 /// Bytes, with `KiB`, `MiB` or `B` behind them or nothing; below 4 GiB.
@@ -63,7 +96,12 @@ mod tests {
 
     #[track_caller]
     fn check(text: &str, expect: Option<(&str, &str, u32)>) {
-        let rule = expect.map(|(name, value, rate)| Rule { name: name.into(), value: value.into(), rate });
+        let rule = expect.map(|(name, value, rate)| Rule {
+            name: name.into(),
+            value: value.into(),
+            rate,
+            budget: None,
+        });
         assert_eq!(parse(text), rule, "{text}");
     }
 
@@ -80,12 +118,32 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_may_have_a_budget_of_its_own() {
+        for (text, rate, budget) in [
+            ("exe=x@64KiB@5%", 64 << 10, "5%"),
+            ("exe=x@0.5%", DEFAULT_RATE, "0.5%"),
+            ("exe=x@1@off", 1, "off"),
+        ] {
+            let rule = parse(text).expect(text);
+            assert_eq!((rule.value.as_str(), rule.rate), ("x", rate), "{text}");
+            assert_eq!(rule.budget, budget.parse().ok(), "{text}");
+        }
+        for wrong in ["exe=x@0%", "exe=x@1@x%"] {
+            check(wrong, None);
+        }
+    }
+
+    #[test]
     fn the_first_rule_that_matches_decides() {
         let labels = Labeler::new("n", &[]).series(&Subject { exe: "/usr/bin/x", ..Subject::default() });
-        let rules = |texts: &[&str]| -> Vec<Rule> { texts.iter().filter_map(|text| parse(text)).collect() };
-        assert_eq!(rate_of(&rules(&["pid=7@0", "exe=x@8"]), 7, &labels), None);
-        assert_eq!(rate_of(&rules(&["pid=7@0", "exe=x@8"]), 8, &labels), Some(8));
-        assert_eq!(rate_of(&rules(&["exe=y"]), 8, &labels), None);
-        assert_eq!(rate_of(&rules(&["node=n@9"]), 8, &labels), Some(9));
+        let of = |texts: &[&str], pid| {
+            let list = texts.iter().filter_map(|text| parse(text)).collect();
+            Rules { list, budget: Budget::DEFAULT }.of(pid, &labels)
+        };
+        let setting = |rate, budget| Some(Setting { rate, budget });
+        assert_eq!(of(&["pid=7@0", "exe=x@8"], 7), None);
+        assert_eq!(of(&["pid=7@0", "exe=x@8"], 8), setting(8, Budget::DEFAULT));
+        assert_eq!(of(&["exe=y"], 8), None);
+        assert_eq!(of(&["node=n@9@off"], 8), setting(9, Budget::Off));
     }
 }

@@ -1,9 +1,9 @@
 //! Sampled allocations on their way into profiles: those made in a window, and those in use at its end.
 
-use profiler_common::heap::{AllocPart, LiveKey};
+use profiler_common::heap::{AllocPart, LiveKey, PART_LIVE_FULL, PART_NOT_LIVE, SCALE_ONE};
 use profiler_heap::Weight;
 
-use super::{Live, Orders, Sample};
+use super::{Live, Notes, Orders, Sample};
 use crate::{
     label::SeriesLabels,
     normalize::Location,
@@ -18,15 +18,14 @@ pub(crate) struct HeapWindows {
     live: Live,
     /// Tells those who attach of execs.
     pub(crate) orders: Orders,
-    /// Mean bytes between samples that profiles state; every sample has its own.
-    rate: u32,
+    notes: Notes,
     room: Room,
 }
 
 impl HeapWindows {
     /// No allocation yet.
-    pub(crate) fn new(windows: Windows, live: Live, orders: Orders, rate: u32, room: Room) -> Self {
-        Self { windows, live, orders, rate, room }
+    pub(crate) fn new(windows: Windows, live: Live, orders: Orders, notes: Notes, room: Room) -> Self {
+        Self { windows, live, orders, notes, room }
     }
 
     /// Adds a sampled allocation of `size` bytes, made at a boot time. Even if its window is full, it may be in use.
@@ -37,40 +36,53 @@ impl HeapWindows {
         part: AllocPart,
         on_new: impl FnMut(&Location),
     ) -> Result<(), Full> {
-        let AllocPart { pointer, target, rate } = part;
-        let counts = counts(size, rate);
+        let AllocPart { pointer, target, rate, scale, flags } = part;
+        let counts = counts(size, rate, scale);
         let key = LiveKey { pointer, target, reserved: 0 };
         let sample = Sample { time_ns, series: series.clone(), labels: labels.clone(), counts };
-        self.live.insert(key, sample, &stack);
+        if flags & PART_LIVE_FULL != 0 {
+            self.live.lose(target, sample);
+        } else if flags & PART_NOT_LIVE == 0 {
+            self.live.insert(key, sample, &stack);
+        }
         self.windows.at(time_ns).add_counts(series, labels, stack, counts, on_new)
     }
 
     /// Closes the windows whose samples are all there, and takes a snapshot when there was one.
     pub(crate) fn close_due(&mut self, complete_ns: u64, clock: WallClock) -> Vec<Closed> {
         let closed = self.windows.close_due(complete_ns, clock);
-        self.with_snapshot(closed)
+        self.with_snapshot(closed, clock)
     }
 
     /// Closes everything.
     pub(crate) fn close_all(&mut self, now_ns: u64) -> Vec<Closed> {
         let closed = self.windows.close_all(now_ns);
-        self.with_snapshot(closed)
+        self.with_snapshot(closed, WallClock::now())
     }
 
-    fn with_snapshot(&mut self, closed: Vec<Closed>) -> Vec<Closed> {
-        let rate = self.rate;
-        let snapshot = if closed.is_empty() { None } else { self.live.snapshot(rate, &self.room) };
-        let allocs = closed.into_iter().map(|window| Closed { measure: Measure::Allocs { rate }, ..window });
+    fn with_snapshot(&mut self, closed: Vec<Closed>, clock: WallClock) -> Vec<Closed> {
+        let ends_ns = closed.iter().map(|window| clock.boot_of(window.start_unix_ns) + window.duration_ns);
+        let snapshot = ends_ns.max().and_then(|at_ns| self.live.snapshot(at_ns, &self.room));
+        let rate = self.notes.rate();
+        let allocs = closed.into_iter().map(|window| {
+            let mut window = Closed { measure: Measure::Allocs { rate }, ..window };
+            let start_ns = clock.boot_of(window.start_unix_ns);
+            for (series, text) in self.notes.of_window(start_ns, start_ns + window.duration_ns) {
+                window.comment(&series, text);
+            }
+            window
+        });
         allocs.chain(snapshot).collect()
     }
 }
 
 /// What one sample stands for.
-fn counts(size: u64, rate: u32) -> Counts {
+fn counts(size: u64, rate: u32, scale: u32) -> Counts {
     // A sample of what is never sampled would be a record that was damaged: it stands for itself.
     let weight = Weight::of(size, rate).unwrap_or(Weight { objects: 1.0, bytes: size as f64 });
-    let objects = (weight.objects * OBJECT as f64).round() as u64;
-    Counts { samples: 1, value: weight.bytes.round() as u64, objects }
+    let scale = f64::from(scale) / f64::from(SCALE_ONE);
+    let objects = (weight.objects * scale * OBJECT as f64).round() as u64;
+    Counts { samples: 1, value: (weight.bytes * scale).round() as u64, objects }
 }
 
 #[cfg(test)]
@@ -79,10 +91,16 @@ mod tests {
 
     #[test]
     fn a_sample_stands_for_its_like() {
-        assert_eq!(counts(100, 1), Counts { samples: 1, value: 100, objects: OBJECT });
-        let small = counts(16, 1 << 19);
+        assert_eq!(counts(100, 1, SCALE_ONE), Counts { samples: 1, value: 100, objects: OBJECT });
+        let small = counts(16, 1 << 19, SCALE_ONE);
         assert!((32_000..33_500).contains(&(small.objects / OBJECT)), "{small:?}");
         assert!((520_000..530_000).contains(&small.value), "{small:?}");
-        assert_eq!(counts(10, 0), Counts { samples: 1, value: 10, objects: OBJECT });
+        assert_eq!(counts(10, 0, SCALE_ONE), Counts { samples: 1, value: 10, objects: OBJECT });
+    }
+
+    #[test]
+    fn a_sample_of_a_window_stands_for_the_gap_before_it_too() {
+        let scaled = counts(100, 1, SCALE_ONE * 5 / 2);
+        assert_eq!(scaled, Counts { samples: 1, value: 250, objects: OBJECT * 5 / 2 });
     }
 }

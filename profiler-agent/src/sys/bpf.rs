@@ -1,4 +1,4 @@
-//! What aya does not do of bpf(2): programs for uprobe sessions, their links, and reading a map in batches.
+//! What aya does not do of bpf(2): programs for uprobes in sessions and in numbers, their links, and reading a map in batches.
 //!
 //! Source: include/uapi/linux/bpf.h: union bpf_attr.
 
@@ -14,8 +14,33 @@ const BPF_BTF_LOAD: libc::c_int = 18;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_PROG_TYPE_KPROBE: u32 = 2;
+const BPF_PERF_EVENT: u32 = 41;
+/// Kernel 6.6.
+const BPF_TRACE_UPROBE_MULTI: u32 = 48;
 /// Kernel 6.13.
 const BPF_TRACE_UPROBE_SESSION: u32 = 57;
+const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
+
+/// How a program for uprobes is attached, which the kernel wants to know when it is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum UprobeKind {
+    /// One program for entries and the returns that it asks for; one link for all (kernel 6.13).
+    Session,
+    /// One link for all probes, of entries or of returns (kernel 6.6).
+    Multi,
+    /// A perf event for each probe.
+    Perf,
+}
+
+impl UprobeKind {
+    fn attach_type(self) -> u32 {
+        match self {
+            Self::Session => BPF_TRACE_UPROBE_SESSION,
+            Self::Multi => BPF_TRACE_UPROBE_MULTI,
+            Self::Perf => 0,
+        }
+    }
+}
 
 /// Bytes of the verifier's explanation that are kept.
 const LOG_BYTES: usize = 1 << 20;
@@ -73,18 +98,18 @@ struct ProgramLoad {
     reserved: u32,
 }
 
-/// Loads a program for uprobe sessions.
+/// Loads a program for uprobes.
 ///
 /// # Errors
 /// The kernel's error; where the verifier refused, the end of what it says is in the message.
-pub(crate) fn load_uprobe_session(name: &str, code: &Code<'_>) -> io::Result<OwnedFd> {
+pub(crate) fn load_uprobe(name: &str, kind: UprobeKind, code: &Code<'_>) -> io::Result<OwnedFd> {
     let &Code { instructions, license, btf, ref functions, ref lines } = code;
     let mut attr = ProgramLoad {
         program_type: BPF_PROG_TYPE_KPROBE,
         instructions_count: (instructions.len() / 8) as u32,
         instructions: address(instructions),
         license: license.as_ptr() as u64,
-        expected_attach_type: BPF_TRACE_UPROBE_SESSION,
+        expected_attach_type: kind.attach_type(),
         btf_fd: btf.as_raw_fd().cast_unsigned(),
         function_record_bytes: functions.record_bytes as u32,
         functions: address(functions.bytes),
@@ -141,6 +166,8 @@ pub(crate) struct Probe {
     pub(crate) offset: u64,
     /// Given by `bpf_get_attach_cookie`.
     pub(crate) cookie: u64,
+    /// Whether the return of the function is of interest.
+    pub(crate) has_return: bool,
 }
 
 #[repr(C)]
@@ -160,12 +187,24 @@ struct UprobeLink {
     reserved: u32,
 }
 
+/// What a link of many probes is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LinkKind {
+    /// Entries, and the returns that the program asks for; a program of [`UprobeKind::Session`].
+    Session,
+    /// Entries; [`UprobeKind::Multi`].
+    Entries,
+    /// Returns; [`UprobeKind::Multi`].
+    Returns,
+}
+
 /// Puts breakpoints into one process. Closing the link takes them out, and so does the end of this process.
 ///
 /// # Errors
-/// ENOENT or ESRCH where the file or the process is gone, EINVAL where the kernel has no uprobe sessions (before 6.13).
-pub(crate) fn attach_uprobe_session(
+/// ENOENT or ESRCH where the file or the process is gone, EINVAL where the kernel does not know the kind of link.
+pub(crate) fn attach_uprobes(
     program: BorrowedFd<'_>,
+    kind: LinkKind,
     file: &Path,
     pid: u32,
     probes: &[Probe],
@@ -173,17 +212,53 @@ pub(crate) fn attach_uprobe_session(
     let path = std::ffi::CString::new(file.as_os_str().as_encoded_bytes())?;
     let offsets: Vec<u64> = probes.iter().map(|probe| probe.offset).collect();
     let cookies: Vec<u64> = probes.iter().map(|probe| probe.cookie).collect();
+    let (attach_type, uprobe_flags) = match kind {
+        LinkKind::Session => (BPF_TRACE_UPROBE_SESSION, 0),
+        LinkKind::Entries => (BPF_TRACE_UPROBE_MULTI, 0),
+        LinkKind::Returns => (BPF_TRACE_UPROBE_MULTI, BPF_F_UPROBE_MULTI_RETURN),
+    };
     let attr = UprobeLink {
         program_fd: program.as_raw_fd().cast_unsigned(),
-        attach_type: BPF_TRACE_UPROBE_SESSION,
+        attach_type,
         path: path.as_ptr() as u64,
         offsets: address(&offsets),
         cookies: address(&cookies),
         count: probes.len() as u32,
+        uprobe_flags,
         pid,
         ..UprobeLink::default()
     };
     // SAFETY: the pointers are to a path with its NUL and to two arrays of `count` words, which outlive the call.
+    unsafe { bpf_fd(BPF_LINK_CREATE, &attr) }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct PerfLink {
+    program_fd: u32,
+    event_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    cookie: u64,
+}
+
+/// Runs a program at a perf event, with a number of its own. The link keeps the event.
+///
+/// # Errors
+/// EINVAL where the kernel has no such links (before 5.15).
+pub(crate) fn attach_to_event(
+    program: BorrowedFd<'_>,
+    event: BorrowedFd<'_>,
+    cookie: u64,
+) -> io::Result<OwnedFd> {
+    let attr = PerfLink {
+        program_fd: program.as_raw_fd().cast_unsigned(),
+        event_fd: event.as_raw_fd().cast_unsigned(),
+        attach_type: BPF_PERF_EVENT,
+        flags: 0,
+        cookie,
+    };
+    // SAFETY: there is no pointer in it.
     unsafe { bpf_fd(BPF_LINK_CREATE, &attr) }
 }
 

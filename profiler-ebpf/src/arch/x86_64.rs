@@ -65,6 +65,15 @@ pub fn context_registers(context: *mut c_void, regs: &mut Regs) {
     copy_registers!(regs, load_context, context);
 }
 
+/// Makes the registers those of a caller: as a function has them that has just returned to it.
+#[inline(always)]
+pub fn return_to(regs: &mut Regs, address: u64, sp: u64) {
+    let gpr = regs.gpr.as_mut_ptr();
+    // SAFETY: numbers of registers are below 16. Volatile, as above.
+    unsafe { gpr.add(BaseReg::Rsp as usize).write_volatile(sp) };
+    regs.ip = address;
+}
+
 /// Registers that the kernel saved when it was entered.
 #[inline(always)]
 pub fn saved_registers(saved: &[u64; PT_REGS_WORDS], regs: &mut Regs) {
