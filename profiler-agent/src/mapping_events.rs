@@ -16,7 +16,7 @@ use std::{
 use rustix::event::epoll;
 use tracing::warn;
 
-use crate::sys::perf_ring::{self, MappingRing};
+use crate::sys::{page::page_len, perf_ring::MappingRing};
 
 /// Room for records on each CPU: about 200 of 150 bytes, which are 40,000 a second when the drain comes every 5 ms.
 const RING_BYTES: usize = 32 << 10;
@@ -109,7 +109,7 @@ impl AsFd for MappingEvents {
 
 /// Room for records on each of so many CPUs; `None` where not even a page each would fit.
 fn ring_bytes(bytes_max: usize, cpus: usize) -> Option<usize> {
-    let page = perf_ring::page_bytes();
+    let page = page_len();
     let each = (bytes_max / cpus.max(1)).checked_sub(page).filter(|&each| each >= page)?;
     Some((1 << each.ilog2()).min(RING_BYTES.max(page)))
 }
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn rings_of_many_cpus_are_smaller_and_of_too_many_none() {
-        let page = perf_ring::page_bytes();
+        let page = page_len();
         let most = RING_BYTES.max(page);
         assert_eq!(ring_bytes(8 << 20, 2), Some(most));
         assert_eq!(ring_bytes(16 * (most / 2 + page), 16), Some((most / 2).max(page)));

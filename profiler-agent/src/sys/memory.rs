@@ -37,7 +37,7 @@ pub(crate) fn release_free() {
 pub(crate) fn file_bytes() -> u64 {
     let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages: Option<u64> = text.split(' ').nth(2).and_then(|pages| pages.parse().ok());
-    pages.unwrap_or_default() * PAGE_BYTES
+    pages.unwrap_or_default() * page_bytes()
 }
 
 /// Files smaller than this stay mapped as they are.
@@ -87,13 +87,6 @@ fn whole_file(line: &str) -> Option<(u64, u64)> {
     let file = fs::metadata(format!("/proc/self/map_files/{range}")).ok()?;
     let is_whole = file.len().next_multiple_of(page_bytes()) == bytes;
     (is_whole && inode.parse() == Ok(file.ino())).then_some((start, end))
-}
-
-/// Bytes of a page.
-pub(crate) fn page_bytes() -> u64 {
-    // SAFETY: no memory is involved.
-    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(bytes).expect("every system has pages")
 }
 
 #[cfg(test)]

@@ -12,6 +12,11 @@ pub(crate) fn page_bytes() -> u64 {
     })
 }
 
+/// The same, as lengths of memory are counted.
+pub(crate) fn page_len() -> usize {
+    usize::try_from(page_bytes()).expect("a page fits into memory")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

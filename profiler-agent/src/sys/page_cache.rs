@@ -5,7 +5,7 @@ use std::{fs::File, ops::Range, os::fd::AsRawFd as _, ptr};
 /// The parts of a range of a file, which begins with a page, that are not in the page cache. None where the kernel does not
 /// say: it tells only who may write to the file. Source: mincore(2).
 pub(crate) fn absent(file: &File, start: u64, bytes: u64) -> Vec<Range<u64>> {
-    let page = super::memory::page_bytes();
+    let page = super::page::page_bytes();
     let (Ok(length), Ok(offset)) = (usize::try_from(bytes), i64::try_from(start)) else { return Vec::new() };
     let pages = bytes.div_ceil(page);
     let mut resident = vec![0u8; usize::try_from(pages).unwrap_or_default()];

@@ -17,7 +17,7 @@ use std::{
     },
 };
 
-use super::{perf_event, perf_record};
+use super::{page::page_len, perf_event, perf_record};
 
 const DATA_HEAD: usize = 1024;
 const DATA_TAIL: usize = 1032;
@@ -48,7 +48,7 @@ impl MappingRing {
     /// Opens the event of a CPU with so much room for records: a power of two of bytes, one page at least.
     pub(crate) fn open(cpu: u32, bytes: usize) -> io::Result<Self> {
         let fd = perf_event::open_mapping_event(cpu)?;
-        let memory = Memory::map(&fd, bytes.max(page_bytes()))?;
+        let memory = Memory::map(&fd, bytes.max(page_len()))?;
         Ok(Self { fd, memory, tail: 0, record: Vec::new() })
     }
 
@@ -85,13 +85,6 @@ impl MappingRing {
     }
 }
 
-/// What a ring of a CPU takes beside its records.
-pub(crate) fn page_bytes() -> usize {
-    // SAFETY: sysconf only returns a number.
-    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(bytes).expect("pages have a size")
-}
-
 impl AsFd for MappingRing {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -101,7 +94,7 @@ impl AsFd for MappingRing {
 impl Memory {
     fn map(fd: &OwnedFd, data_bytes: usize) -> io::Result<Self> {
         assert!(data_bytes.is_power_of_two(), "{data_bytes} bytes");
-        let (page_bytes, protection) = (page_bytes(), libc::PROT_READ | libc::PROT_WRITE);
+        let (page_bytes, protection) = (page_len(), libc::PROT_READ | libc::PROT_WRITE);
         let bytes = page_bytes + data_bytes;
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
         let start =
@@ -157,7 +150,7 @@ mod tests {
 
     /// Maps the first page of a file as code, and unmaps it.
     fn map_code(file: &File) -> u64 {
-        let bytes = page_bytes();
+        let bytes = page_len();
         let protection = libc::PROT_READ | libc::PROT_EXEC;
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
         let start =
