@@ -292,6 +292,8 @@ pub(crate) struct Pipeline {
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
+    /// Where unwind tables are asked for.
+    tables: Option<TableRequests>,
     heap: Option<HeapStage>,
     encoder: JoinHandle<()>,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
@@ -310,6 +312,7 @@ impl Pipeline {
             ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
             has_heap: !config.heap.is_empty(),
+            has_cpu: config.profiles.iter().any(|kind| kind == ProfileType::Cpu.name()),
             processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
             targets: config.targets.clone(),
@@ -348,11 +351,12 @@ impl Pipeline {
         let labeler = Labeler::new(&config.node, &config.labels);
         let images = ImageReader::new("/proc".into(), Arc::clone(&executables));
         let names = CgroupNames::new(cgroups);
-        let processes = Processes::new(images, labeler, names, tables, config.memory.processes);
+        let processes = Processes::new(images, labeler, names, tables.clone(), config.memory.processes);
         let room = Room::new(config.memory.windows_bytes);
         let windows =
             Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room.clone());
-        let (heap_windows, heap) = start_heap(config, &mut programs, &mut view, &executables, room)?.unzip();
+        let (heap_windows, heap) =
+            start_heap(config, &mut programs, &mut view, (&executables, tables.clone()), room)?.unzip();
         let (periods, new_periods) = channel();
         let worker = Worker {
             shared: shared.clone(),
@@ -377,6 +381,7 @@ impl Pipeline {
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
             unwinder,
+            tables,
             heap,
             programs,
             governor: Governor::new(config.cpu_budget, config.frequency_hz, config.budget_term),
@@ -394,6 +399,13 @@ impl Pipeline {
     pub(crate) fn has_scanned(&self) -> bool {
         self.unwinder.is_none()
             || self.view.shared.unwind.has_scanned.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Has the unwind tables of a process made, and waits for them until the deadline has passed.
+    pub(crate) fn make_tables(&self, pid: u32, deadline: Duration) {
+        if let Some(tables) = &self.tables {
+            tables.request_and_wait(pid, deadline);
+        }
     }
 
     /// Attaches everything and samples.
@@ -510,6 +522,8 @@ impl Pipeline {
     /// Stops sampling, lets every stage finish what it has, and gives the final account.
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
+        // The unwind thread ends when nobody can ask it any more.
+        self.tables = None;
         let heap = self.heap.map(|(orders, thread)| {
             orders.stop();
             thread
@@ -716,7 +730,7 @@ fn start_heap(
     config: &Config,
     programs: &mut Programs,
     view: &mut View,
-    executables: &Arc<ExecutableCache>,
+    (executables, tables): (&Arc<ExecutableCache>, Option<TableRequests>),
     room: Room,
 ) -> anyhow::Result<Option<(HeapWindows, HeapStage)>> {
     let (program, live, kernel) = match programs.take_heap() {
@@ -731,7 +745,7 @@ fn start_heap(
     let heap = HeapView { kernel, gauges: Arc::default(), live: Arc::default() };
     let images = || ImageReader::new("/proc".into(), Arc::clone(executables));
     let labeler = Labeler::new(&config.node, &config.labels);
-    let processes = Processes::new(images(), labeler, CgroupNames::new(None), None, 0);
+    let processes = Processes::new(images(), labeler, CgroupNames::new(None), tables, 0);
     let targets = Targets::default();
     let live = Live::new(live, targets.clone(), Arc::clone(&heap.live));
     let gauges = Arc::clone(&heap.gauges);

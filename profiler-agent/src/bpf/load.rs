@@ -91,6 +91,8 @@ pub(crate) struct LoadOptions {
     pub(crate) ring_bytes: u32,
     /// Room for unwind tables; `None` where there are none.
     pub(crate) tables: Option<UnwindSizes>,
+    /// Whether CPU time is sampled.
+    pub(crate) has_cpu: bool,
     /// Whether to load what samples heaps.
     pub(crate) has_heap: bool,
     /// Processes that the kernel side knows, about 90 bytes each.
@@ -120,6 +122,7 @@ pub(crate) struct Programs {
     refused: BTreeSet<u32>,
     targets: Option<TargetMap>,
     period_ns: u64,
+    has_cpu: bool,
     sys_root: PathBuf,
 }
 
@@ -183,6 +186,7 @@ impl Programs {
             process_events: Vec::new(),
             refused: BTreeSet::new(),
             period_ns: options.period_ns,
+            has_cpu: options.has_cpu,
             sys_root: options.sys_root.clone(),
         })
     }
@@ -190,7 +194,9 @@ impl Programs {
     /// Attaches everything and starts sampling on every CPU. For a sampler that does not run.
     pub(crate) fn start(&mut self) -> Result<(), BpfError> {
         self.attach_process_events()?;
-        self.open_clocks()?;
+        if self.has_cpu {
+            self.open_clocks()?;
+        }
         for (&cpu, clock) in &self.clocks {
             clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
         }
@@ -219,6 +225,9 @@ impl Programs {
     /// Samples the CPUs that have come online since, and drops the events of those that are gone. For a running
     /// sampler; a CPU whose event cannot be opened is tried again at the next call.
     pub(crate) fn follow_cpus(&mut self) -> Result<(), BpfError> {
+        if !self.has_cpu {
+            return Ok(());
+        }
         let online: BTreeSet<u32> =
             cpu::online(&self.sys_root).map_err(BpfError::Cpus)?.into_iter().collect();
         let changes = Changes::between(&self.clocks, &online);
@@ -426,6 +435,7 @@ mod tests {
         let is_stopped = Arc::clone(&stop);
         let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
         let options = LoadOptions {
+            has_cpu: true,
             has_heap: false,
             ring_bytes: 1 << 20,
             tables: None,

@@ -338,12 +338,17 @@ fn cpu_builder(period_ns: u64) -> ProfileBuilder {
     builder
 }
 
+/// What stands between a C++ program and the allocator: pprof drops these frames, so that memory is their callers'.
+/// profile.proto: Profile.drop_frames.
+const ALLOCATOR_FRAMES: &str = r"operator new(\[\])?|(std|__gnu_cxx)::(__)?(new_)?(allocator|allocator_traits)<.*|std::__detail::_Hashtable_alloc<.*";
+
 /// `types` are those of objects and of bytes, named as in Go's profiles.
 fn heap_builder(types: [&'static str; 2], rate: u32) -> ProfileBuilder {
     let [objects, space] = types;
     let types = [TypeSpec::new(objects, "count"), TypeSpec::new(space, "bytes")];
     let mut builder = ProfileBuilder::new(&types, TypeSpec::new("space", "bytes"), rate.into());
     builder.default_sample_type(space);
+    builder.frame_filters(ALLOCATOR_FRAMES, "");
     builder.comment(&format!(
         "one sample per {rate} bytes allocated, each scaled by the inverse of its probability"
     ));

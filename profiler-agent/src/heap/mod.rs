@@ -7,6 +7,7 @@
 
 mod link_map;
 mod live;
+mod member;
 mod rules;
 mod windows;
 
@@ -27,7 +28,7 @@ use aya::maps::MapError;
 pub(crate) use live::{Live, LiveCounts, Sample};
 use profiler_common::heap::{POINTS_MAX, Point, TARGETS_MAX, Target};
 use profiler_heap::{Allocator, Function, ScanError};
-pub(crate) use rules::{Rule, parse};
+pub(crate) use rules::{DEFAULT_RATE, Rule, parse, parse_rate};
 use tracing::{info, warn};
 pub(crate) use windows::HeapWindows;
 
@@ -106,6 +107,10 @@ pub(crate) struct HeapGauges {
     pub(crate) refused: AtomicU64,
     /// Probes hit.
     pub(crate) hits: AtomicU64,
+    /// Looks at all processes.
+    pub(crate) scans: AtomicU64,
+    /// Processes attached to so far.
+    pub(crate) attached: AtomicU64,
 }
 
 /// What the thread is told.
@@ -235,7 +240,8 @@ impl Profiler {
                 }
                 Ok(Told::Pause) => self.pause(),
                 Err(RecvTimeoutError::Timeout) => {}
-                Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                // The last snapshot is of those that still are.
+                Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => return self.look_after_attached(),
             }
             if self.is_paused {
                 continue;
@@ -283,6 +289,7 @@ impl Profiler {
                 self.look_at(Due { pid, at: Instant::now(), tries: 0 });
             }
         }
+        self.gauges.scans.fetch_add(1, Relaxed);
     }
 
     fn look_at_due(&mut self) {
@@ -334,8 +341,10 @@ impl Profiler {
                 self.targets.lock().insert(id);
                 self.attached.insert(pid, Attached { start_ticks, id, slot, points, _link: link });
                 self.gauges.targets.store(self.attached.len() as u64, Relaxed);
+                self.gauges.attached.fetch_add(1, Relaxed);
                 let file = found.executable.name().into_owned();
                 info!(pid, rate, functions, file, "profiling the heap");
+                self.processes.request_tables(pid);
                 Ok(())
             }
             Err(error) => {
@@ -431,6 +440,12 @@ impl Profiler {
         self.gauges.targets.store(self.attached.len() as u64, Relaxed);
         info!(pid, "the heap is no longer profiled");
     }
+}
+
+/// Whether the dynamic linker of a process has loaded its objects, where it has one.
+pub(crate) fn has_loaded(pid: u32) -> bool {
+    let objects = link_map::objects(format!("/proc/{pid}").as_ref());
+    matches!(objects, Some(Objects::Static | Objects::Dynamic(_)))
 }
 
 /// A process's allocator.

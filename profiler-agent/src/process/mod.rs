@@ -357,7 +357,8 @@ impl Processes {
         }
     }
 
-    fn request_tables(&self, pid: u32) {
+    /// Asks for the unwind tables of a process as it is now.
+    pub(crate) fn request_tables(&self, pid: u32) {
         if let Some(tables) = &self.tables {
             tables.request(pid);
         }

@@ -98,10 +98,12 @@ pub(crate) struct TableRequests {
 }
 
 /// What the worker has learned of a process.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Request {
     /// It may have other mappings than before.
     Read(u32),
+    /// The same, and to be told when its tables are made or cannot be had.
+    ReadFor(u32, SyncSender<()>),
     /// It was forked from a process that was known.
     Forked(u32),
     /// It has ended. With its start on the boot clock, in nanoseconds.
@@ -112,6 +114,14 @@ impl TableRequests {
     /// Asks for the tables of a process as it is now. Never waits.
     pub(crate) fn request(&self, pid: u32) {
         self.send(Request::Read(pid));
+    }
+
+    /// The same, and waits until they are made or cannot be had, or the deadline has passed.
+    pub(crate) fn request_and_wait(&self, pid: u32, deadline: Duration) {
+        let (sender, done) = sync_channel(1);
+        self.send(Request::ReadFor(pid, sender));
+        // It is no error to go on without.
+        let _ = done.recv_timeout(deadline);
     }
 
     /// Tells of a fork. Where that is lost, the child's first sample without tables asks for them.
@@ -153,6 +163,8 @@ pub(crate) struct Unwinder {
     incomplete: HashSet<u32>,
     /// Processes to look at.
     waiting: VecDeque<u32>,
+    /// Who is to be told when one was looked at.
+    told: Vec<(u32, SyncSender<()>)>,
     has_made_tables: bool,
     payer: Payer,
 }
@@ -197,6 +209,7 @@ impl Unwinder {
             crowded_out: HashMap::new(),
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
+            told: Vec::new(),
             has_made_tables: false,
             payer,
         }
@@ -215,6 +228,10 @@ impl Unwinder {
                 && let Some(pid) = self.waiting.pop_front()
             {
                 self.update(pid);
+                self.told.extract_if(.., |(asked, _)| *asked == pid).for_each(|(_, asker)| {
+                    // One that waits no more need not know.
+                    let _ = asker.try_send(());
+                });
             }
             if self.waiting.is_empty() {
                 self.counts.has_scanned.store(true, Relaxed);
@@ -260,6 +277,11 @@ impl Unwinder {
                 self.counts.requests_dropped.fetch_add(1, Relaxed);
             }
             Request::Read(pid) => self.waiting.push_back(pid),
+            // Somebody waits: ahead of those nobody waits for.
+            Request::ReadFor(pid, sender) => {
+                self.waiting.push_front(pid);
+                self.told.push((pid, sender));
+            }
             Request::Forked(pid) => self.adopt(pid),
             Request::Exited(pid, start_ns) => self.bury(pid, start_ns),
         }
