@@ -19,7 +19,9 @@ use serde::Deserialize;
 use crate::{
     budget::{self, CpuShare},
     export::Destination,
-    heap, logs,
+    heap,
+    ledger::ProfileType,
+    logs,
     memory::{self, MemoryPlan, TooSmall},
     pipeline,
     targets::{CommPrefix, Target, Targets},
@@ -37,7 +39,7 @@ const DEFAULT_RUN_DIR: &str = "/run/profiler";
 /// Characters of an instance's name: it becomes part of a file's name.
 const INSTANCE_CHARS_MAX: usize = 32;
 /// Kinds of profiles there are.
-const PROFILE_KINDS: [&str; 1] = ["cpu"];
+const PROFILE_KINDS: [&str; 2] = ["cpu", "page_faults"];
 /// A token that can be guessed is none.
 const TOKEN_CHARS_MIN: usize = 16;
 const TOKEN_BYTES_MAX: u64 = 4 << 10;
@@ -145,8 +147,8 @@ pub(crate) struct Flags {
     label: Vec<String>,
 
     /// Profile the heap of processes with a label: NAME=VALUE or NAME=VALUE@RATE, as exe=postgres@64KiB. NAME is a label of their
-    /// profiles or pid, RATE the mean bytes between samples, 0 for none [default: 512KiB]; may be given more than once, the
-    /// first that matches counts. x86-64, Linux 6.13
+    /// profiles, pid, family (a pid with what it starts) or cgroup (v2, with those below), RATE the mean bytes between samples, 0
+    /// for none [default: 512KiB]; may be given more than once, the first that matches counts. x86-64, Linux 6.13
     #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]
     heap: Vec<String>,
 
@@ -158,7 +160,7 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<String>,
 
-    /// Which kinds of profiles to take: cpu [default: cpu]
+    /// Which kinds of profiles to take: cpu, page_faults (which code makes the memory of processes grow) [default: cpu]
     #[arg(long, env = "PROFILER_PROFILES", value_name = "KIND", value_delimiter = ',')]
     profiles: Vec<String>,
 
@@ -346,6 +348,11 @@ impl fmt::Debug for Token {
 }
 
 impl Config {
+    /// Whether profiles of a type are taken.
+    pub(crate) fn takes(&self, profile_type: ProfileType) -> bool {
+        self.profiles.iter().any(|kind| kind == profile_type.name())
+    }
+
     /// Sampling period in nanoseconds of CPU time.
     pub(crate) fn period_ns(&self) -> u64 {
         pipeline::period_ns(self.frequency_hz)

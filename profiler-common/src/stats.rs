@@ -40,6 +40,16 @@ pub enum Counter {
     CpuThinned = 16,
     /// Children of a family that `FAMILY` had no room for: they are not sampled.
     FamilyNotFollowed = 17,
+    /// Page faults sampled.
+    FaultTaken = 18,
+    /// Page faults written to the ring buffer.
+    FaultSubmitted = 19,
+    /// Page faults dropped: the ring buffer was full.
+    FaultDroppedRingFull = 20,
+    /// As [`Self::CpuDroppedNoScratch`], of page faults.
+    FaultDroppedNoScratch = 21,
+    /// Page faults that no target wants. Not taken.
+    FaultFiltered = 22,
 }
 
 /// Of so many runs of a program one is timed; a power of two. Two readings of the clock take some 40 ns.
@@ -48,7 +58,7 @@ const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 18;
+    pub const COUNT: u32 = 23;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -70,6 +80,11 @@ impl Counter {
         Self::CpuFiltered,
         Self::CpuThinned,
         Self::FamilyNotFollowed,
+        Self::FaultTaken,
+        Self::FaultSubmitted,
+        Self::FaultDroppedRingFull,
+        Self::FaultDroppedNoScratch,
+        Self::FaultFiltered,
     ];
 }
 

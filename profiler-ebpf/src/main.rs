@@ -15,6 +15,7 @@ mod alloc;
 #[cfg_attr(bpf_target_arch = "aarch64", path = "arch/aarch64.rs")]
 mod arch;
 mod cpu;
+mod faults;
 mod helpers;
 mod maps;
 mod process;
@@ -28,6 +29,13 @@ mod timing;
 #[perf_event]
 pub fn cpu_sample(ctx: PerfEventContext) -> u32 {
     cpu::sample(&ctx);
+    0
+}
+
+/// Page faults: attached to one event per CPU.
+#[perf_event]
+pub fn page_fault(ctx: PerfEventContext) -> u32 {
+    faults::sample(&ctx);
     0
 }
 

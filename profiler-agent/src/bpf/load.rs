@@ -24,11 +24,12 @@ use super::{
     unwind::UnwindMaps,
 };
 use crate::{
+    faults,
     memory::UnwindSizes,
     sys::{
         btf::{Btf, BtfError},
         cgroup, cpu,
-        perf_event::CpuClock,
+        perf_event::CpuEvent,
     },
     targets::Targets,
 };
@@ -68,7 +69,7 @@ pub(crate) enum BpfError {
     NoCgroup2(PathBuf),
     #[error("list the online CPUs")]
     Cpus(#[source] io::Error),
-    #[error("open the clock event of CPU {cpu}")]
+    #[error("open the sampling event of CPU {cpu}")]
     PerfEvent {
         cpu: u32,
         #[source]
@@ -93,6 +94,8 @@ pub(crate) struct LoadOptions {
     pub(crate) tables: Option<UnwindSizes>,
     /// Whether CPU time is sampled.
     pub(crate) has_cpu: bool,
+    /// Whether page faults are sampled.
+    pub(crate) has_page_faults: bool,
     /// Whether to load what samples heaps.
     pub(crate) has_heap: bool,
     /// Processes that the kernel side knows, about 90 bytes each.
@@ -115,7 +118,9 @@ pub(crate) struct Programs {
     /// What samples heaps, or why it could not be loaded; `None` where it is not wanted.
     heap: Option<Result<Heap, BpfError>>,
     /// The clock event of every CPU that is sampled.
-    clocks: BTreeMap<u32, CpuClock>,
+    clocks: BTreeMap<u32, CpuEvent>,
+    /// The same of page faults; `None` where they are not wanted.
+    page_faults: Option<BTreeMap<u32, CpuEvent>>,
     /// What follows the events of processes. Dropping them detaches.
     process_events: Vec<RawTracePointLink>,
     /// CPUs that are online but whose event could not be opened when they came.
@@ -130,6 +135,7 @@ pub(crate) struct Programs {
 pub(crate) type Heap = (HeapProgram, LiveMap, HeapCounts);
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
+const FAULT_PROGRAM: &str = "page_fault";
 /// Programs that follow processes, and the raw tracepoints they are attached to. The end of a process before its
 /// beginning, so that none is known whose end is not seen.
 const PROCESS_PROGRAMS: [(&str, &str); 4] = [
@@ -174,6 +180,9 @@ impl Programs {
             raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
         }
         sample_program(&mut ebpf)?.load().map_err(sample_failed)?;
+        if options.has_page_faults {
+            fault_program(&mut ebpf)?.load().map_err(fault_failed)?;
+        }
         let targets = match options.targets.want_everything() {
             true => None,
             false => Some(TargetMap::new(&mut ebpf, options.targets.clone())?),
@@ -183,6 +192,7 @@ impl Programs {
             heap,
             targets,
             clocks: BTreeMap::new(),
+            page_faults: options.has_page_faults.then(BTreeMap::new),
             process_events: Vec::new(),
             refused: BTreeSet::new(),
             period_ns: options.period_ns,
@@ -199,6 +209,24 @@ impl Programs {
         }
         for (&cpu, clock) in &self.clocks {
             clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
+        }
+        self.follow_page_faults()
+    }
+
+    /// Samples page faults of the CPUs that are online, where they are wanted.
+    fn follow_page_faults(&mut self) -> Result<(), BpfError> {
+        let Some(events) = &mut self.page_faults else { return Ok(()) };
+        let online: BTreeSet<u32> =
+            cpu::online(&self.sys_root).map_err(BpfError::Cpus)?.into_iter().collect();
+        events.retain(|cpu, _| online.contains(cpu));
+        let new: Vec<u32> = online.into_iter().filter(|cpu| !events.contains_key(cpu)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let fd = fault_program(&mut self.ebpf)?.fd().map_err(fault_failed)?.as_fd();
+        for cpu in new {
+            let event = start_page_faults(cpu, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
+            events.insert(cpu, event);
         }
         Ok(())
     }
@@ -225,6 +253,7 @@ impl Programs {
     /// Samples the CPUs that have come online since, and drops the events of those that are gone. For a running
     /// sampler; a CPU whose event cannot be opened is tried again at the next call.
     pub(crate) fn follow_cpus(&mut self) -> Result<(), BpfError> {
+        self.follow_page_faults()?;
         if !self.has_cpu {
             return Ok(());
         }
@@ -270,7 +299,7 @@ impl Programs {
     /// Opens events of another period than the wanted one anew. The new one runs before the old one is closed.
     fn renew_clocks(&mut self) -> Result<(), BpfError> {
         let period_ns = self.period_ns;
-        let old = self.clocks.iter().filter(|(_, clock)| clock.period_ns() != period_ns);
+        let old = self.clocks.iter().filter(|(_, clock)| clock.period() != period_ns);
         let old: Vec<u32> = old.map(|(&cpu, _)| cpu).collect();
         if old.is_empty() {
             return Ok(());
@@ -300,9 +329,10 @@ impl Programs {
     /// Stops sampling and detaches everything; what is in the ring buffer stays there to be drained.
     pub(crate) fn stop(&mut self) {
         self.process_events.clear();
-        for (cpu, clock) in std::mem::take(&mut self.clocks) {
-            if let Err(error) = clock.disable() {
-                warn!(cpu, %error, "a clock event could not be stopped; closing it");
+        let page_faults = self.page_faults.as_mut().map(std::mem::take).unwrap_or_default();
+        for (cpu, event) in std::mem::take(&mut self.clocks).into_iter().chain(page_faults) {
+            if let Err(error) = event.disable() {
+                warn!(cpu, %error, "a sampling event could not be stopped; closing it");
             }
         }
     }
@@ -367,13 +397,28 @@ fn sample_failed(source: ProgramError) -> BpfError {
     failed(SAMPLE_PROGRAM, source)
 }
 
-fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
-    let clock = CpuClock::open(cpu, period_ns)?;
+fn fault_program(ebpf: &mut Ebpf) -> Result<&mut PerfEvent, BpfError> {
+    program(ebpf, FAULT_PROGRAM)?.try_into().map_err(fault_failed)
+}
+
+fn fault_failed(source: ProgramError) -> BpfError {
+    failed(FAULT_PROGRAM, source)
+}
+
+fn start_page_faults(cpu: u32, program: BorrowedFd<'_>) -> io::Result<CpuEvent> {
+    let event = CpuEvent::page_faults(cpu, faults::PERIOD)?;
+    event.set_program(program)?;
+    event.enable()?;
+    Ok(event)
+}
+
+fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuEvent> {
+    let clock = CpuEvent::clock(cpu, period_ns)?;
     clock.set_program(program)?;
     Ok(clock)
 }
 
-fn start_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
+fn start_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuEvent> {
     let clock = open_clock(cpu, period_ns, program)?;
     clock.enable()?;
     Ok(clock)
@@ -436,6 +481,7 @@ mod tests {
         let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
         let options = LoadOptions {
             has_cpu: true,
+            has_page_faults: false,
             has_heap: false,
             ring_bytes: 1 << 20,
             tables: None,
