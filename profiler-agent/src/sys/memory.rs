@@ -35,6 +35,13 @@ pub(crate) fn release_free() {
 const FILE_BYTES_MIN: u64 = 1 << 20;
 const PAGE_BYTES: u64 = 4096;
 
+/// Bytes of a page.
+pub(crate) fn page_bytes() -> u64 {
+    // SAFETY: asks for a constant; no memory is involved.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).expect("every system has pages")
+}
+
 /// Held for writing while pages are given back, for reading while such a mapping may come or go: else another mapping
 /// could have taken the place of one that is gone. Nobody waits for it but for the calls of `madvise`.
 static FILES: RwLock<()> = RwLock::new(());

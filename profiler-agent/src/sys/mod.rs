@@ -10,6 +10,7 @@ pub(crate) mod cpu;
 pub(crate) mod file_map;
 pub(crate) mod hold;
 pub(crate) mod limits;
+pub(crate) mod loading;
 pub(crate) mod memory;
 pub(crate) mod perf_event;
 pub(crate) mod perf_record;
