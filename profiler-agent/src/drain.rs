@@ -22,8 +22,8 @@ use profiler_common::{
     heap::AllocPart,
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{
-        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, Frame, RecordKind, SampleHeader, StackEnd,
-        WIRE_VERSION,
+        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, Frame, RecordHead, RecordKind, SampleHeader,
+        StackEnd, WIRE_VERSION,
     },
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -128,6 +128,12 @@ pub(crate) fn sample_type(record: &[u8]) -> Option<ProfileType> {
         RecordKind::PageFault => Some(ProfileType::PageFaults),
         RecordKind::Exec | RecordKind::Fork | RecordKind::Exit | RecordKind::CgroupMade => None,
     }
+}
+
+/// When a record was written, by the boot clock.
+pub(crate) fn time_ns(record: &[u8]) -> Option<u64> {
+    const AT: usize = std::mem::offset_of!(RecordHead, time_ns);
+    record.get(AT..)?.first_chunk().map(|time| u64::from_ne_bytes(*time))
 }
 
 fn kind(record: &[u8]) -> Option<RecordKind> {
@@ -596,6 +602,7 @@ pub(crate) mod tests {
     fn a_sampled_allocation_is_read_back_as_it_was_written() {
         let sample = RawSample { kernel: Vec::new(), ..sample(5) };
         let bytes = encode_alloc(&sample, PART);
+        assert_eq!(time_ns(&bytes), Some(sample.time_ns));
         assert_eq!(decode(&bytes), Some(Record::Alloc(sample, PART)));
         for length in 0..bytes.len() {
             assert_eq!(decode(&bytes[..length]), None, "{length} bytes");

@@ -1060,7 +1060,7 @@ impl Worker {
                 Some(Record::Exec(exec)) => {
                     execs.pass(exec.pid);
                     if let Some(heap) = &self.heap {
-                        heap.orders.exec(exec.pid);
+                        heap.orders.exec(exec.pid, drain::time_ns(bytes).unwrap_or(u64::MAX));
                     }
                     self.processes.exec(exec, Instant::now());
                 }

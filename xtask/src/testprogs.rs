@@ -14,7 +14,7 @@ use crate::{
     tools::{self, CC, CLANG, GO, MUSL},
 };
 
-const C_PROGRAMS: [&str; 7] = ["burn", "short", "fork_storm", "identity", "crowd", "map_code", "heap_life"];
+const C_PROGRAMS: [&str; 6] = ["burn", "short", "fork_storm", "identity", "crowd", "map_code"];
 
 /// Linked statically into `container/`, which is all that the test's container images hold.
 const CONTAINER_PROGRAMS: [&str; 2] = ["burn", "pause"];
@@ -82,8 +82,12 @@ const UNFRAMED: [Unframed; 18] = [
     },
 ];
 
-/// `heap_truth.c` by compiler, and the program it makes; the second one is linked with musl. Not installed: skipped.
-const HEAP_COMPILERS: [(&str, &str); 2] = [("cc", "heap_truth"), ("musl-gcc", "heap_truth_musl")];
+/// Programs that allocate: compiler, source and name. One is linked with musl. Not installed: skipped.
+const HEAP_PROGRAMS: [(&str, &str, &str); 3] = [
+    ("cc", "heap_truth.c", "heap_truth"),
+    ("musl-gcc", "heap_truth.c", "heap_truth_musl"),
+    ("cc", "heap_life.c", "heap_life"),
+];
 
 const RUST_FLAGS: [&str; 4] = ["--edition=2024", "-O", "-Cdebuginfo=1", "-Dwarnings"];
 
@@ -117,8 +121,8 @@ pub(crate) fn build() -> Result<Tally> {
     for program in &UNFRAMED {
         tally += build_unframed(program, &into, &from)?;
     }
-    for (compiler, name) in HEAP_COMPILERS {
-        tally += build_heap(compiler, &into.join(name), &from)?;
+    for (compiler, source, name) in HEAP_PROGRAMS {
+        tally += build_heap(compiler, &from.join(source), &into.join(name))?;
     }
     for (name, flags) in RUST_PROGRAMS {
         build_rust(&from, name, &into, flags)?;
@@ -160,9 +164,8 @@ fn build_unframed(program: &Unframed, into: &Path, from: &Path) -> Result<Tally>
     Ok(Tally::PASSED)
 }
 
-fn build_heap(compiler: &str, program: &Path, from: &Path) -> Result<Tally> {
-    let source = from.join("heap_truth.c");
-    if is_outdated(program, &[source.clone(), from.join("burn.h")]) {
+fn build_heap(compiler: &str, source: &Path, program: &Path) -> Result<Tally> {
+    if is_outdated(program, &[source.to_path_buf(), source.with_file_name("burn.h")]) {
         if !command::is_installed(compiler) {
             return Ok(skip(&program.display().to_string(), compiler));
         }

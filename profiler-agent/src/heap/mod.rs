@@ -148,8 +148,8 @@ pub(crate) fn has_loaded(pid: u32) -> bool {
 /// What the thread is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Told {
-    /// The process has a new image.
-    Exec(u32),
+    /// The process has had a new image since a boot time.
+    Exec { pid: u32, time_ns: u64 },
     /// A process has been made by another.
     Fork { parent: u32, child: u32 },
     /// Whom to probe, and for how much, from now on.
@@ -167,9 +167,10 @@ pub(crate) enum Told {
 pub(crate) struct Orders(SyncSender<Told>);
 
 impl Orders {
-    /// A process has a new image. One that there is no room for is found by the next look at all processes.
-    pub(crate) fn exec(&self, pid: u32) {
-        let _ = self.0.try_send(Told::Exec(pid));
+    /// A process has had a new image since a boot time. One that there is no room for is found by the next look at all
+    /// processes.
+    pub(crate) fn exec(&self, pid: u32, time_ns: u64) {
+        let _ = self.0.try_send(Told::Exec { pid, time_ns });
     }
 
     /// A process has been made; as for [`Self::exec`].

@@ -18,6 +18,8 @@ use crate::{
 /// A process that is profiled.
 pub(super) struct Attached {
     pub(super) start_ticks: u64,
+    /// When its image was first looked at, by the boot clock.
+    pub(super) looked_ns: u64,
     pub(super) slot: u32,
     pub(super) objects: Objects,
     pub(super) governor: Governor,
@@ -58,7 +60,7 @@ pub(super) struct Wanted {
 impl Attached {
     /// Nothing is probed yet. `points` takes a free number for each function.
     pub(super) fn new(
-        start_ticks: u64,
+        (start_ticks, looked_ns): (u64, u64),
         slot: u32,
         objects: Objects,
         governor: Governor,
@@ -66,7 +68,7 @@ impl Attached {
         in_use: InUse,
     ) -> Self {
         let hits = Hits::default();
-        Self { start_ticks, slot, objects, governor, in_use, target, hits, groups: Vec::new() }
+        Self { start_ticks, looked_ns, slot, objects, governor, in_use, target, hits, groups: Vec::new() }
     }
 
     /// Functions of these files are to be probed as well; of those that are, nothing changes. Gives back their numbers if

@@ -119,7 +119,7 @@ impl Profiler {
         let (mut ticked, mut looked, mut scanned) = (Instant::now(), Instant::now(), Instant::now());
         loop {
             match told.recv_timeout(self.wait(ticked)) {
-                Ok(Told::Exec(pid)) => self.exec(pid),
+                Ok(Told::Exec { pid, time_ns }) => self.exec(pid, time_ns),
                 // Another parent's child is not meant either, unless it execs.
                 Ok(Told::Fork { parent, child }) if self.attached.contains_key(&parent) => {
                     self.look_later(child, EXEC_DELAY);
@@ -265,8 +265,11 @@ impl Profiler {
         Ok(())
     }
 
-    /// What was known of the process is void.
-    fn exec(&mut self, pid: u32) {
+    /// What was known of the process is void, if it was known by then.
+    fn exec(&mut self, pid: u32, time_ns: u64) {
+        if self.attached.get(&pid).is_some_and(|attached| attached.looked_ns > time_ns) {
+            return;
+        }
         self.detach(pid);
         self.seen.remove(&pid);
         self.look_later(pid, Duration::ZERO);
@@ -337,6 +340,7 @@ impl Profiler {
     }
 
     fn attach(&mut self, pid: u32, start_ticks: u64, setting: Setting) -> Result<(), HeapError> {
+        let looked_ns = clock::boot_ns();
         let objects = self.finder.objects(pid)?;
         let found = self.finder.allocators(pid, &objects)?;
         let slot = self.free_slots.pop().ok_or_else(HeapError::full)?;
@@ -346,7 +350,7 @@ impl Profiler {
         let flags = flags(&self.program, in_use);
         let target = Target { id, rate, scale: SCALE_ONE, flags, begin_ns: 0, end_ns: 0 };
         let governor = Governor::new(budget, clock::boot_ns());
-        let mut attached = Attached::new(start_ticks, slot, objects, governor, target, in_use);
+        let mut attached = Attached::new((start_ticks, looked_ns), slot, objects, governor, target, in_use);
         attached.hits = self.program.hits(slot).unwrap_or_default();
         let wanted = Wanted { allocs: true, frees: in_use == InUse::Known };
         let result = attached
