@@ -135,7 +135,9 @@ impl Traced {
         // SAFETY: `info` is a siginfo_t of ours.
         let status = unsafe { libc::waitid(libc::P_PID, self.pid as libc::id_t, &raw mut info, options) };
         if status < 0 {
-            return Err(io::Error::last_os_error());
+            let error = io::Error::last_os_error();
+            // Its parent, another thread, has waited for it already.
+            return if error.raw_os_error() == Some(libc::ECHILD) { Ok(Stop::Ended) } else { Err(error) };
         }
         // SAFETY: waitid has filled in the fields of a child's status.
         let status = unsafe { info.si_status() };
