@@ -67,7 +67,7 @@ fn below(profile: &Profile, function: &str) -> [i64; 4] {
 fn top(arguments: &[&str]) -> Vec<String> {
     let text = run("go", &[&["tool", "pprof", "-top"], arguments].concat());
     let rows = text.lines().skip_while(|line| !line.contains("flat%")).skip(1);
-    rows.filter_map(|row| Some(row.split_whitespace().skip(5).collect::<Vec<_>>().join(" "))).collect()
+    rows.map(|row| row.split_whitespace().skip(5).collect::<Vec<_>>().join(" ")).collect()
 }
 
 #[test]

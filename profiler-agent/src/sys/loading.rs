@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! held before exec ─ PTRACE_SEIZE ─▶ exec ─ breakpoint on the linker's `_dl_debug_state` ─▶ hit, the objects are there:
-//!                                                                        stopped until [`Loaded::go`]
+//!                                                                        stopped until `Loaded` is dropped
 //! ```
 //! Source: ptrace(2); link.h: `r_debug.r_brk` is that function in glibc and musl. A static program is stopped at its
 //! entry point. x86-64 only: elsewhere a process is not stopped.
