@@ -20,7 +20,9 @@ use serde::Deserialize;
 use crate::{
     budget::{self, CpuShare},
     export::Destination,
-    heap, logs,
+    heap,
+    ledger::ProfileType,
+    logs,
     memory::{self, MemoryPlan, TooSmall},
     pipeline,
     sys::bpf::UprobeKind,
@@ -39,8 +41,7 @@ const DEFAULT_RUN_DIR: &str = "/run/profiler";
 /// Characters of an instance's name: it becomes part of a file's name.
 const INSTANCE_CHARS_MAX: usize = 32;
 /// Kinds of profiles there are. Heaps are profiled where `heap` says so.
-const PROFILE_KINDS: [&str; 1] = [CPU];
-const CPU: &str = "cpu";
+const PROFILE_KINDS: [&str; 2] = ["cpu", "page_faults"];
 /// Bytes of a configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -149,8 +150,9 @@ pub(crate) struct Flags {
     label: Vec<String>,
 
     /// Profile the heap of processes with a label: NAME=VALUE[@RATE][@BUDGET], as exe=postgres@64KiB@5%. NAME is a label of their
-    /// profiles or pid, RATE the mean bytes between samples, 1 for everything, 0 for none [default: 512KiB], BUDGET as
-    /// --heap-budget; may be given more than once, the first that matches counts. x86-64, Linux 5.15
+    /// profiles, pid, family (a pid with what it starts) or cgroup (v2, with those below), RATE the mean bytes between samples, 1
+    /// for everything, 0 for none [default: 512KiB], BUDGET as --heap-budget; may be given more than once, the first that
+    /// matches counts. x86-64, Linux 5.15
     #[arg(long, env = "PROFILER_HEAP", value_name = "MATCH", value_delimiter = ',')]
     heap: Vec<String>,
 
@@ -179,7 +181,7 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<String>,
 
-    /// Which kinds of profiles to take: cpu [default: cpu]
+    /// Which kinds of profiles to take: cpu, page_faults (which code makes the memory of processes grow) [default: cpu]
     #[arg(long, env = "PROFILER_PROFILES", value_name = "KIND", value_delimiter = ',')]
     profiles: Vec<String>,
 
@@ -398,9 +400,9 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Whether CPU time is sampled.
-    pub(crate) fn takes_cpu(&self) -> bool {
-        self.profiles.iter().any(|kind| kind == CPU)
+    /// Whether profiles of a type are taken.
+    pub(crate) fn takes(&self, profile_type: ProfileType) -> bool {
+        self.profiles.iter().any(|kind| kind == profile_type.name())
     }
 
     /// Sampling period in nanoseconds of CPU time.
@@ -616,7 +618,7 @@ fn parse_bool(key: &str, flag: Option<String>, file: Option<bool>) -> Result<Opt
 
 /// An empty list is none.
 fn parse_profiles(kinds: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
-    let Some(mut kinds) = kinds else { return Ok(vec![CPU.to_owned()]) };
+    let Some(mut kinds) = kinds else { return Ok(vec![ProfileType::Cpu.name().to_owned()]) };
     if let Some(unknown) = kinds.iter().find(|kind| !PROFILE_KINDS.contains(&kind.as_str())) {
         return Err(refuse("profiles", unknown, format!("accepted: {}", PROFILE_KINDS.join(", "))));
     }
@@ -897,13 +899,13 @@ fn parse_heap(file: &[HeapRule], flags: &[String]) -> Result<Vec<heap::Rule>, Co
         let parts = [Some(matches), rate.as_ref(), budget.as_ref()];
         parts.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join("@")
     });
-    let accepted = "accepted: NAME=VALUE[@RATE][@BUDGET], NAME a label or pid, RATE in bytes, KiB or MiB, below 4 GiB, \
+    let accepted = "accepted: NAME=VALUE[@RATE][@BUDGET], NAME a label, pid, family or cgroup, RATE in bytes, KiB or MiB, below 4 GiB, \
                     BUDGET as 1% or off";
     let rule = |text: String| heap::parse(&text).ok_or_else(|| refuse("heap", &text, accepted));
     flags.iter().cloned().chain(file).map(rule).collect()
 }
 
-fn parse_heap_budget(value: Option<String>) -> Result<heap::Budget, ConfigError> {
+pub(crate) fn parse_heap_budget(value: Option<String>) -> Result<heap::Budget, ConfigError> {
     let Some(text) = value else { return Ok(heap::Budget::DEFAULT) };
     text.parse().map_err(|()| {
         refuse(

@@ -29,6 +29,7 @@ use profiler_common::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
+    addr::Addr,
     ledger::{Cause, Ledger, PerType, Place, ProfileType},
     mapping_events::MappingEvents,
     process::Exec,
@@ -130,6 +131,7 @@ pub(crate) fn sample_type(record: &[u8]) -> Option<ProfileType> {
     match kind(record)? {
         RecordKind::CpuSample => Some(ProfileType::Cpu),
         RecordKind::AllocSample => Some(ProfileType::Allocs),
+        RecordKind::PageFault => Some(ProfileType::PageFaults),
         RecordKind::Exec | RecordKind::Fork | RecordKind::Exit | RecordKind::CgroupMade => None,
     }
 }
@@ -302,6 +304,8 @@ pub(crate) enum Record {
     Sample(RawSample),
     /// A sampled allocation. The sample's value is the number of bytes asked for.
     Alloc(RawSample, AllocPart),
+    /// A sampled page fault at an address. The sample's value is the number of faults it stands for.
+    PageFault(RawSample, Addr),
     /// A process has a new image.
     Exec(Exec),
     /// A cgroup was made.
@@ -415,7 +419,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
         }
         RecordKind::Exit => Some(Record::Exit { tgid, start_ns: reader.u64()? }),
         RecordKind::CgroupMade => Some(Record::CgroupMade { id: reader.u64()? }),
-        kind @ (RecordKind::CpuSample | RecordKind::AllocSample) => {
+        kind @ (RecordKind::CpuSample | RecordKind::AllocSample | RecordKind::PageFault) => {
             if user_frames > USER_FRAMES_MAX || kernel_frames > KERNEL_FRAMES_MAX {
                 return None;
             }
@@ -425,7 +429,7 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
             let thread_name = reader.array()?;
             let comm = reader.array()?;
             debug_assert_eq!(record.len() - reader.rest.len(), size_of::<SampleHeader>());
-            let part = (kind == RecordKind::AllocSample).then(|| alloc_part(&mut reader));
+            let part = Part::read(kind, &mut reader)?;
             let sample = RawSample {
                 tgid,
                 start_ns,
@@ -441,10 +445,28 @@ pub(crate) fn decode(record: &[u8]) -> Option<Record> {
                 kernel_cut: KernelCut::of_flags(flags),
             };
             Some(match part {
-                Some(part) => Record::Alloc(sample, part?),
-                None => Record::Sample(sample),
+                Part::None => Record::Sample(sample),
+                Part::Alloc(part) => Record::Alloc(sample, part),
+                Part::PageFault(address) => Record::PageFault(sample, address),
             })
         }
+    }
+}
+
+/// What lies between the header and the frames.
+enum Part {
+    None,
+    Alloc(AllocPart),
+    PageFault(Addr),
+}
+
+impl Part {
+    fn read(kind: RecordKind, reader: &mut Reader<'_>) -> Option<Self> {
+        Some(match kind {
+            RecordKind::AllocSample => Self::Alloc(alloc_part(reader)?),
+            RecordKind::PageFault => Self::PageFault(Addr(reader.u64()?)),
+            _ => Self::None,
+        })
     }
 }
 
@@ -526,6 +548,15 @@ pub(crate) mod tests {
         let words = [target, rate, scale, flags].into_iter().flat_map(u32::to_ne_bytes);
         let header = size_of::<SampleHeader>();
         bytes.splice(header..header, pointer.to_ne_bytes().into_iter().chain(words));
+        bytes
+    }
+
+    /// The bytes of a sampled page fault as the kernel side writes them.
+    pub(crate) fn encode_page_fault(sample: &RawSample, address: Addr) -> Vec<u8> {
+        let mut bytes = encode(&RawSample { kernel: Vec::new(), ..sample.clone() });
+        bytes[1] = RecordKind::PageFault as u8;
+        let header = size_of::<SampleHeader>();
+        bytes.splice(header..header, address.0.to_ne_bytes());
         bytes
     }
 
@@ -617,6 +648,16 @@ pub(crate) mod tests {
         let bytes = encode_alloc(&sample, PART);
         assert_eq!(time_ns(&bytes), Some(sample.time_ns));
         assert_eq!(decode(&bytes), Some(Record::Alloc(sample, PART)));
+        for length in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..length]), None, "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn a_sampled_page_fault_is_read_back_as_it_was_written() {
+        let sample = RawSample { kernel: Vec::new(), ..sample(5) };
+        let bytes = encode_page_fault(&sample, Addr(0x7000));
+        assert_eq!(decode(&bytes), Some(Record::PageFault(sample, Addr(0x7000))));
         for length in 0..bytes.len() {
             assert_eq!(decode(&bytes[..length]), None, "{length} bytes");
         }

@@ -93,20 +93,47 @@ pub(crate) enum ProfileType {
     Cpu,
     /// Sampled allocations.
     Allocs,
+    /// Sampled page faults.
+    PageFaults,
 }
 
 impl ProfileType {
     /// Number of types.
-    pub(crate) const COUNT: usize = 2;
+    pub(crate) const COUNT: usize = 3;
 
     /// Every type.
-    pub(crate) const ALL: [Self; Self::COUNT] = [Self::Cpu, Self::Allocs];
+    pub(crate) const ALL: [Self; Self::COUNT] = [Self::Cpu, Self::Allocs, Self::PageFaults];
 
     /// The value of the metric label `type`, and of a series' profile type.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
             Self::Allocs => "allocs",
+            Self::PageFaults => "page_faults",
+        }
+    }
+}
+
+/// Why a sample turned out to be none of its type after it was taken: as if it had not been.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LeftOut {
+    /// A page fault of a file's page, or of memory that may be shared.
+    FilePage,
+    /// A page fault whose page was gone when it was looked at.
+    PageGone,
+}
+
+impl LeftOut {
+    const COUNT: usize = 2;
+
+    /// Every reason.
+    pub(crate) const ALL: [Self; Self::COUNT] = [Self::FilePage, Self::PageGone];
+
+    /// The value of the metric label `reason`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::FilePage => "file_page",
+            Self::PageGone => "page_gone",
         }
     }
 }
@@ -150,6 +177,7 @@ pub(crate) struct Account {
     drained: AtomicU64,
     dropped: [AtomicU64; Cause::COUNT],
     waiting: [AtomicU64; Place::COUNT],
+    left_out: [AtomicU64; LeftOut::COUNT],
 }
 
 impl Ledger {
@@ -230,6 +258,16 @@ impl Account {
         self.waiting[place as usize].fetch_sub(events, Relaxed);
     }
 
+    /// An event is none of this type after all.
+    pub(crate) fn leave_out(&self, reason: LeftOut) {
+        self.left_out[reason as usize].fetch_add(1, Relaxed);
+    }
+
+    /// Events left out so far.
+    pub(crate) fn left_out(&self, reason: LeftOut) -> u64 {
+        self.left_out[reason as usize].load(Relaxed)
+    }
+
     /// Events dropped so far.
     pub(crate) fn dropped(&self, cause: Cause) -> u64 {
         self.dropped[cause as usize].load(Relaxed)
@@ -286,7 +324,7 @@ pub(crate) struct Snapshot {
 /// The terms of one profile type that come before the destinations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Terms {
-    /// Counted by the sampling program.
+    /// Counted by the sampling program, without those left out.
     pub(crate) taken: u64,
     /// Read from the ring buffer.
     pub(crate) drained: u64,
@@ -311,8 +349,10 @@ impl Snapshot {
             let in_ring = submitted.saturating_sub(drained);
             let [drain_queue, window, encode_queue] =
                 Place::ALL.map(|place| (place.name(), account.waiting(place)));
+            let left_out: u64 = LeftOut::ALL.into_iter().map(|reason| account.left_out(reason)).sum();
             Terms {
-                taken,
+                // While samples move, one may be left out that the earlier reading had not seen taken.
+                taken: taken.saturating_sub(left_out),
                 drained,
                 waiting: [("ring", in_ring), drain_queue, window, encode_queue],
                 dropped: Cause::ALL.map(|cause| (cause.name(), account.dropped(cause))),
@@ -438,7 +478,7 @@ mod tests {
         let snapshot = |taken| {
             let kernel = |profile_type| match profile_type {
                 ProfileType::Cpu => KernelTotals { taken, submitted: 0 },
-                ProfileType::Allocs => KernelTotals::default(),
+                ProfileType::Allocs | ProfileType::PageFaults => KernelTotals::default(),
             };
             Snapshot::take(&ledger, kernel, vec![("here".to_owned(), totals)])
         };
@@ -451,6 +491,17 @@ mod tests {
             balance.to_string(),
             "here: cpu: taken 10 = delivered 4 + waiting 2 (window 2) + dropped 3 (ring_full 3); UNACCOUNTED 1"
         );
+    }
+
+    #[test]
+    fn what_is_left_out_was_not_taken() {
+        let ledger = Ledger::default();
+        ledger.of(ProfileType::PageFaults).leave_out(LeftOut::FilePage);
+        ledger.of(ProfileType::PageFaults).leave_out(LeftOut::PageGone);
+        let taken = |_| KernelTotals { taken: 2, submitted: 0 };
+        let snapshot = Snapshot::take(&ledger, taken, Vec::new());
+        assert_eq!(snapshot.of(ProfileType::PageFaults).taken, 0);
+        assert_eq!(snapshot.of(ProfileType::Allocs).taken, 2);
     }
 
     #[test]

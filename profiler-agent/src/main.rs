@@ -16,6 +16,7 @@ mod drain;
 mod embedded;
 mod executable;
 mod export;
+mod faults;
 mod heap;
 mod http;
 mod instance;

@@ -27,6 +27,7 @@ use tokio::{runtime, sync::watch, task::JoinHandle as Task};
 use tracing::{error, info, warn};
 
 use crate::{
+    addr::Addr,
     background::{Background, Payer, Task as Work},
     binaries::Binaries,
     bpf::{BpfError, HeapCounts, HeapSource, KernelCounts, LoadOptions, Programs},
@@ -36,9 +37,10 @@ use crate::{
     embedded,
     executable::ExecutableCache,
     export::{self, Batch, Collector, Destination, Losses, Queue, UploadCounts},
+    faults::{Fault, FaultWindows},
     heap::{self, HeapGauges, HeapWindows, Live, LiveCounts, Notes, Orders},
     label::{CgroupNames, Labeler, SeriesLabels, fold_kworker, task_name},
-    ledger::{Account, Balance, Cause, KernelTotals, Ledger, PerType, Place, ProfileType, Snapshot},
+    ledger::{Account, Balance, Cause, KernelTotals, Ledger, LeftOut, PerType, Place, ProfileType, Snapshot},
     mapping_events::MappingEvents,
     memory::MemoryPlan,
     normalize::{self, Location},
@@ -209,10 +211,20 @@ impl HeapView {
 }
 
 impl View {
-    /// Samples not taken: those that no target wants, and those that another of the same target stands for.
-    pub(crate) fn not_taken(&self) -> [(&'static str, u64); 2] {
-        let counters = [("target", Counter::CpuFiltered), ("frequency", Counter::CpuThinned)];
-        counters.map(|(reason, counter)| (reason, self.kernel.get(counter).unwrap_or(0)))
+    /// Samples not taken: those that no target wants, those that another of the same target stands for, and those that turned
+    /// out to be something else.
+    pub(crate) fn not_taken(&self) -> Vec<(ProfileType, &'static str, u64)> {
+        let counters = [
+            (ProfileType::Cpu, "target", Counter::CpuFiltered),
+            (ProfileType::Cpu, "frequency", Counter::CpuThinned),
+            (ProfileType::PageFaults, "target", Counter::FaultFiltered),
+        ];
+        let in_kernel =
+            counters.map(|(of, reason, counter)| (of, reason, self.kernel.get(counter).unwrap_or(0)));
+        let faults = self.shared.ledger.of(ProfileType::PageFaults);
+        let left_out =
+            LeftOut::ALL.map(|reason| (ProfileType::PageFaults, reason.name(), faults.left_out(reason)));
+        in_kernel.into_iter().chain(left_out).collect()
     }
 
     /// Processes that the kernel side had no room for.
@@ -241,6 +253,10 @@ impl View {
                 KernelTotals { taken: counter(Counter::CpuTaken), submitted: counter(Counter::CpuSubmitted) }
             }
             ProfileType::Allocs => self.heap.get().map(HeapView::totals).unwrap_or_default(),
+            ProfileType::PageFaults => KernelTotals {
+                taken: counter(Counter::FaultTaken),
+                submitted: counter(Counter::FaultSubmitted),
+            },
         })
     }
 
@@ -269,11 +285,15 @@ impl View {
 
 /// Copies the kernel side's drops to the ledger; the programs stay the only place where they are counted.
 fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
-    let drops =
-        [(Cause::RingFull, Counter::CpuDroppedRingFull), (Cause::NoScratch, Counter::CpuDroppedNoScratch)];
-    for (cause, counter) in drops {
+    let drops = [
+        (ProfileType::Cpu, Cause::RingFull, Counter::CpuDroppedRingFull),
+        (ProfileType::Cpu, Cause::NoScratch, Counter::CpuDroppedNoScratch),
+        (ProfileType::PageFaults, Cause::RingFull, Counter::FaultDroppedRingFull),
+        (ProfileType::PageFaults, Cause::NoScratch, Counter::FaultDroppedNoScratch),
+    ];
+    for (of, cause, counter) in drops {
         if let Ok(events) = kernel.get(counter) {
-            ledger.of(ProfileType::Cpu).set_dropped(cause, events);
+            ledger.of(of).set_dropped(cause, events);
         }
     }
     if let Ok(records) = kernel.get(Counter::ExecDroppedRingFull) {
@@ -301,6 +321,8 @@ pub(crate) struct Pipeline {
     drain: JoinHandle<()>,
     worker: JoinHandle<()>,
     unwinder: Option<JoinHandle<()>>,
+    /// Where unwind tables are asked for.
+    tables: Option<TableRequests>,
     heap: Heap,
     encoder: JoinHandle<()>,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
@@ -318,9 +340,10 @@ impl Pipeline {
         let options = LoadOptions {
             ring_bytes: ring_bytes(cpus).min(config.memory.ring_bytes_max),
             tables: (config.unwind == Unwind::Dwarf).then_some(config.memory.unwind),
+            has_cpu: config.takes(ProfileType::Cpu),
+            has_page_faults: config.takes(ProfileType::PageFaults),
             processes: u32::try_from(config.memory.processes).unwrap_or(u32::MAX),
             stack_depth: config.stack_depth,
-            has_cpu: config.takes_cpu(),
             targets: config.targets.clone(),
             period_ns: config.period_ns(),
             cgroups: cgroups.as_ref().map(Hierarchy::version),
@@ -362,12 +385,18 @@ impl Pipeline {
         let labeler = Labeler::new(&config.node, &config.labels);
         let images = ImageReader::new("/proc".into(), Arc::clone(&executables));
         let names = CgroupNames::new(cgroups);
-        let processes = Processes::new(images, labeler, names, tables, config.memory.processes);
+        let processes = Processes::new(images, labeler, names, tables.clone(), config.memory.processes);
         let room = Room::new(config.memory.windows_bytes);
         let windows =
             Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room.clone());
         let (heap_sender, new_heap) = channel();
-        let parts = HeapParts { executables, room, windows: heap_sender, view: view.clone() };
+        let parts = HeapParts {
+            executables,
+            tables: tables.clone(),
+            room: room.clone(),
+            windows: heap_sender,
+            view: view.clone(),
+        };
         let mut heap = Heap::New(programs.take_heap().map(|source| Box::new((source, parts))));
         heap.start(config)?;
         let (periods, new_periods) = channel();
@@ -377,6 +406,9 @@ impl Pipeline {
             windows,
             heap: None,
             new_heap,
+            faults: None,
+            window: config.window,
+            room,
             periods: new_periods,
             closed: closed_sender,
             new_labelers,
@@ -397,6 +429,7 @@ impl Pipeline {
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
             unwinder,
+            tables,
             heap,
             programs,
             mappings,
@@ -415,6 +448,13 @@ impl Pipeline {
     pub(crate) fn has_scanned(&self) -> bool {
         self.unwinder.is_none()
             || self.view.shared.unwind.has_scanned.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Has the unwind tables of a process made, and waits for them until the deadline has passed.
+    pub(crate) fn make_tables(&self, pid: u32, deadline: Duration) {
+        if let Some(tables) = &self.tables {
+            tables.request_and_wait(pid, deadline);
+        }
     }
 
     /// Attaches everything and samples.
@@ -473,6 +513,11 @@ impl Pipeline {
     /// Samples CPU time from now on, or no longer.
     pub(crate) fn set_cpu(&mut self, wanted: bool) -> Result<(), BpfError> {
         self.programs.set_cpu(wanted, self.is_attached)
+    }
+
+    /// Samples page faults from now on, or no longer.
+    pub(crate) fn set_page_faults(&mut self, wanted: bool) -> Result<(), BpfError> {
+        self.programs.set_page_faults(wanted, self.is_attached)
     }
 
     /// What metrics and the status line read.
@@ -568,6 +613,8 @@ impl Pipeline {
     /// Stops sampling, lets every stage finish what it has, and gives the final account.
     pub(crate) fn stop(mut self, runtime: &runtime::Handle) -> Stopped {
         self.programs.stop();
+        // The unwind thread ends when nobody can ask it any more.
+        self.tables = None;
         let heap = self.heap.stop();
         // Probes are out before the last drain, so that no allocation is sampled behind it.
         let detached = join_in_order(heap, STAGE_DEADLINE);
@@ -777,6 +824,8 @@ enum Heap {
 /// What heap profiling has of the other stages.
 struct HeapParts {
     executables: Arc<ExecutableCache>,
+    /// Where unwind tables of processes whose heap is profiled are asked for.
+    tables: Option<TableRequests>,
     room: Room,
     /// Gives the worker its part.
     windows: Sender<HeapWindows>,
@@ -799,11 +848,11 @@ impl Heap {
                 return Ok(());
             }
         };
-        let HeapParts { executables, room, windows: to_worker, view } = parts;
+        let HeapParts { executables, tables, room, windows: to_worker, view } = parts;
         let heap = HeapView { kernel, gauges: Arc::default(), live: Arc::default() };
         let images = || ImageReader::new("/proc".into(), Arc::clone(&executables));
         let labeler = Labeler::new(&config.node, &config.labels);
-        let processes = Processes::new(images(), labeler, CgroupNames::new(None), None, 0);
+        let processes = Processes::new(images(), labeler, CgroupNames::new(None), tables, 0);
         let notes = Notes::default();
         let live = Live::new(live, notes.clone(), Arc::clone(&heap.live));
         let gauges = Arc::clone(&heap.gauges);
@@ -886,6 +935,11 @@ struct Worker {
     heap: Option<HeapWindows>,
     /// Where that comes from when it is first wanted.
     new_heap: Receiver<HeapWindows>,
+    /// Made with the first page fault.
+    faults: Option<FaultWindows>,
+    /// What one profile covers.
+    window: Duration,
+    room: Room,
     periods: Receiver<NewPeriod>,
     closed: SyncSender<Closed>,
     /// Labelers that are to be used from now on.
@@ -921,17 +975,21 @@ impl Worker {
         }
         let now_ns = clock::boot_ns();
         let allocs = self.heap.as_mut().map(|heap| heap.close_all(now_ns)).unwrap_or_default();
-        for window in self.windows.close_all(now_ns).into_iter().chain(allocs) {
+        let faults = self.faults.as_mut().map(|faults| faults.close_all(now_ns)).unwrap_or_default();
+        for window in self.windows.close_all(now_ns).into_iter().chain(allocs).chain(faults) {
             self.finish(window);
         }
     }
 
-    /// Closed windows of samples, of allocations, and of what is in use.
+    /// Closed windows of samples, of allocations and what is in use, and of page faults.
     fn close_due(&mut self, complete_ns: u64) -> Vec<Closed> {
         let now = WallClock::now();
         let mut closed = self.windows.close_due(complete_ns, now);
         if let Some(heap) = &mut self.heap {
             closed.extend(heap.close_due(complete_ns, now));
+        }
+        if let Some(faults) = &mut self.faults {
+            closed.extend(faults.close_due(complete_ns, now));
         }
         closed
     }
@@ -1023,6 +1081,10 @@ impl Worker {
                     *samples_left.of_mut(ProfileType::Allocs) -= 1;
                     self.add_alloc(&raw, part, execs.are_ahead(raw.tgid));
                 }
+                Some(Record::PageFault(raw, address)) => {
+                    *samples_left.of_mut(ProfileType::PageFaults) -= 1;
+                    self.add_page_fault(&raw, address, execs.are_ahead(raw.tgid));
+                }
                 Some(Record::Exec(exec)) => {
                     execs.pass(exec.pid);
                     if let Some(heap) = &self.heap {
@@ -1097,6 +1159,29 @@ impl Worker {
             None => Err(Full),
         };
         self.count_added(ProfileType::Allocs, added);
+    }
+
+    fn add_page_fault(&mut self, raw: &RawSample, address: Addr, exec_is_ahead: bool) {
+        let (window, room) = (self.window, &self.room);
+        let faults = self.faults.get_or_insert_with(|| FaultWindows::new(raw.time_ns, window, room.clone()));
+        let bytes = match faults.look(raw.tgid, address) {
+            Fault::Anonymous { bytes } => bytes,
+            Fault::File => return self.leave_out_page_fault(LeftOut::FilePage),
+            Fault::Gone => return self.leave_out_page_fault(LeftOut::PageGone),
+        };
+        let placed = self.place(raw, exec_is_ahead);
+        let prefetch = prefetch(&self.shared.symbols);
+        let added = match &mut self.faults {
+            Some(faults) => faults.add(placed, raw.time_ns, (raw.value, bytes), prefetch),
+            None => Err(Full),
+        };
+        self.count_added(ProfileType::PageFaults, added);
+    }
+
+    fn leave_out_page_fault(&self, reason: LeftOut) {
+        let account = self.account(ProfileType::PageFaults);
+        account.leave(Place::DrainQueue, 1);
+        account.leave_out(reason);
     }
 
     /// A sample has left the channel for its window.
@@ -1272,7 +1357,7 @@ mod tests {
         let images = ImageReader::new("/proc".into(), Arc::new(ExecutableCache::new(8)));
         let processes = Processes::new(images, Labeler::new("n", &[]), CgroupNames::new(None), None, 8);
         let room = Room::new(shared.memory.windows_bytes);
-        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room);
+        let windows = Windows::new(now, Duration::from_secs(10), 52_631_578, WallClock::now(), room.clone());
         let ((_, periods), (_, new_labelers), (_, new_heap)) = (channel(), channel(), channel());
         let worker = Worker {
             shared: shared.clone(),
@@ -1280,6 +1365,9 @@ mod tests {
             windows,
             heap: None,
             new_heap,
+            faults: None,
+            window: Duration::from_secs(10),
+            room,
             periods,
             closed: closed_sender,
             new_labelers,
@@ -1297,7 +1385,7 @@ mod tests {
         let taken = records.len() as u64;
         let snapshot = shared.snapshot(|profile_type| match profile_type {
             ProfileType::Cpu => KernelTotals { taken, submitted: taken },
-            ProfileType::Allocs => KernelTotals::default(),
+            ProfileType::Allocs | ProfileType::PageFaults => KernelTotals::default(),
         });
         snapshot.balances().pop().expect("one destination")
     }

@@ -137,7 +137,7 @@ pub(crate) mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::config::tests::sources;
+    use crate::{config::tests::sources, ledger::ProfileType};
 
     struct Case {
         directory: tempfile::TempDir,
@@ -221,7 +221,7 @@ pub(crate) mod tests {
         );
         case.check("frequency = 8\n[[target]]\ncgroup = \"/x\"\n", &["frequency", "target"], &[]);
         case.check("frequency = 8\nprofiles = []\n", &["target", "profiles"], &[]);
-        assert!(!case.reloader.running().takes_cpu());
+        assert!(!case.reloader.running().takes(ProfileType::Cpu));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::{
     config::{Config, ConfigError},
     http::{self, Front},
     instance::{self, Lock, Try},
+    ledger::ProfileType,
     logs::Logs,
     pipeline::{Pipeline, Stopped},
     reload::Reloader,
@@ -202,7 +203,9 @@ impl Supervisor {
                 }
             }
             "profiles" => {
-                if let Err(error) = self.pipeline.set_cpu(config.takes_cpu()) {
+                let page_faults = config.takes(ProfileType::PageFaults);
+                let set = self.pipeline.set_cpu(config.takes(ProfileType::Cpu));
+                if let Err(error) = set.and_then(|()| self.pipeline.set_page_faults(page_faults)) {
                     warn!(error = %format!("{:#}", anyhow::Error::from(error)), "change the kinds of profiles");
                 }
             }

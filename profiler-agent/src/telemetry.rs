@@ -202,11 +202,11 @@ pub(crate) fn metrics(view: &View, snapshot: &Snapshot) -> String {
     let metric = "profiler_agent_samples_filtered_total";
     text.head(
         metric,
-        "Samples not taken, since no target wants them or another of their target stands for them.",
+        "Samples not taken: no target wants them, another stands for them, or they are of no memory of a program's own.",
         "counter",
     );
-    for (reason, count) in view.not_taken() {
-        text.line(format_args!("{metric}{{reason=\"{reason}\"}} {count}"));
+    for (of, reason, count) in view.not_taken() {
+        text.line(format_args!("{metric}{{type=\"{}\",reason=\"{reason}\"}} {count}", of.name()));
     }
     text.counter(
         "profiler_agent_fork_exit_events_lost_total",

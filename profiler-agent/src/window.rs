@@ -52,9 +52,9 @@ impl SampleLabels {
 pub(crate) struct Counts {
     /// Samples.
     pub(crate) samples: u64,
-    /// Sum of their values: nanoseconds of CPU time, or the bytes of all allocations that they stand for.
+    /// Sum of their values: nanoseconds of CPU time, or the bytes of all allocations or page faults that they stand for.
     pub(crate) value: u64,
-    /// Allocations that they stand for, in units of 1/[`OBJECT`]; 0 for on-CPU samples.
+    /// Allocations or page faults that they stand for, in units of 1/[`OBJECT`]; 0 for on-CPU samples.
     pub(crate) objects: u64,
 }
 
@@ -70,6 +70,8 @@ pub(crate) enum Measure {
     Allocs { rate: u32 },
     /// Allocations in use at its time; the window has no length.
     InUse { rate: u32 },
+    /// Page faults, and the memory that came with them.
+    PageFaults,
 }
 
 impl Measure {
@@ -78,6 +80,7 @@ impl Measure {
         match self {
             Self::Cpu => ProfileType::Cpu,
             Self::Allocs { .. } | Self::InUse { .. } => ProfileType::Allocs,
+            Self::PageFaults => ProfileType::PageFaults,
         }
     }
 }

@@ -156,3 +156,19 @@ fn the_memory_limit_is_that_of_the_own_cgroup_unless_it_is_given() {
     let (code, message) = cgroup.run("--memory-limit 64MiB --print-config");
     assert_eq!(code, Some(0), "{message}");
 }
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn page_faults_are_sampled_where_they_are_wanted_on_every_kernel() {
+    let agent = Spawned::start(&["-F", "19", "--window", "2s", "--profiles", "cpu,page_faults"]);
+    agent.wait_for("page faults are sampled", || {
+        // The agent's own, if nobody else's.
+        let taken = agent.metric("profiler_agent_samples_taken_total{type=\"page_faults\"}");
+        (taken > 0).then_some(())
+    });
+    agent.signal(libc::SIGTERM);
+    let (code, log) = agent.end();
+    assert_eq!(code, Some(0), "{log}");
+    let account = log.lines().find(|line| line.contains(": page_faults: taken")).expect("an account");
+    assert!(account.ends_with("waiting 0 + dropped 0"), "{account}");
+}

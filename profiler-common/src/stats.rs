@@ -16,7 +16,7 @@ pub enum Counter {
     ExecSubmitted = 4,
     /// Exec records dropped: the ring buffer was full.
     ExecDroppedRingFull = 5,
-    /// Runs of the sampling program whose duration was measured: 1 of [`TIMED_EVERY`]. This counter, and the others of
+    /// Runs of the sampling programs whose duration was measured: 1 of [`TIMED_EVERY`]. This counter, and the others of
     /// [`Timed`], are for its use.
     CpuTimed = 6,
     /// Nanoseconds that the measured runs took.
@@ -41,7 +41,7 @@ pub enum Counter {
     CpuThinned = 16,
     /// Children of a family that `FAMILY` had no room for: they are not sampled.
     FamilyNotFollowed = 17,
-    /// Runs of the sampling program, those of samples that no target wants too.
+    /// Runs of the sampling programs, of page faults too, those of samples that no target wants too.
     CpuRuns = 18,
     /// Runs of the programs that follow processes and cgroups, those that have nothing to tell too.
     ProcessRuns = 19,
@@ -49,13 +49,23 @@ pub enum Counter {
     ProcessTimed = 20,
     /// As `CpuTimedNs`.
     ProcessTimedNs = 21,
+    /// Page faults sampled.
+    FaultTaken = 22,
+    /// Page faults written to the ring buffer.
+    FaultSubmitted = 23,
+    /// Page faults dropped: the ring buffer was full.
+    FaultDroppedRingFull = 24,
+    /// As [`Self::CpuDroppedNoScratch`], of page faults.
+    FaultDroppedNoScratch = 25,
+    /// Page faults that no target wants. Not taken.
+    FaultFiltered = 26,
 }
 
 /// Programs whose time is measured together. Those in allocator functions have a budget and an account of their own: most of
 /// what they cost is the trap, which no program can time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timed {
-    /// The sampling program.
+    /// The sampling programs.
     Samples,
     /// Those that follow processes and cgroups.
     ProcessEvents,
@@ -151,7 +161,7 @@ pub mod durations {
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 22;
+    pub const COUNT: u32 = 27;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -177,6 +187,11 @@ impl Counter {
         Self::ProcessRuns,
         Self::ProcessTimed,
         Self::ProcessTimedNs,
+        Self::FaultTaken,
+        Self::FaultSubmitted,
+        Self::FaultDroppedRingFull,
+        Self::FaultDroppedNoScratch,
+        Self::FaultFiltered,
     ];
 }
 

@@ -21,6 +21,8 @@ pub enum RecordKind {
     /// A [`SampleHeader`] whose value is bytes, an [`AllocPart`](crate::heap::AllocPart), then the user frames: an
     /// allocation that was sampled. The innermost frame is the caller of the allocating function.
     AllocSample = 5,
+    /// A [`SampleHeader`] whose value is page faults, a [`FaultPart`], then the user frames: a page fault that was sampled.
+    PageFault = 6,
     /// A [`CgroupRecord`]: a cgroup was made.
     CgroupMade = 8,
 }
@@ -35,6 +37,7 @@ impl RecordKind {
             3 => Some(Self::Fork),
             4 => Some(Self::Exit),
             5 => Some(Self::AllocSample),
+            6 => Some(Self::PageFault),
             8 => Some(Self::CgroupMade),
             _ => None,
         }
@@ -229,7 +232,8 @@ pub struct RecordHead {
 pub struct SampleHeader {
     /// Kind, counts, task, time.
     pub head: RecordHead,
-    /// What the sample stands for: the sampling period in nanoseconds for [`RecordKind::CpuSample`].
+    /// What the sample stands for: the sampling period in nanoseconds for [`RecordKind::CpuSample`], in page faults for
+    /// [`RecordKind::PageFault`].
     pub value: u64,
     /// Id of the task's cgroup (the inode number of its directory): in the v2 hierarchy, or where that is not mounted in
     /// the v1 hierarchy of [`crate::config::CgroupFacts`].
@@ -241,6 +245,17 @@ pub struct SampleHeader {
     /// Name of the process (of its main thread), NUL-terminated; empty when the kernel's BTF does not say.
     pub comm: [u8; COMM_BYTES],
 }
+
+/// What a [`RecordKind::PageFault`] has between its header and its frames.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultPart {
+    /// The address that was touched.
+    pub address: u64,
+}
+
+/// Words of a [`FaultPart`].
+pub const FAULT_PART_WORDS: usize = size_of::<FaultPart>() / 8;
 
 /// A change to a process.
 #[repr(C)]

@@ -16,6 +16,7 @@ mod alloc;
 #[cfg_attr(bpf_target_arch = "aarch64", path = "arch/aarch64.rs")]
 mod arch;
 mod cpu;
+mod faults;
 mod helpers;
 mod maps;
 mod process;
@@ -30,6 +31,15 @@ mod timing;
 pub fn cpu_sample(ctx: PerfEventContext) -> u32 {
     let began_ns = timing::begin(Timed::Samples);
     cpu::sample(&ctx);
+    timing::end(Timed::Samples, began_ns);
+    0
+}
+
+/// Page faults: attached to one event per CPU.
+#[perf_event]
+pub fn page_fault(ctx: PerfEventContext) -> u32 {
+    let began_ns = timing::begin(Timed::Samples);
+    faults::sample(&ctx);
     timing::end(Timed::Samples, began_ns);
     0
 }

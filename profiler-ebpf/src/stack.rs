@@ -73,8 +73,9 @@ pub fn walk_user(ctx: &PerfEventContext, scratch: &mut Scratch, tgid: u32, start
 
 /// Steps of one turn. The verifier follows a loop from start to end once: two loops of 8 and 128 turns instead of one
 /// of 1,024, the inner one in a function that it checks by itself.
-const TURN_STEPS: u32 = 128;
-const TURNS_MAX: u32 = USER_FRAMES_MAX as u32 / TURN_STEPS;
+pub const TURN_STEPS: u32 = 128;
+/// Turns that make [`USER_FRAMES_MAX`] steps.
+pub const TURNS_MAX: u32 = USER_FRAMES_MAX as u32 / TURN_STEPS;
 
 /// Walks on for one turn; 0 while there may be more frames, 1 at the end.
 #[unsafe(no_mangle)]
@@ -92,7 +93,7 @@ extern "C" fn walk_on() -> u32 {
 
 /// User registers at the sample: the context's own in user mode, else those saved on entry to the kernel.
 #[inline(always)]
-fn read_user_registers(ctx: &PerfEventContext, scratch: &mut Scratch) -> Option<()> {
+pub fn read_user_registers(ctx: &PerfEventContext, scratch: &mut Scratch) -> Option<()> {
     let context = ctx.as_ptr();
     if arch::is_user_address(arch::context_ip!(context)) {
         arch::context_registers(context, &mut scratch.regs);

@@ -38,6 +38,30 @@ pub fn weight(period_ns: u64) -> u32 {
     1
 }
 
+/// Whether samples of the current task are wanted, whatever their frequency.
+///
+/// The name goes through `CPU_SCRATCH`, which is `cpu_sample`'s: where that interrupts, it writes the same name, of the same
+/// task.
+#[inline(always)]
+pub fn wants() -> bool {
+    let Some(list) = list() else { return true };
+    if list.want_everything() {
+        return true;
+    }
+    remember_process();
+    let mut at = 0;
+    while at < TARGETS_MAX as u32 {
+        if at >= list.count {
+            break;
+        }
+        if matches(at) != 0 {
+            return target(list, at).is_wanted != 0;
+        }
+        at += 1;
+    }
+    list.is_default_wanted != 0
+}
+
 #[inline(always)]
 fn list() -> Option<&'static Targets> {
     let list = TARGETS.get_ptr(0)?;

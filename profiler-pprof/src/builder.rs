@@ -228,7 +228,7 @@ impl ProfileBuilder {
     }
 
     /// profile.proto: Profile.drop_frames, Profile.keep_frames.
-    pub(crate) fn frame_filters(&mut self, drop_frames: &str, keep_frames: &str) {
+    pub fn frame_filters(&mut self, drop_frames: &str, keep_frames: &str) {
         self.header.drop_frames = self.string(drop_frames);
         self.header.keep_frames = self.string(keep_frames);
     }

@@ -14,7 +14,9 @@ use crate::{
     aarch64, command, project,
     tally::Tally,
     testprogs,
-    tools::{self, CHROMIUM, CLANG, CONTAINERD, GO, LIBPYTHON, MUSL, NODE, PERF},
+    tools::{
+        self, CHROMIUM, CLANG, CONTAINERD, GO, JEMALLOC, LIBPYTHON, MIMALLOC, MUSL, NODE, PERF, TCMALLOC,
+    },
     ui,
 };
 
@@ -58,6 +60,7 @@ pub(crate) fn host() -> Result<Tally> {
 /// The agent in the kernel, on its own machine: one test at a time, for they sample each other.
 pub(crate) fn root() -> Result<Tally> {
     tools::need(&[GO, NODE, CHROMIUM, CONTAINERD, CLANG, MUSL, PERF])?;
+    tools::want(&[JEMALLOC, TCMALLOC, MIMALLOC]);
     testprogs::build()?;
     ui::install()?;
     let mut cargo = command::cargo();

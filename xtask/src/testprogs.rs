@@ -45,7 +45,7 @@ struct Unframed {
 }
 
 /// Those whose compiler is not installed are skipped.
-const UNFRAMED: [Unframed; 15] = [
+const UNFRAMED: [Unframed; 18] = [
     Unframed { name: "deep_gcc", compiler: "gcc", source: "deep.c", flags: &[] },
     Unframed { name: "deep_clang", compiler: "clang", source: "deep.c", flags: &[] },
     Unframed { name: "recurse", compiler: "gcc", source: "recurse.c", flags: &[] },
@@ -56,6 +56,9 @@ const UNFRAMED: [Unframed; 15] = [
     Unframed { name: "deep_musl_qsort", compiler: "musl-gcc", source: "deep.c", flags: &["-static"] },
     Unframed { name: "throw_gcc", compiler: "g++", source: "throw.cpp", flags: &[] },
     Unframed { name: "throw_clang", compiler: "clang++", source: "throw.cpp", flags: &[] },
+    Unframed { name: "leak", compiler: "g++", source: "leak.cpp", flags: &[] },
+    Unframed { name: "heap_pairs", compiler: "gcc", source: "heap_pairs.c", flags: &[] },
+    Unframed { name: "grow", compiler: "gcc", source: "grow.c", flags: &[] },
     Unframed { name: "depth", compiler: "gcc", source: "depth.c", flags: &[] },
     Unframed { name: "shapes", compiler: "gcc", source: "shapes.c", flags: &["-ldl"] },
     // Two versions whose frames differ: a table of the one is wrong for the other.

@@ -1,6 +1,10 @@
 //! Programs that the checks need and a machine may lack: installed by apt-get where that is possible, else named.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -42,9 +46,21 @@ pub(crate) const CONTAINERD: Tool = Tool {
 /// What the agent's cost is compared with.
 pub(crate) const PERF: Tool =
     Tool { name: "perf", package: "linux-perf", is_there: || command::is_installed("perf") };
-/// As [`PERF`].
+/// What heap profiles' cost is compared with.
+pub(crate) const HEAPTRACK: Tool =
+    Tool { name: "heaptrack", package: "heaptrack", is_there: || command::is_installed("heaptrack") };
 pub(crate) const BPFTRACE: Tool =
     Tool { name: "bpftrace", package: "bpftrace", is_there: || command::is_installed("bpftrace") };
+/// Allocators whose heaps the tests profile.
+pub(crate) const JEMALLOC: Tool =
+    Tool { name: "jemalloc", package: "libjemalloc2", is_there: || has_library("libjemalloc.so.2") };
+pub(crate) const TCMALLOC: Tool = Tool {
+    name: "tcmalloc",
+    package: "libtcmalloc-minimal4",
+    is_there: || has_library("libtcmalloc_minimal.so.4"),
+};
+pub(crate) const MIMALLOC: Tool =
+    Tool { name: "mimalloc", package: "libmimalloc2.0", is_there: || has_library("libmimalloc.so.2.0") };
 pub(crate) const QEMU: Tool = Tool {
     name: "qemu-system-x86_64",
     package: "qemu-system-x86",
@@ -85,6 +101,15 @@ pub(crate) fn need(tools: &[Tool]) -> Result<()> {
     still.map_or(Ok(()), |tool| bail!("{} is missing though {} is installed", tool.name, tool.package))
 }
 
+/// The same of tools without which some tests or cases are skipped by name: says which cannot be had.
+pub(crate) fn want(tools: &[Tool]) {
+    for tool in tools {
+        if let Err(error) = need(std::slice::from_ref(tool)) {
+            eprintln!("going on without {}: {error:#}", tool.name);
+        }
+    }
+}
+
 /// cargo-deny in the pinned version, installed in `target/tools` when it is not there.
 pub(crate) fn cargo_deny() -> Result<PathBuf> {
     let program = project::tools().join("bin/cargo-deny");
@@ -97,6 +122,11 @@ pub(crate) fn cargo_deny() -> Result<PathBuf> {
         command::run(&mut install).context("install cargo-deny")?;
     }
     Ok(program)
+}
+
+/// Whether the dynamic linker's folder for Debian's packages on x86-64 has a library.
+fn has_library(name: &str) -> bool {
+    Path::new("/usr/lib/x86_64-linux-gnu").join(name).exists()
 }
 
 /// Whether a development package's link to a shared libpython is in a folder of libraries.

@@ -24,11 +24,12 @@ use super::{
     unwind::UnwindMaps,
 };
 use crate::{
+    faults,
     memory::UnwindSizes,
     sys::{
         btf::{Btf, BtfError},
         cgroup, cpu,
-        perf_event::CpuClock,
+        perf_event::CpuEvent,
     },
     targets::Targets,
 };
@@ -69,7 +70,7 @@ pub(crate) enum BpfError {
     NoCgroup2(PathBuf),
     #[error("list the online CPUs")]
     Cpus(#[source] io::Error),
-    #[error("open the clock event of CPU {cpu}")]
+    #[error("open the sampling event of CPU {cpu}")]
     PerfEvent {
         cpu: u32,
         #[source]
@@ -92,12 +93,14 @@ pub(crate) struct LoadOptions {
     pub(crate) ring_bytes: u32,
     /// Room for unwind tables; `None` where there are none.
     pub(crate) tables: Option<UnwindSizes>,
+    /// Whether CPU time is sampled.
+    pub(crate) has_cpu: bool,
+    /// Whether page faults are sampled.
+    pub(crate) has_page_faults: bool,
     /// Processes that the kernel side knows, about 90 bytes each.
     pub(crate) processes: u32,
     /// User frames of one sample, `limits::USER_FRAMES_LIMIT_MIN` to `limits::USER_FRAMES_MAX`.
     pub(crate) stack_depth: u32,
-    /// Whether CPU time is sampled.
-    pub(crate) has_cpu: bool,
     /// What is sampled.
     pub(crate) targets: Targets,
     /// Sampling period in nanoseconds of CPU time.
@@ -114,7 +117,9 @@ pub(crate) struct Programs {
     /// What samples heaps, when it is wanted.
     heap: Option<HeapSource>,
     /// The clock event of every CPU that is sampled.
-    clocks: BTreeMap<u32, CpuClock>,
+    clocks: BTreeMap<u32, CpuEvent>,
+    /// The same of page faults; `None` where they are not wanted.
+    page_faults: Option<BTreeMap<u32, CpuEvent>>,
     /// What follows the events of processes. Dropping them detaches.
     process_events: Vec<RawTracePointLink>,
     /// CPUs that are online but whose event could not be opened when they came.
@@ -127,6 +132,7 @@ pub(crate) struct Programs {
 }
 
 const SAMPLE_PROGRAM: &str = "cpu_sample";
+const FAULT_PROGRAM: &str = "page_fault";
 /// Programs that follow processes, and the raw tracepoints they are attached to. The end of a process before its
 /// beginning, so that none is known whose end is not seen.
 const PROCESS_PROGRAMS: [(&str, &str); 4] = [
@@ -167,6 +173,9 @@ impl Programs {
             raw_tracepoint(&mut ebpf, name)?.load().map_err(|source| failed(name, source))?;
         }
         sample_program(&mut ebpf)?.load().map_err(sample_failed)?;
+        if options.has_page_faults {
+            load_page_faults(&mut ebpf)?;
+        }
         let targets = TargetMap::new(&mut ebpf, options.targets.clone())?;
         Ok(Self {
             ebpf,
@@ -174,6 +183,7 @@ impl Programs {
             targets,
             has_cpu: options.has_cpu,
             clocks: BTreeMap::new(),
+            page_faults: options.has_page_faults.then(BTreeMap::new),
             process_events: Vec::new(),
             refused: BTreeSet::new(),
             period_ns: options.period_ns,
@@ -184,13 +194,34 @@ impl Programs {
     /// Attaches everything and starts sampling on every CPU. For a sampler that does not run.
     pub(crate) fn start(&mut self) -> Result<(), BpfError> {
         self.attach_process_events()?;
-        if self.has_cpu { self.start_clocks() } else { Ok(()) }
+        if self.has_cpu {
+            self.start_clocks()?;
+        }
+        self.follow_page_faults()
     }
 
     fn start_clocks(&mut self) -> Result<(), BpfError> {
         self.open_clocks()?;
         for (&cpu, clock) in &self.clocks {
             clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
+        }
+        Ok(())
+    }
+
+    /// Samples page faults of the CPUs that are online, where they are wanted.
+    fn follow_page_faults(&mut self) -> Result<(), BpfError> {
+        let Some(events) = &mut self.page_faults else { return Ok(()) };
+        let online: BTreeSet<u32> =
+            cpu::online(&self.sys_root).map_err(BpfError::Cpus)?.into_iter().collect();
+        events.retain(|cpu, _| online.contains(cpu));
+        let new: Vec<u32> = online.into_iter().filter(|cpu| !events.contains_key(cpu)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let fd = fault_program(&mut self.ebpf)?.fd().map_err(fault_failed)?.as_fd();
+        for cpu in new {
+            let event = start_page_faults(cpu, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
+            events.insert(cpu, event);
         }
         Ok(())
     }
@@ -217,6 +248,7 @@ impl Programs {
     /// Samples the CPUs that have come online since, and drops the events of those that are gone. For a running
     /// sampler; a CPU whose event cannot be opened is tried again at the next call.
     pub(crate) fn follow_cpus(&mut self) -> Result<(), BpfError> {
+        self.follow_page_faults()?;
         if !self.has_cpu {
             return Ok(());
         }
@@ -262,7 +294,7 @@ impl Programs {
     /// Opens events of another period than the wanted one anew. The new one runs before the old one is closed.
     fn renew_clocks(&mut self) -> Result<(), BpfError> {
         let period_ns = self.period_ns;
-        let old = self.clocks.iter().filter(|(_, clock)| clock.period_ns() != period_ns);
+        let old = self.clocks.iter().filter(|(_, clock)| clock.period() != period_ns);
         let old: Vec<u32> = old.map(|(&cpu, _)| cpu).collect();
         if old.is_empty() {
             return Ok(());
@@ -307,18 +339,31 @@ impl Programs {
         }
     }
 
+    /// The same of page faults.
+    pub(crate) fn set_page_faults(&mut self, wanted: bool, is_running: bool) -> Result<(), BpfError> {
+        if !wanted {
+            self.stop_page_faults();
+            self.page_faults = None;
+            return Ok(());
+        }
+        load_page_faults(&mut self.ebpf)?;
+        self.page_faults.get_or_insert_default();
+        if is_running { self.follow_page_faults() } else { Ok(()) }
+    }
+
     /// Stops sampling and detaches everything; what is in the ring buffer stays there to be drained.
     pub(crate) fn stop(&mut self) {
         self.process_events.clear();
         self.stop_clocks();
+        self.stop_page_faults();
     }
 
     fn stop_clocks(&mut self) {
-        for (cpu, clock) in std::mem::take(&mut self.clocks) {
-            if let Err(error) = clock.disable() {
-                warn!(cpu, %error, "a clock event could not be stopped; closing it");
-            }
-        }
+        disable(std::mem::take(&mut self.clocks));
+    }
+
+    fn stop_page_faults(&mut self) {
+        disable(self.page_faults.as_mut().map(std::mem::take).unwrap_or_default());
     }
 
     /// CPUs being sampled.
@@ -383,13 +428,42 @@ fn sample_failed(source: ProgramError) -> BpfError {
     failed(SAMPLE_PROGRAM, source)
 }
 
-fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
-    let clock = CpuClock::open(cpu, period_ns)?;
+fn fault_program(ebpf: &mut Ebpf) -> Result<&mut PerfEvent, BpfError> {
+    program(ebpf, FAULT_PROGRAM)?.try_into().map_err(fault_failed)
+}
+
+/// Does nothing where it is loaded.
+fn load_page_faults(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    let program = fault_program(ebpf)?;
+    if program.fd().is_ok() { Ok(()) } else { program.load().map_err(fault_failed) }
+}
+
+fn disable(events: BTreeMap<u32, CpuEvent>) {
+    for (cpu, event) in events {
+        if let Err(error) = event.disable() {
+            warn!(cpu, %error, "a sampling event could not be stopped; closing it");
+        }
+    }
+}
+
+fn fault_failed(source: ProgramError) -> BpfError {
+    failed(FAULT_PROGRAM, source)
+}
+
+fn start_page_faults(cpu: u32, program: BorrowedFd<'_>) -> io::Result<CpuEvent> {
+    let event = CpuEvent::page_faults(cpu, faults::PERIOD)?;
+    event.set_program(program)?;
+    event.enable()?;
+    Ok(event)
+}
+
+fn open_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuEvent> {
+    let clock = CpuEvent::clock(cpu, period_ns)?;
     clock.set_program(program)?;
     Ok(clock)
 }
 
-fn start_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuClock> {
+fn start_clock(cpu: u32, period_ns: u64, program: BorrowedFd<'_>) -> io::Result<CpuEvent> {
     let clock = open_clock(cpu, period_ns, program)?;
     clock.enable()?;
     Ok(clock)
@@ -451,11 +525,12 @@ mod tests {
         let is_stopped = Arc::clone(&stop);
         let burner = std::thread::spawn(move || while !is_stopped.load(Relaxed) {});
         let options = LoadOptions {
+            has_cpu: true,
+            has_page_faults: false,
             ring_bytes: 1 << 20,
             tables: None,
             processes: 1024,
             stack_depth: 127,
-            has_cpu: true,
             targets: Targets::new(Vec::new(), true).expect("none"),
             period_ns: PERIODS_NS[0],
             cgroups: None,

@@ -4,12 +4,13 @@ use std::{
     collections::BTreeMap,
     io::Read as _,
     sync::{Arc, Mutex, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use profiler_pprof::{
     DecodeError, DecodeLimits, LabelSpec, Merger, OpsError, decode,
     proto::Profile,
-    push::{PushError, PushRequest},
+    push::{PushError, PushRequest, Temporality},
 };
 use tracing::warn;
 
@@ -30,8 +31,16 @@ pub(crate) struct Collector {
 #[derive(Debug, Default)]
 struct State {
     /// By profile type.
-    sums: BTreeMap<String, Merger>,
+    sums: BTreeMap<String, Sum>,
     bytes: u64,
+}
+
+/// Everything of a profile type that is summed over time; of one that is not, all series of the latest snapshot.
+#[derive(Debug, Default)]
+struct Sum {
+    merger: Merger,
+    /// When the snapshot was taken, in nanoseconds since the Unix epoch; 0 of what is no snapshot.
+    taken_unix_ns: i64,
 }
 
 /// Why a request was not added.
@@ -56,7 +65,22 @@ impl Collector {
     /// When the sum cannot be finished.
     pub(crate) fn take(&self, profile_type: &str) -> Result<Option<Profile>, OpsError> {
         let sum = self.lock().sums.remove(profile_type);
-        sum.map(Merger::finish).transpose()
+        sum.map(|sum| sum.merger.finish()).transpose()
+    }
+
+    /// The latest snapshot, if it was taken at that time or later. Nothing is sent of one that is empty.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub(crate) fn take_snapshot_since(
+        &self,
+        profile_type: &str,
+        time: SystemTime,
+    ) -> Result<Option<Profile>, OpsError> {
+        let sum = self.lock().sums.remove(profile_type);
+        let time_ns = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let is_since = |sum: &Sum| i128::from(sum.taken_unix_ns) >= time_ns.cast_signed();
+        sum.filter(is_since).map(|sum| sum.merger.finish()).transpose()
     }
 
     fn add(&self, body: &[u8]) -> Result<(), CollectError> {
@@ -72,7 +96,16 @@ impl Collector {
             let profile = decode(&series.pprof, &DecodeLimits::default())?;
             let labels: Vec<_> =
                 series.labels.iter().map(|label| LabelSpec::text(&label.name, &label.value)).collect();
-            state.sums.entry(series.profile_type.clone()).or_default().add(&profile, &labels)?;
+            let sum = state.sums.entry(series.profile_type.clone()).or_default();
+            if Temporality::from_wire(series.temporality) == Some(Temporality::Snapshot) {
+                if series.start_unix_ns < sum.taken_unix_ns {
+                    continue;
+                }
+                if series.start_unix_ns > sum.taken_unix_ns {
+                    *sum = Sum { merger: Merger::default(), taken_unix_ns: series.start_unix_ns };
+                }
+            }
+            sum.merger.add(&profile, &labels)?;
         }
         Ok(())
     }
@@ -104,15 +137,24 @@ mod tests {
     use super::*;
 
     fn body(seconds: i64) -> Vec<u8> {
+        body_of("cpu", push::Temporality::Delta, 1, seconds)
+    }
+
+    fn body_of(
+        profile_type: &str,
+        temporality: push::Temporality,
+        start_unix_ns: i64,
+        seconds: i64,
+    ) -> Vec<u8> {
         let cpu = TypeSpec::new("cpu", "nanoseconds");
         let mut builder = ProfileBuilder::new(&[cpu], cpu, 1);
         builder.duration_ns(seconds * 1_000_000_000);
         builder.sample(&[], &[seconds], &[]);
         let series = push::Series {
             labels: push::labels([("exe", "app")]),
-            profile_type: "cpu".to_owned(),
-            temporality: push::Temporality::Delta.to_wire(),
-            start_unix_ns: 1,
+            profile_type: profile_type.to_owned(),
+            temporality: temporality.to_wire(),
+            start_unix_ns,
             duration_ns: 1,
             pprof: encode_gzip(&builder.finish()),
         };
@@ -135,6 +177,20 @@ mod tests {
         assert_eq!(profile.sample[0].value, [3], "{profile}");
         assert!(profile.to_string().contains("exe=\"app\""), "{profile}");
         assert_eq!(collector.take("heap"), Ok(None));
+    }
+
+    #[test]
+    fn of_snapshots_the_latest_counts_with_all_its_series() {
+        let collector = Collector::default();
+        for (time, value) in [(5, 100), (7, 1), (7, 2), (6, 200)] {
+            let body = body_of("heap", push::Temporality::Snapshot, time, value);
+            collector.add(&body).expect("a batch");
+        }
+        let since = |ns| UNIX_EPOCH + std::time::Duration::from_nanos(ns);
+        let profile = collector.take_snapshot_since("heap", since(7)).expect("a sum").expect("of two");
+        assert_eq!(profile.sample[0].value, [3], "{profile}");
+        collector.add(&body_of("heap", push::Temporality::Snapshot, 8, 1)).expect("a batch");
+        assert_eq!(collector.take_snapshot_since("heap", since(9)), Ok(None), "it held nothing at the end");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::queue::Batch;
 use crate::{
     drain::KernelCut,
     executable::Executable,
+    faults,
     languages::{self, Language},
     ledger::{PerType, ProfileType},
     normalize::Location,
@@ -118,6 +119,7 @@ impl Request {
             Measure::Cpu => (ProfileType::Cpu.name(), Temporality::Delta),
             Measure::Allocs { .. } => (ProfileType::Allocs.name(), Temporality::Delta),
             Measure::InUse { .. } => ("heap", Temporality::Snapshot),
+            Measure::PageFaults => (ProfileType::PageFaults.name(), Temporality::Delta),
         };
         self.series.push(push::Series {
             labels: push::labels(series.labels.iter()),
@@ -180,6 +182,7 @@ impl<'a> SeriesEncoder<'a> {
             Measure::Cpu => cpu_builder(window.period_ns),
             Measure::Allocs { rate } => heap_builder(["alloc_objects", "alloc_space"], rate),
             Measure::InUse { rate } => heap_builder(["inuse_objects", "inuse_space"], rate),
+            Measure::PageFaults => faults_builder(),
         };
         builder.time_ns(window.start_unix_ns.cast_signed());
         builder.duration_ns(window.duration_ns.cast_signed());
@@ -203,7 +206,7 @@ impl<'a> SeriesEncoder<'a> {
             let counts = entry.counts;
             let count = match window.measure {
                 Measure::Cpu => counts.samples,
-                Measure::Allocs { .. } | Measure::InUse { .. } => {
+                Measure::Allocs { .. } | Measure::InUse { .. } | Measure::PageFaults => {
                     counts.objects.saturating_add(OBJECT / 2) / OBJECT
                 }
             };
@@ -350,14 +353,30 @@ fn cpu_builder(period_ns: u64) -> ProfileBuilder {
     builder
 }
 
+/// What stands between a C++ program and the allocator: pprof drops these frames, so that memory is their callers'.
+/// profile.proto: Profile.drop_frames.
+const ALLOCATOR_FRAMES: &str = r"operator new(\[\])?|(std|__gnu_cxx)::(__)?(new_)?(allocator|allocator_traits)<.*|std::__detail::_Hashtable_alloc<.*";
+
 /// `types` are those of objects and of bytes, named as in Go's profiles.
 fn heap_builder(types: [&'static str; 2], rate: u32) -> ProfileBuilder {
     let [objects, space] = types;
     let types = [TypeSpec::new(objects, "count"), TypeSpec::new(space, "bytes")];
     let mut builder = ProfileBuilder::new(&types, TypeSpec::new("space", "bytes"), rate.into());
     builder.default_sample_type(space);
+    builder.frame_filters(ALLOCATOR_FRAMES, "");
     builder.comment(&format!(
         "one sample per {rate} bytes allocated, each scaled by the inverse of its probability"
+    ));
+    builder
+}
+
+fn faults_builder() -> ProfileBuilder {
+    let (faults, space) = (TypeSpec::new("faults", "count"), TypeSpec::new("fault_space", "bytes"));
+    let mut builder = ProfileBuilder::new(&[faults, space], faults, faults::PERIOD.cast_signed());
+    builder.default_sample_type("fault_space");
+    builder.comment(&format!(
+        "one in {} page faults, without those of files and of shared memory",
+        faults::PERIOD
     ));
     builder
 }

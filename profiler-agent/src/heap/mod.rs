@@ -10,6 +10,7 @@ mod calibrate;
 mod find;
 mod link_map;
 mod live;
+mod member;
 mod notes;
 mod probes;
 mod profiler;
@@ -22,7 +23,7 @@ use std::{
     io,
     sync::{
         Mutex, PoisonError,
-        atomic::AtomicU64,
+        atomic::{AtomicBool, AtomicU64},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
 };
@@ -30,12 +31,13 @@ use std::{
 use aya::maps::MapError;
 pub(crate) use budget::Budget;
 pub(crate) use calibrate::Options;
+use link_map::Objects;
 pub(crate) use live::{Live, LiveCounts, Sample};
 pub(crate) use notes::Notes;
 pub(crate) use profiler::Profiler;
 use profiler_common::heap::{Hits, POINTS_MAX, TARGETS_MAX};
 use profiler_heap::ScanError;
-pub(crate) use rules::{Rule, Rules, parse};
+pub(crate) use rules::{DEFAULT_RATE, Rule, Rules, parse, parse_rate};
 pub(crate) use states::{HeapState, HeapStates};
 pub(crate) use windows::HeapWindows;
 
@@ -117,6 +119,14 @@ pub(crate) struct HeapGauges {
     pub(crate) windows: AtomicU64,
     /// What became of each process that is meant.
     pub(crate) states: HeapStates,
+    /// Looks at all processes.
+    pub(crate) scans: AtomicU64,
+    /// Processes attached to so far.
+    pub(crate) attached: AtomicU64,
+    /// Times that a process went above its budget.
+    pub(crate) above_budget: AtomicU64,
+    /// The kernel turned out not to do it.
+    pub(crate) has_failed: AtomicBool,
     costs: Mutex<Costs>,
 }
 
@@ -131,6 +141,12 @@ impl HeapGauges {
         // As above.
         *self.costs.lock().unwrap_or_else(PoisonError::into_inner) = costs;
     }
+}
+
+/// Whether the dynamic linker of a process has loaded its objects, where it has one.
+pub(crate) fn has_loaded(pid: u32) -> bool {
+    let objects = link_map::objects(format!("/proc/{pid}").as_ref());
+    matches!(objects, Some(Objects::Static | Objects::Dynamic(_)))
 }
 
 /// What the thread is told.

@@ -148,7 +148,7 @@ impl Profiler {
                 self.scan();
             }
         }
-        self.detach_all();
+        self.end();
     }
 
     fn wait(&self, ticked: Instant) -> Duration {
@@ -198,6 +198,7 @@ impl Profiler {
             }
             Err(error) => {
                 self.state = State::Failed;
+                self.gauges.has_failed.store(true, Relaxed);
                 let error = format!("{:#}", anyhow::Error::from(error));
                 error!(error, "no heap is profiled");
             }
@@ -211,6 +212,15 @@ impl Profiler {
         self.due.clear();
         if self.state == State::Running {
             self.state = State::Paused;
+        }
+    }
+
+    /// Takes all probes out. Whose samples were followed stays known: the last snapshot is of those that have not ended.
+    fn end(mut self) {
+        self.detach_ended();
+        for (_, attached) in std::mem::take(&mut self.attached) {
+            self.count_hits(&attached);
+            attached.take_out(&mut self.free_points);
         }
     }
 
@@ -285,6 +295,7 @@ impl Profiler {
                 self.look_at(Due { pid, at: Instant::now(), tries: 0 });
             }
         }
+        self.gauges.scans.fetch_add(1, Relaxed);
     }
 
     fn look_at_due(&mut self) {
@@ -361,7 +372,9 @@ impl Profiler {
         let (functions, files) = (attached.functions(), attached.files());
         self.attached.insert(pid, attached);
         self.begin(pid, budget)?;
+        self.gauges.attached.fetch_add(1, Relaxed);
         info!(pid, rate, %budget, functions, files, "profiling the heap");
+        self.processes.request_tables(pid);
         self.gauges.states.set(pid, HeapState::Profiled { rate, file: files, functions });
         if in_use == InUse::Seccomp {
             tell_seccomp(pid);
@@ -434,6 +447,7 @@ impl Profiler {
         attached.stop(&mut self.program, now_ns)?;
         self.notes.close_span(slot, now_ns);
         if is_first {
+            self.gauges.above_budget.fetch_add(1, Relaxed);
             info!(pid, %budget, "the heap's probes cost more than their budget: sampling in windows");
         }
         let keeps_frees = attached.governor.keeps_frees();
@@ -481,16 +495,22 @@ impl Profiler {
 
     /// Lets go of processes that have ended, and follows what the others load and take up.
     fn look_after_attached(&mut self) {
+        self.detach_ended();
         let pids: Vec<u32> = self.attached.keys().copied().collect();
         for pid in pids {
-            let start_ticks = self.finder.images().start_ticks(pid);
-            if self.attached.get(&pid).map(|attached| attached.start_ticks) != start_ticks {
-                self.detach(pid);
-                continue;
-            }
             let followed = self.follow_seccomp(pid).and_then(|()| self.follow_objects(pid));
             if let Err(error) = followed {
                 self.lose(pid, error);
+            }
+        }
+    }
+
+    fn detach_ended(&mut self) {
+        let starts: Vec<_> =
+            self.attached.iter().map(|(&pid, attached)| (pid, attached.start_ticks)).collect();
+        for (pid, start_ticks) in starts {
+            if self.finder.images().start_ticks(pid) != Some(start_ticks) {
+                self.detach(pid);
             }
         }
     }
@@ -546,11 +566,7 @@ impl Profiler {
     fn detach(&mut self, pid: u32) {
         let Some(attached) = self.attached.remove(&pid) else { return };
         let (slot, id) = (attached.slot, attached.target.id);
-        if let Ok(hits) = self.program.hits(slot) {
-            let spent = self.costs.of(since(attached.hits, hits));
-            self.gauges.hits.fetch_add(entries(hits) - entries(attached.hits), Relaxed);
-            self.gauges.probe_ns.fetch_add((spent.total() * 1e9) as u64, Relaxed);
-        }
+        self.count_hits(&attached);
         attached.take_out(&mut self.free_points);
         self.notes.unfollow(id);
         self.notes.end(slot, clock::boot_ns());
@@ -558,6 +574,14 @@ impl Profiler {
         self.free_slots.push(slot);
         self.show();
         info!(pid, "the heap is no longer profiled");
+    }
+
+    /// Counts what it has cost since the last reading.
+    fn count_hits(&self, attached: &Attached) {
+        let Ok(hits) = self.program.hits(attached.slot) else { return };
+        let spent = self.costs.of(since(attached.hits, hits));
+        self.gauges.hits.fetch_add(entries(hits) - entries(attached.hits), Relaxed);
+        self.gauges.probe_ns.fetch_add((spent.total() * 1e9) as u64, Relaxed);
     }
 
     fn show(&self) {

@@ -1,6 +1,6 @@
 //! Whose heap is profiled, and at what rate.
 
-use super::Budget;
+use super::{Budget, member};
 use crate::label::SeriesLabels;
 
 /// Mean bytes between samples, as in Go's runtime.
@@ -9,7 +9,7 @@ pub(crate) const DEFAULT_RATE: u32 = 512 << 10;
 /// Processes of one kind, and how they are profiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
-    /// Name of a series label, or `pid`.
+    /// Name of a series label, or `pid`, `family` (a pid), `cgroup`.
     pub(crate) name: String,
     /// Its whole value.
     pub(crate) value: String,
@@ -54,6 +54,11 @@ impl Rule {
     pub(crate) fn matches(&self, pid: u32, labels: &SeriesLabels) -> bool {
         match self.name.as_str() {
             "pid" => self.value == pid.to_string(),
+            "family" => {
+                let ancestor = self.value.parse();
+                ancestor.is_ok_and(|ancestor| member::is_of_family("/proc".as_ref(), pid, ancestor))
+            }
+            "cgroup" => member::is_in_cgroup("/proc".as_ref(), pid, &self.value),
             name => labels.get(name) == Some(&self.value),
         }
     }

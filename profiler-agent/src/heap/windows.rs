@@ -51,18 +51,19 @@ impl HeapWindows {
     /// Closes the windows whose samples are all there, and takes a snapshot when there was one.
     pub(crate) fn close_due(&mut self, complete_ns: u64, clock: WallClock) -> Vec<Closed> {
         let closed = self.windows.close_due(complete_ns, clock);
-        self.with_snapshot(closed, clock)
+        let ends_ns = closed.iter().map(|window| clock.boot_of(window.start_unix_ns) + window.duration_ns);
+        let at_ns = ends_ns.max();
+        self.with_snapshot(closed, at_ns, clock)
     }
 
-    /// Closes everything.
+    /// Closes everything. All samples are there: the last snapshot is of now, even if the last window ended before.
     pub(crate) fn close_all(&mut self, now_ns: u64) -> Vec<Closed> {
         let closed = self.windows.close_all(now_ns);
-        self.with_snapshot(closed, WallClock::now())
+        self.with_snapshot(closed, Some(now_ns), WallClock::now())
     }
 
-    fn with_snapshot(&mut self, closed: Vec<Closed>, clock: WallClock) -> Vec<Closed> {
-        let ends_ns = closed.iter().map(|window| clock.boot_of(window.start_unix_ns) + window.duration_ns);
-        let snapshot = ends_ns.max().and_then(|at_ns| self.live.snapshot(at_ns, &self.room));
+    fn with_snapshot(&mut self, closed: Vec<Closed>, at_ns: Option<u64>, clock: WallClock) -> Vec<Closed> {
+        let snapshot = at_ns.and_then(|at_ns| self.live.snapshot(at_ns, &self.room));
         let rate = self.notes.rate();
         let allocs = closed.into_iter().map(|window| {
             let mut window = Closed { measure: Measure::Allocs { rate }, ..window };

@@ -437,7 +437,8 @@ impl Processes {
         self.request_tables(pid);
     }
 
-    fn request_tables(&self, pid: u32) {
+    /// Asks for the unwind tables of a process as it is now.
+    pub(crate) fn request_tables(&self, pid: u32) {
         if let Some(tables) = &self.tables {
             tables.request(pid);
         }

@@ -11,7 +11,15 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 
-use crate::{privileges, sys::hold::Hold};
+use tracing::warn;
+
+use crate::{
+    heap, privileges,
+    sys::{
+        hold::{self, Hold},
+        loading::Traced,
+    },
+};
 
 /// How long a command has to end after it was told to.
 const END_DEADLINE: Duration = Duration::from_secs(5);
@@ -36,7 +44,6 @@ pub(super) struct Waiting {
 /// The command, from its first instruction on.
 pub(super) struct Running {
     child: Child,
-    status: Option<ExitStatus>,
 }
 
 impl Waiting {
@@ -72,27 +79,48 @@ impl Waiting {
         self.hold.pid()
     }
 
-    /// Lets it become the command.
+    /// Lets it become the command. Where it `is_stopped` for that, it waits before the first instruction of its own code, its
+    /// libraries loaded, until `loaded` has looked at it.
     ///
     /// # Errors
     /// When the command cannot be run.
-    pub(super) fn run(self) -> anyhow::Result<Running> {
+    pub(super) fn run(self, loaded: impl FnOnce(u32), is_stopped: bool) -> anyhow::Result<Running> {
         let Self { hold, spawned, program } = self;
+        let pid = hold.pid();
+        let traced = is_stopped.then(|| trace(pid)).flatten();
         hold.release().context("release the command")?;
+        if let Some(traced) = traced {
+            match traced.wait_until_loaded(|| heap::has_loaded(pid)) {
+                Ok(Some(stopped)) => {
+                    loaded(pid);
+                    drop(stopped);
+                }
+                Ok(None) => {}
+                Err(error) => warn!(pid, %error, "the command is not followed from its first instruction"),
+            }
+        }
         let spawned = spawned.recv().map_err(|_| anyhow!("the thread that spawns {program} died"))?;
         let child = spawned.map_err(|source| NotRun { program, source })?;
-        Ok(Running { child, status: None })
+        Ok(Running { child })
     }
 }
 
+/// Follows the process to its first own instruction, where that can be done.
+fn trace(pid: u32) -> Option<Traced> {
+    if !cfg!(target_arch = "x86_64") {
+        return None;
+    }
+    let traced = Traced::seize(pid);
+    traced.inspect_err(|error| warn!(pid, %error, "the command cannot be stopped at its start")).ok()
+}
+
 impl Running {
-    /// It has.
+    /// It has, and is still known to the kernel.
     ///
     /// # Errors
     /// When the kernel does not say.
-    pub(super) fn has_ended(&mut self) -> anyhow::Result<bool> {
-        self.status = self.child.try_wait().context("wait for the command")?;
-        Ok(self.status.is_some())
+    pub(super) fn has_ended(&self) -> anyhow::Result<bool> {
+        hold::has_ended(&self.child).context("look at the command")
     }
 
     /// Its status; one that still runs is asked to end.
@@ -100,15 +128,12 @@ impl Running {
     /// # Errors
     /// When the kernel does not say.
     pub(super) fn finish(mut self) -> anyhow::Result<ExitStatus> {
-        if let Some(status) = self.status {
-            return Ok(status);
+        if !self.has_ended()? {
+            hold::terminate(&self.child);
         }
-        crate::sys::hold::terminate(&self.child);
         let deadline = Instant::now() + END_DEADLINE;
         while Instant::now() < deadline {
-            if self.has_ended()?
-                && let Some(status) = self.status
-            {
+            if let Some(status) = self.child.try_wait().context("wait for the command")? {
                 return Ok(status);
             }
             thread::sleep(Duration::from_millis(20));

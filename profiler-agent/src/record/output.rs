@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use inferno::flamegraph;
 use profiler_pprof::{encode_gzip, proto::Profile};
 
-use super::summary::stacks;
+use super::summary::{Shown, stacks};
 use crate::config::ConfigError;
 
 /// The form of a recording.
@@ -21,7 +21,7 @@ enum Form {
     Pprof,
     /// A flame graph that a browser shows.
     Svg,
-    /// `root;caller;function NANOSECONDS`, one stack a line.
+    /// `root;caller;function VALUE`, one stack a line: nanoseconds or bytes.
     Folded,
 }
 
@@ -164,8 +164,9 @@ fn render(form: Form, profile: &Profile, to: &mut impl Write) -> anyhow::Result<
 
 fn svg(profile: &Profile, to: &mut impl Write) -> anyhow::Result<()> {
     let mut options = flamegraph::Options::default();
-    "CPU time".clone_into(&mut options.title);
-    "ns".clone_into(&mut options.count_name);
+    let (title, unit) = Shown::of(profile).title();
+    title.clone_into(&mut options.title);
+    unit.clone_into(&mut options.count_name);
     let lines = folded(profile);
     flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), to).context("draw the flame graph")
 }

@@ -17,6 +17,8 @@ pub(super) enum Target {
     Everything,
     /// These, and what they start from then on.
     Processes(Vec<u32>),
+    /// A process that is about to become the command, and what that starts.
+    Command(u32),
     /// All in this cgroup of the v2 hierarchy and below: its path as `/proc/PID/cgroup` has it.
     Cgroup(String),
 }
@@ -29,6 +31,7 @@ impl fmt::Display for Target {
                 let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
                 write!(f, "process {}", pids.join(", "))
             }
+            Self::Command(pid) => write!(f, "process {pid}"),
             Self::Cgroup(path) => write!(f, "cgroup {path}"),
         }
     }
@@ -60,6 +63,7 @@ impl Target {
     pub(super) fn to_targets(&self) -> Targets {
         let list = match self {
             Self::Processes(pids) => return Targets::family(pids),
+            Self::Command(pid) => return Targets::family(&[*pid]),
             Self::Everything => Vec::new(),
             Self::Cgroup(path) => vec![crate::targets::Target {
                 cgroup: Some(path.into()),

@@ -71,6 +71,14 @@ impl Gate {
     }
 }
 
+/// Whether a child has ended. Its status stays for the one who waits for it, and so does its entry in `/proc`.
+pub(crate) fn has_ended(child: &Child) -> io::Result<bool> {
+    use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+    let pid = Pid::from_child(child);
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    Ok(waitid(WaitId::Pid(pid), options)?.is_some())
+}
+
 /// Asks a child to end: SIGTERM.
 pub(crate) fn terminate(child: &Child) {
     let pid = child.id().cast_signed();
@@ -96,6 +104,16 @@ mod tests {
         let mut child = spawning.join().expect("no panic").expect("it runs");
         assert_eq!(child.id(), pid);
         assert!(child.wait().expect("it ends").success());
+    }
+
+    #[test]
+    fn a_child_that_has_ended_is_there_until_it_is_waited_for() {
+        let mut child = Command::new("false").spawn().expect("it starts");
+        while !has_ended(&child).expect("a child of ours") {
+            std::thread::yield_now();
+        }
+        assert!(std::path::Path::new(&format!("/proc/{}/stat", child.id())).exists());
+        assert_eq!(child.wait().expect("it has ended").code(), Some(1));
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub(crate) mod file_map;
 pub(crate) mod heap;
 pub(crate) mod hold;
 pub(crate) mod limits;
+pub(crate) mod loading;
 pub(crate) mod memory;
 pub(crate) mod page;
 pub(crate) mod page_cache;

@@ -1,4 +1,4 @@
-//! Perf events of a CPU: the clock with the sampling program on it, and the one that tells of executable mappings.
+//! Perf events of a CPU: those with a sampling program on them, and the one that tells of executable mappings.
 //!
 //! aya opens perf events too, but without `exclude_idle`, and it enables them at once.
 
@@ -33,6 +33,7 @@ const _: () = assert!(size_of::<Attr>() == 96, "PERF_ATTR_SIZE_VER3");
 
 const PERF_TYPE_SOFTWARE: u32 = 1;
 const PERF_COUNT_SW_CPU_CLOCK: u64 = 0;
+const PERF_COUNT_SW_PAGE_FAULTS_MIN: u64 = 5;
 const PERF_COUNT_SW_DUMMY: u64 = 9;
 const PERF_SAMPLE_TIME: u64 = 1 << 2;
 /// Bit of `perf_event_attr.disabled`.
@@ -55,32 +56,43 @@ const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
 const PERF_EVENT_IOC_DISABLE: libc::Ioctl = 0x2401;
 const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408u32 as libc::Ioctl;
 
-/// A clock event of one CPU. Closing it detaches the program.
+/// An event of one CPU. Closing it detaches the program.
 #[derive(Debug)]
-pub(crate) struct CpuClock {
+pub(crate) struct CpuEvent {
     fd: OwnedFd,
-    period_ns: u64,
+    period: u64,
 }
 
-impl CpuClock {
-    /// Opens the event on `cpu`, disabled, firing each `period_ns` of time that is not idle.
+impl CpuEvent {
+    /// Opens a clock event on `cpu`, disabled, firing each `period_ns` of time that is not idle.
     #[doc(alias = "PERF_COUNT_SW_CPU_CLOCK")]
-    pub(crate) fn open(cpu: u32, period_ns: u64) -> io::Result<Self> {
+    pub(crate) fn clock(cpu: u32, period_ns: u64) -> io::Result<Self> {
+        Self::open(cpu, PERF_COUNT_SW_CPU_CLOCK, period_ns, DISABLED | EXCLUDE_IDLE)
+    }
+
+    /// Opens an event on `cpu`, disabled, firing once in `period` page faults that needed no disk. It fires when the page is
+    /// there (from Linux 5.9 on: mm/memory.c: mm_account_fault).
+    #[doc(alias = "PERF_COUNT_SW_PAGE_FAULTS_MIN")]
+    pub(crate) fn page_faults(cpu: u32, period: u64) -> io::Result<Self> {
+        Self::open(cpu, PERF_COUNT_SW_PAGE_FAULTS_MIN, period, DISABLED)
+    }
+
+    fn open(cpu: u32, event: u64, period: u64, flags: u64) -> io::Result<Self> {
         let attr = Attr {
             kind: PERF_TYPE_SOFTWARE,
             size: size_of::<Attr>() as u32,
-            config: PERF_COUNT_SW_CPU_CLOCK,
-            sample_period: period_ns,
-            flags: DISABLED | EXCLUDE_IDLE,
+            config: event,
+            sample_period: period,
+            flags,
             ..Attr::default()
         };
-        Ok(Self { fd: open(&attr, cpu)?, period_ns })
+        Ok(Self { fd: open(&attr, cpu)?, period })
     }
 
     /// The period it was opened with, which it keeps: `PERF_EVENT_IOC_PERIOD` changes when a clock event fires, but not
     /// the period that its samples state. Source: kernel/events/core.c, perf_swevent_hrtimer: `hw.last_period`.
-    pub(crate) fn period_ns(&self) -> u64 {
-        self.period_ns
+    pub(crate) fn period(&self) -> u64 {
+        self.period
     }
 
     /// Runs a loaded perf event program at each event.
@@ -149,7 +161,7 @@ mod tests {
     #[test]
     #[ignore = "needs root and BPF"]
     fn an_event_opens_starts_and_stops() {
-        let event = CpuClock::open(0, 52_631_578).expect("CPU 0 has a clock");
+        let event = CpuEvent::clock(0, 52_631_578).expect("CPU 0 has a clock");
         event.enable().expect("enable");
         event.disable().expect("disable");
     }

@@ -104,6 +104,8 @@ pub(crate) struct TableRequests {
 pub(crate) enum Request {
     /// It may have other mappings than before.
     Read(u32),
+    /// The same, and to be told when its tables are made or cannot be had.
+    ReadFor(u32, SyncSender<()>),
     /// It has one more mapping.
     Mapped(u32, Mapping),
     /// It was forked from a process that was known.
@@ -116,6 +118,14 @@ impl TableRequests {
     /// Asks for the tables of a process as it is now. Never waits.
     pub(crate) fn request(&self, pid: u32) {
         self.send(Request::Read(pid));
+    }
+
+    /// The same, and waits until they are made or cannot be had, or the deadline has passed.
+    pub(crate) fn request_and_wait(&self, pid: u32, deadline: Duration) {
+        let (sender, done) = sync_channel(1);
+        self.send(Request::ReadFor(pid, sender));
+        // It is no error to go on without.
+        let _ = done.recv_timeout(deadline);
     }
 
     /// Tells of a new mapping. Where that is lost, the first sample whose stack ends there asks for all of them.
@@ -164,6 +174,8 @@ pub(crate) struct Unwinder {
     waiting: VecDeque<u32>,
     /// What those have mapped that need not be read for it: all else of theirs is known.
     new_mappings: HashMap<u32, Vec<Mapping>>,
+    /// Who is to be told when one was looked at.
+    told: Vec<(u32, SyncSender<()>)>,
     has_made_tables: bool,
     payer: Payer,
 }
@@ -209,6 +221,7 @@ impl Unwinder {
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
             new_mappings: HashMap::new(),
+            told: Vec::new(),
             has_made_tables: false,
             payer,
         }
@@ -230,6 +243,10 @@ impl Unwinder {
                     Some(mappings) => self.extend(pid, &mappings),
                     None => self.update(pid),
                 }
+                self.told.extract_if(.., |(asked, _)| *asked == pid).for_each(|(_, asker)| {
+                    // One that waits no more need not know.
+                    let _ = asker.try_send(());
+                });
             }
             if self.waiting.is_empty() {
                 self.counts.has_scanned.store(true, Relaxed);
@@ -276,6 +293,12 @@ impl Unwinder {
                 self.enqueue(pid);
             }
             Request::Mapped(pid, mapping) => self.take_mapping(pid, mapping),
+            // Somebody waits: ahead of those nobody waits for.
+            Request::ReadFor(pid, sender) => {
+                self.new_mappings.remove(&pid);
+                self.waiting.push_front(pid);
+                self.told.push((pid, sender));
+            }
             Request::Forked(pid) => self.adopt(pid),
             Request::Exited(pid, start_ns) => self.bury(pid, start_ns),
         }

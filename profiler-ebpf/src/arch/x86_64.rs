@@ -99,7 +99,13 @@ macro_rules! context_period {
         $crate::stack::load_context!($ctx, 168)
     };
 }
-pub(crate) use {context_ip, context_period};
+/// `bpf_perf_event_data.addr`, behind the period.
+macro_rules! context_address {
+    ($ctx:expr) => {
+        $crate::stack::load_context!($ctx, 176)
+    };
+}
+pub(crate) use {context_address, context_ip, context_period};
 
 /// Whether the sample was taken in user mode. Kernel addresses have the top bit set.
 #[inline(always)]

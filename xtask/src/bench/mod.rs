@@ -8,6 +8,7 @@
 mod case;
 mod churn;
 mod compile;
+mod heap;
 mod load;
 mod memory_cgroup;
 mod proc;
@@ -67,6 +68,15 @@ pub(crate) enum Bench {
         #[arg(long, default_value_t = 19, value_parser = clap::value_parser!(u32).range(1..=1000))]
         frequency: u32,
     },
+    /// What profiling its heap costs a program, beside heaptrack and bpftrace.
+    Heap {
+        /// CPU seconds of the program in each case.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        seconds: u64,
+        /// How often each case is measured.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+        rounds: u32,
+    },
     /// What stacks cost in the kernel by their depth, and what unwind tables cost.
     Unwind {
         /// Measured seconds of each depth.
@@ -106,6 +116,10 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
         Bench::Churn { seconds, frequency } => {
             tools::need(&[PERF])?;
             churn(Duration::from_secs(seconds), frequency)
+        }
+        Bench::Heap { seconds, rounds } => {
+            let folder = Folder::create()?;
+            folder.write("heap.json", &heap::run(Duration::from_secs(seconds), rounds, &folder.work())?)
         }
         Bench::Unwind { seconds } => {
             let folder = Folder::create()?;
