@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     heap::HeapState,
     label::{Owner, owner, short_name, task_name},
+    ledger::ProfileType,
     pipeline::period_ns,
     process::pids,
     status::Phase,
@@ -154,7 +155,8 @@ impl Census {
     /// Looks at every process.
     pub(crate) fn take(asked: Asked<'_>) -> Self {
         let Asked { proc, hierarchy, phase, targets, profiles, frequency_hz, includes_below, heap } = asked;
-        let has_cpu = profiles.iter().any(|kind| kind == "cpu");
+        let takes = |profile_type: ProfileType| profiles.iter().any(|kind| kind == profile_type.name());
+        let (has_cpu, has_faults) = (takes(ProfileType::Cpu), takes(ProfileType::PageFaults));
         let wire = targets.to_wire(hierarchy);
         let judges: Vec<_> = targets
             .list()
@@ -177,7 +179,8 @@ impl Census {
             .map(|process| {
                 let met = judges.iter().position(|judge| judge.is_met(&process, includes_below));
                 let frequency_hz = met.map_or(default_hz, |at| judges[at].frequency_hz);
-                row(process, met, frequency_hz, &heap)
+                let is_wanted = met.map_or(targets.is_default_wanted(), |at| judges[at].target.is_wanted);
+                row(process, met, (frequency_hz, is_wanted && has_faults), &heap)
             })
             .collect();
         let count = |target: Option<usize>| rows.iter().filter(|row| row.target == target).count();
@@ -206,13 +209,18 @@ fn kept(frequency_hz: u32, one_in: NonZeroU32, is_wanted: bool) -> f64 {
 fn row(
     process: Identity,
     met: Option<usize>,
-    frequency_hz: f64,
+    (frequency_hz, has_faults): (f64, bool),
     heap: &BTreeMap<u32, HeapState>,
 ) -> ProcessRow {
     let Identity { pid, comm, cgroup, owner } = process;
     let heap = heap.get(&pid).cloned();
     let has_heap = matches!(heap, Some(HeapState::Profiled { .. }));
-    let types = [("cpu", frequency_hz > 0.0), ("allocs", has_heap), ("heap", has_heap)];
+    let types = [
+        (ProfileType::Cpu.name(), frequency_hz > 0.0),
+        (ProfileType::PageFaults.name(), has_faults),
+        (ProfileType::Allocs.name(), has_heap),
+        ("heap", has_heap),
+    ];
     ProcessRow {
         pid,
         comm: task_name(&comm),
