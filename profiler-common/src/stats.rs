@@ -119,7 +119,7 @@ impl Timed {
 pub const TIMED_EVERY: u64 = 64;
 const _: () = assert!(TIMED_EVERY.is_power_of_two());
 
-/// Slots of a histogram of durations: each octave in [`STEPS`], those below the first bound in the first slot, those of
+/// Slots of a histogram of durations: each octave in four, those below the first bound in the first slot, those of
 /// the last bound and more in the last.
 pub mod durations {
     /// Durations below `2^FIRST_LOG2` ns are in the first slot: 512 ns.

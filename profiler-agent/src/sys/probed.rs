@@ -12,46 +12,45 @@ pub(crate) enum Probed {
 }
 
 #[cfg(target_arch = "x86_64")]
-core::arch::global_asm!(
-    ".pushsection .text.profiler_probed, \"ax\", @progbits",
-    ".p2align 4",
-    "profiler_probed_emulated:",
-    "push rbp",
-    "mov rax, rdi",
-    "pop rbp",
-    "ret",
-    ".p2align 4",
-    "profiler_probed_emulated_return:",
-    "push rbp",
-    "mov rax, rdi",
-    "pop rbp",
-    "ret",
-    ".p2align 4",
-    "profiler_probed_stepped:",
-    "mov rax, rdi",
-    "ret",
-    ".popsection",
-);
+mod functions {
+    use std::arch::naked_asm;
+
+    #[unsafe(naked)]
+    pub(super) extern "C" fn emulated(value: u64) -> u64 {
+        naked_asm!("push rbp", "mov rax, rdi", "pop rbp", "ret")
+    }
+
+    /// Another one than [`emulated`], also for a linker that folds what is the same.
+    #[unsafe(naked)]
+    pub(super) extern "C" fn emulated_return(value: u64) -> u64 {
+        naked_asm!("push rbp", "mov rax, rdi", "nop", "pop rbp", "ret")
+    }
+
+    #[unsafe(naked)]
+    pub(super) extern "C" fn stepped(value: u64) -> u64 {
+        naked_asm!("mov rax, rdi", "ret")
+    }
+}
 
 #[cfg(target_arch = "aarch64")]
-core::arch::global_asm!(
-    ".pushsection .text.profiler_probed, \"ax\", @progbits",
-    "profiler_probed_emulated:",
-    "nop",
-    "ret",
-    "profiler_probed_emulated_return:",
-    "nop",
-    "ret",
-    "profiler_probed_stepped:",
-    "mov x1, x0",
-    "ret",
-    ".popsection",
-);
+mod functions {
+    use std::arch::naked_asm;
 
-unsafe extern "C" {
-    fn profiler_probed_emulated(value: u64) -> u64;
-    fn profiler_probed_emulated_return(value: u64) -> u64;
-    fn profiler_probed_stepped(value: u64) -> u64;
+    #[unsafe(naked)]
+    pub(super) extern "C" fn emulated(value: u64) -> u64 {
+        naked_asm!("nop", "ret")
+    }
+
+    /// As on x86-64.
+    #[unsafe(naked)]
+    pub(super) extern "C" fn emulated_return(value: u64) -> u64 {
+        naked_asm!("nop", "nop", "ret")
+    }
+
+    #[unsafe(naked)]
+    pub(super) extern "C" fn stepped(value: u64) -> u64 {
+        naked_asm!("mov x1, x0", "ret")
+    }
 }
 
 impl Probed {
@@ -62,16 +61,14 @@ impl Probed {
 
     /// Calls it.
     pub(crate) fn call(self, value: u64) -> u64 {
-        let function = self.function();
-        // SAFETY: the functions above take a word and give it back, by the C calling convention; they touch nothing else.
-        unsafe { function(value) }
+        self.function()(value)
     }
 
-    fn function(self) -> unsafe extern "C" fn(u64) -> u64 {
+    fn function(self) -> extern "C" fn(u64) -> u64 {
         match self {
-            Self::Emulated => profiler_probed_emulated,
-            Self::EmulatedReturn => profiler_probed_emulated_return,
-            Self::Stepped => profiler_probed_stepped,
+            Self::Emulated => functions::emulated,
+            Self::EmulatedReturn => functions::emulated_return,
+            Self::Stepped => functions::stepped,
         }
     }
 }
