@@ -149,7 +149,7 @@ pub(crate) struct Flags {
     #[arg(long, env = "PROFILER_LABEL", value_name = "NAME=VALUE", value_delimiter = ',')]
     label: Vec<String>,
 
-    /// Profile the heap of processes with a label: NAME=VALUE[@RATE][@BUDGET], as exe=postgres@64KiB@5%. NAME is a label of their
+    /// Profile the heap of processes with a label: NAME=VALUE, with @RATE, @BUDGET or both behind it, as exe=postgres@64KiB@5%. NAME is a label of their
     /// profiles, pid, family (a pid with what it starts) or cgroup (v2, with those below), RATE the mean bytes between samples, 1
     /// for everything, 0 for none [default: 512KiB], BUDGET as --heap-budget; may be given more than once, the first that
     /// matches counts. x86-64, Linux 5.15

@@ -55,7 +55,7 @@ const _: () = assert!(
 
 /// What one of each takes. Tests hold processes and executables against what the allocator counts.
 const BATCH_BYTES: u64 = crate::drain::BATCH_BYTES_MAX as u64;
-pub(crate) const EXECUTABLE_BYTES: usize = 1024;
+pub(crate) const EXECUTABLE_BYTES: usize = 1280;
 pub(crate) const PROCESS_BYTES: usize = 2048;
 const LEAF_BYTES: u64 = size_of::<Leaf>() as u64;
 const DIRECTORY_BYTES: u64 = size_of::<Directory>() as u64;

@@ -247,9 +247,8 @@ fn is_time(target: &Target) -> bool {
     let now_ns = boot_time_ns();
     // Volatile: the agent writes them meanwhile.
     // SAFETY: fields of a map value, which stays readable.
-    let (begin_ns, end_ns) = unsafe {
-        ((&raw const target.begin_ns).read_volatile(), (&raw const target.end_ns).read_volatile())
-    };
+    let (begin_ns, end_ns) =
+        unsafe { ((&raw const target.begin_ns).read_volatile(), (&raw const target.end_ns).read_volatile()) };
     begin_ns <= now_ns && now_ns < end_ns
 }
 
