@@ -66,6 +66,10 @@ const CLOSED_MAX: usize = 8;
 const SYMBOLS_DEADLINE: Duration = Duration::from_secs(2);
 /// The same for a recording, which has no next window.
 const RECORD_SYMBOLS_DEADLINE: Duration = Duration::from_secs(30);
+/// New addresses are gathered for this part of a window, and no longer than the most, before they are symbolized: what came
+/// in the last of it is all that a closed window has to wait for.
+const GATHER_PART: u32 = 10;
+const GATHER_MAX: Duration = Duration::from_secs(1);
 /// How long the uploads have to finish at the end.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a stage has to finish at the end. One that reads from a file system that hangs would keep the agent for ever.
@@ -778,7 +782,8 @@ fn ring_bytes(cpus: usize) -> u32 {
 fn names(config: &Config, runtime: &runtime::Handle) -> symbolize::Sources {
     let store = NameStore::open(config.cache_dir.join("names")).map(Arc::new);
     let store = or_warn(store, "names are not kept on disk, and read again after a restart");
-    symbolize::Sources { store, fetcher: fetcher(config, runtime), executables: None }
+    let gather = GATHER_MAX.min(config.window / GATHER_PART);
+    symbolize::Sources { store, fetcher: fetcher(config, runtime), executables: None, gather }
 }
 
 fn fetcher(config: &Config, runtime: &runtime::Handle) -> Option<Fetcher> {

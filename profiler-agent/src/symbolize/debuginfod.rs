@@ -427,7 +427,7 @@ mod tests {
         let mut fetcher = DebugInfod::open(urls, dir.join("debuginfod"), runtime.handle().clone()).unwrap();
         Arc::get_mut(&mut fetcher.debuginfod).unwrap().file_bytes_max = file_bytes_max;
         let store = Some(Arc::new(NameStore::open(dir.join("names")).unwrap()));
-        let sources = Sources { store, fetcher: Some(fetcher), executables: None };
+        let sources = Sources { store, fetcher: Some(fetcher), ..Sources::default() };
         let background = Arc::new(Background::new(TERM, Instant::now()));
         let plan = crate::memory::MemoryPlan::for_limit(64 << 20, false).unwrap();
         let symbols = Symbols::start("/proc".as_ref(), &plan, sources, &background).unwrap();

@@ -236,7 +236,7 @@ pub(crate) struct Symbols {
     debuginfod: Option<Arc<DebugInfod>>,
 }
 
-/// Where names come from beside the files and the kernel of this machine.
+/// Where names come from beside the files and the kernel of this machine, and when.
 #[derive(Default)]
 pub(crate) struct Sources {
     /// Keeps names of executables on disk.
@@ -245,6 +245,9 @@ pub(crate) struct Sources {
     pub(crate) fetcher: Option<Fetcher>,
     /// Finds copies of one executable.
     pub(crate) executables: Option<Arc<ExecutableCache>>,
+    /// What no window waits for yet is gathered for so long: a file whose tables are read for each batch is read once for all
+    /// of it.
+    pub(crate) gather: Duration,
 }
 
 impl Symbols {
@@ -259,8 +262,8 @@ impl Symbols {
         background: &Arc<Background>,
     ) -> io::Result<Self> {
         sigbus::install()?;
-        let Sources { store, fetcher, executables } = sources;
-        let queue = Arc::new(Queue::new(plan.symbols_bytes));
+        let Sources { store, fetcher, executables, gather } = sources;
+        let queue = Arc::new(Queue::new(gather, plan.symbols_bytes));
         let loaded_bytes_max = plan.symbol_files_bytes / Lane::ALL.len();
         let debuginfod = fetcher.as_ref().map(Fetcher::debuginfod);
         let symbols = Self { queue, threads: Mutex::default(), store, debuginfod };

@@ -16,9 +16,6 @@ const WAITING_MAX: usize = 64 << 10;
 /// Addresses of one file in a batch; between batches another file gets its turn.
 const BATCH_MAX: usize = 256;
 
-/// What nobody waits for yet is gathered for so long: a file whose tables are read for each batch is read once for all of it.
-const GATHER: Duration = Duration::from_secs(2);
-
 /// Symbols and DWARF above this many bytes go to the large lane. Reading 16 MiB takes about 30 ms.
 const QUICK_BYTES_MAX: u64 = 16 << 20;
 
@@ -110,7 +107,7 @@ enum Asked {
 
 #[derive(Debug)]
 pub(super) struct Queue {
-    /// See [`GATHER`].
+    /// How long what nobody waits for is gathered.
     gather: Duration,
     state: Mutex<State>,
     /// One call of `resolve` at a time.
@@ -257,11 +254,7 @@ impl State {
 }
 
 impl Queue {
-    pub(super) fn new(cache_bytes_max: usize) -> Self {
-        Self::gathering(GATHER, cache_bytes_max)
-    }
-
-    fn gathering(gather: Duration, cache_bytes_max: usize) -> Self {
+    pub(super) fn new(gather: Duration, cache_bytes_max: usize) -> Self {
         Self {
             gather,
             state: Mutex::new(State {
@@ -448,7 +441,7 @@ mod tests {
 
     /// One that gathers nothing.
     fn queue(cache_bytes_max: usize) -> Queue {
-        Queue::gathering(Duration::ZERO, cache_bytes_max)
+        Queue::new(Duration::ZERO, cache_bytes_max)
     }
 
     fn named(name: &str) -> Result<Vec<NewFrame>, Reason> {
@@ -536,7 +529,7 @@ mod tests {
     #[test]
     fn what_nobody_waits_for_is_gathered_and_goes_at_once_when_somebody_does() {
         let far = Duration::from_secs(3600);
-        let queue = Queue::gathering(far, 1 << 20);
+        let queue = Queue::new(far, 1 << 20);
         queue.prefetch(kernel(1));
         queue.prefetch(kernel(2));
         assert_eq!(queue.lock().rest(Lane::Quick, far).map(|rest| rest > far / 2), Some(true));
