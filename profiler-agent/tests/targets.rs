@@ -82,7 +82,7 @@ fn only_the_processes_names_and_cgroups_that_are_wanted_are_sampled() {
         });
     }
     assert_eq!(agent.merge(&selector(&unwanted)).total, 0, "nobody wants it");
-    let filtered = agent.metric("profiler_agent_samples_filtered_total{reason=\"target\"}");
+    let filtered = agent.metric("profiler_agent_samples_filtered_total{type=\"cpu\",reason=\"target\"}");
     assert!(filtered.expect("metrics") > 100.0, "{filtered:?}");
     let log = agent.stop();
     let account = log.lines().find(|line| line.contains("taken ")).expect("an account at the end");
@@ -161,8 +161,9 @@ fn one_in_n_samples_stand_for_all_of_the_cpu_time() {
     agent.wait_for_window_after(ended);
     let used_ns = used["cpu_ns"].as_f64().expect("a number");
     let sampled_ns = agent.merge(&selector).total as f64;
-    let thinned =
-        agent.metric("profiler_agent_samples_filtered_total{reason=\"frequency\"}").expect("metrics");
+    let thinned = agent
+        .metric("profiler_agent_samples_filtered_total{type=\"cpu\",reason=\"frequency\"}")
+        .expect("metrics");
     let taken = agent.metric("profiler_agent_samples_taken_total").expect("metrics");
     eprintln!("{used_ns} ns used, {sampled_ns} ns by {taken} samples, {thinned} left out");
     assert!((sampled_ns / used_ns - 1.0).abs() <= TOLERANCE, "{sampled_ns} of {used_ns} ns");
@@ -224,7 +225,7 @@ fn targets_and_kinds_of_profiles_change_with_the_file_and_are_shown() {
     // SIGHUP: no kind of profiles, then all as before.
     fs::write(&config, "profiles = []\n").expect("write the file");
     agent.hang_up();
-    agent.wait_for("no clock event is open", || (clock_events(agent.pid()) == 0).then_some(()));
+    agent.wait_for("no clock event is open", || (clock_events(&agent) == 0).then_some(()));
     assert!(agent.log().contains("profiles is changed"), "{}", agent.log());
     assert_eq!(census(&agent)["default"]["sampled"], false);
     fs::write(&config, "").expect("write the file");
@@ -233,7 +234,7 @@ fn targets_and_kinds_of_profiles_change_with_the_file_and_are_shown() {
     agent.wait_for("samples of both again", || {
         (seen_since(&burn, again) > 0 && seen_since(&rust, again) > 0).then_some(())
     });
-    assert!(clock_events(agent.pid()) > 0);
+    assert!(clock_events(&agent) > 0);
 
     // One that is refused changes nothing.
     fs::write(&config, "[[target]]\nfrequency = 5\n").expect("write the file");
@@ -247,9 +248,11 @@ fn targets_and_kinds_of_profiles_change_with_the_file_and_are_shown() {
     assert!(account.contains("dropped 0"), "what is filtered is no loss: {account}");
 }
 
-/// Clock events that a process has open.
-fn clock_events(pid: u32) -> usize {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors").flatten();
+/// Clock events that an agent has open: all of its events but those that tell of mappings.
+fn clock_events(agent: &Agent) -> usize {
+    let entries = fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("its descriptors").flatten();
     let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
-    links.filter(|link| link.to_string_lossy().contains("[perf_event]")).count()
+    let events = links.filter(|link| link.to_string_lossy().contains("[perf_event]")).count();
+    let mapping_events = agent.metric("profiler_agent_mapping_event_cpus").expect("metrics");
+    events - mapping_events as usize
 }
