@@ -77,12 +77,13 @@ fn start_on(cpu: &str, program: &str) -> Program {
 
 #[test]
 #[ignore = "needs root and BPF"]
-fn a_load_of_ten_times_the_budget_settles_within_it_and_totals_stay_true() {
+fn a_load_of_four_times_the_budget_settles_within_it_and_totals_stay_true() {
     let _deep = start_on("0", "deep_gcc");
     let burner = start_on("1", "burn");
     let at_first = used_without_a_budget();
     burner.finish();
-    let budget = at_first / 10.0;
+    // A tenth would be less than what the agent takes at 1 Hz.
+    let budget = at_first / 4.0;
     let share = format!("{:.4}%", budget * 100.0);
     let term = ["--test-budget-term", TERM_S];
     let agent =
