@@ -4,14 +4,12 @@ mod support;
 
 use std::{
     collections::BTreeMap,
-    fs,
-    os::unix::fs::FileExt as _,
     path::Path,
     process::Command,
     time::{Duration, SystemTime},
 };
 
-use support::{Agent, Merged, Program, testprogs};
+use support::{Agent, Merged, Program, code_of, testprogs};
 
 /// Mean bytes between samples.
 const RATE: f64 = 65_536.0;
@@ -206,20 +204,6 @@ fn allocations_of_preloaded_allocators_are_found_where_they_are_made_and_held() 
         }
         check_runs(runs_of_others(), "heap_truth", &[("LD_PRELOAD", path.to_str().expect("text"))]);
     }
-}
-
-/// The code of the C library as a process has it.
-fn code_of(pid: u32) -> Vec<u8> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
-    let line =
-        maps.lines().find(|line| line.contains("r-xp") && line.contains("libc.so")).expect("it has a libc");
-    let range = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
-    let hex = |text| u64::from_str_radix(text, 16).expect("an address");
-    let (start, end) = (hex(range.0), hex(range.1));
-    let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("we are root");
-    let mut code = vec![0; usize::try_from(end - start).expect("small")];
-    memory.read_exact_at(&mut code, start).expect("it is mapped");
-    code
 }
 
 #[test]

@@ -4,11 +4,10 @@ mod support;
 
 use std::{
     fs,
-    os::unix::fs::FileExt as _,
     time::{Duration, SystemTime},
 };
 
-use support::{Agent, Program, testprogs};
+use support::{Agent, Program, code_of, testprogs};
 
 /// Bytes of a block of the program's pace.
 const PACED_BYTES: f64 = 1000.0;
@@ -305,20 +304,6 @@ fn a_filter_that_lets_probed_returns_pass_is_no_reason_to_do_without() {
     assert_eq!(merged.total_of("place_held"), 100);
     assert!(is_alive(&mut program));
     agent.stop();
-}
-
-/// The code of the C library as a process has it.
-fn code_of(pid: u32) -> Vec<u8> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
-    let line =
-        maps.lines().find(|line| line.contains("r-xp") && line.contains("libc.so")).expect("it has a libc");
-    let range = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
-    let hex = |text| u64::from_str_radix(text, 16).expect("an address");
-    let (start, end) = (hex(range.0), hex(range.1));
-    let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("we are root");
-    let mut code = vec![0; usize::try_from(end - start).expect("small")];
-    memory.read_exact_at(&mut code, start).expect("it is mapped");
-    code
 }
 
 /// 100 times with `PROFILER_TEST_LONG`.

@@ -8,6 +8,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     time::{Duration, SystemTime},
@@ -450,4 +451,18 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     text
+}
+
+/// The code of the C library as a process has it.
+pub fn code_of(pid: u32) -> Vec<u8> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
+    let line =
+        maps.lines().find(|line| line.contains("r-xp") && line.contains("libc.so")).expect("it has a libc");
+    let range = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+    let hex = |text| u64::from_str_radix(text, 16).expect("an address");
+    let (start, end) = (hex(range.0), hex(range.1));
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).expect("we are root");
+    let mut code = vec![0; usize::try_from(end - start).expect("small")];
+    memory.read_exact_at(&mut code, start).expect("it is mapped");
+    code
 }
