@@ -18,13 +18,14 @@ use tracing::warn;
 
 use crate::sys::{page::page_len, perf_ring::MappingRing};
 
-/// Room for records on each CPU: about 200 of 150 bytes, which are 40,000 a second when the drain comes every 5 ms.
+/// Room for records on each CPU: about 200 of 150 bytes. The drain is woken when half of it is full, and comes every 5 ms
+/// then: 40,000 a second.
 const RING_BYTES: usize = 32 << 10;
 
 /// The rings. One thread opens and closes them, another reads.
 #[derive(Debug)]
 pub(crate) struct MappingEvents {
-    /// Readable when one of the rings has something new.
+    /// Readable when one of the rings is half full.
     news: OwnedFd,
     /// Held for no system call that could wait.
     rings: Mutex<BTreeMap<u32, MappingRing>>,
@@ -100,7 +101,7 @@ impl MappingEvents {
     }
 }
 
-/// Readable when there is something to take.
+/// Readable when a ring would soon be full.
 impl AsFd for MappingEvents {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.news.as_fd()

@@ -1115,6 +1115,7 @@ impl Worker {
                 },
             }
         }
+        self.processes.tell_lives();
         // What the batch was said to hold and did not shows in the account.
         for profile_type in ProfileType::ALL {
             self.account(profile_type).leave(Place::DrainQueue, *samples_left.of(profile_type));

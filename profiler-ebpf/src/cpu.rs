@@ -9,7 +9,7 @@ use profiler_common::{
     stats::Counter,
     wire::{
         FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, FRAMES_MAX, RecordHead, RecordKind, SampleHeader,
-        WIRE_VERSION,
+        StackEnd, WIRE_VERSION,
     },
 };
 
@@ -22,6 +22,14 @@ use crate::{
 
 /// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no sample pays for a wake-up.
 const NO_WAKEUP: u64 = 1;
+/// `BPF_RB_FORCE_WAKEUP`: the agent may have to read the process, or what it has mapped of late, for the next sample to be
+/// better.
+const WAKEUP: u64 = 2;
+
+/// Ends of stacks that lack nothing an agent could mend.
+const ROOT: u64 = StackEnd::Root as u64;
+const NO_USER_STACK: u64 = StackEnd::NoUserStack as u64;
+const DEPTH_LIMIT: u64 = StackEnd::DepthLimit as u64;
 
 /// Counts a sample and takes it, if it is wanted.
 #[inline(always)]
@@ -140,7 +148,8 @@ fn submit(scratch: &Scratch, frames: u64) {
     // SAFETY: `bytes` is at most RECORD_MASK, and sample and slack together are larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
-    match EVENTS.output::<[u8]>(record, NO_WAKEUP) {
+    let lacks_the_root = !matches!(scratch.end, ROOT | NO_USER_STACK | DEPTH_LIMIT);
+    match EVENTS.output::<[u8]>(record, if lacks_the_root { WAKEUP } else { NO_WAKEUP }) {
         Ok(()) => count(Counter::CpuSubmitted),
         Err(_) => count(Counter::CpuDroppedRingFull),
     }

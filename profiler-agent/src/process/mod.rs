@@ -27,7 +27,7 @@ use crate::{
     drain::Fork,
     label::{CgroupNames, Labeler, NameCounts, Owner, SeriesLabels, Subject, owner},
     sys::{clock, perf_record::Mapped},
-    unwind::TableRequests,
+    unwind::{Lives, TableRequests},
 };
 
 /// Share of the processes known that is forgotten at once when there is no room for more: looking for the longest unused
@@ -197,6 +197,8 @@ pub(crate) struct Processes {
     fresh: Fresh,
     /// `None` where frame pointers are to be used.
     tables: Option<TableRequests>,
+    /// What [`Self::tell_lives`] tells.
+    lives: Lives,
     /// Processes that have ended, by when that was told.
     exited: VecDeque<(Instant, u32, u64)>,
     counts: ProcessCounts,
@@ -213,8 +215,8 @@ impl Processes {
         tables: Option<TableRequests>,
         processes_max: usize,
     ) -> Self {
-        let (by_pid, fresh, exited, counts) = Default::default();
-        Self { by_pid, images, labeler, names, fresh, tables, exited, counts, processes_max }
+        let (by_pid, fresh, lives, exited, counts) = Default::default();
+        Self { by_pid, images, labeler, names, fresh, tables, lives, exited, counts, processes_max }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -346,9 +348,7 @@ impl Processes {
     /// however soon it ends.
     pub(crate) fn fork(&mut self, fork: Fork) {
         let Fork { parent, child, start_ns } = fork;
-        if let Some(tables) = &self.tables {
-            tables.forked(child);
-        }
+        self.lives.fork(child, start_ns);
         // What is known of the parent is of the parent's present image; children do not push others out.
         let Some(parent) = self.by_pid.get(&parent).filter(|parent| parent.is_read) else { return };
         if self.by_pid.len() < self.processes_max {
@@ -359,14 +359,20 @@ impl Processes {
 
     /// The process has ended.
     pub(crate) fn exit(&mut self, pid: u32, start_ns: u64) {
-        if let Some(tables) = &self.tables {
-            tables.exited(pid, start_ns);
-        }
+        self.lives.exit(pid, start_ns);
         if self.exited.len() >= self.processes_max {
             self.forget_first_exited();
         }
         if self.by_pid.contains_key(&pid) {
             self.exited.push_back((Instant::now(), pid, start_ns));
+        }
+    }
+
+    /// Tells those who make unwind tables of the forks and ends since the last time.
+    pub(crate) fn tell_lives(&mut self) {
+        match &self.tables {
+            Some(tables) => tables.tell(&mut self.lives),
+            None => self.lives = Lives::default(),
         }
     }
 
@@ -457,7 +463,8 @@ impl Processes {
 
     /// Forgets processes that were not sampled for a while.
     pub(crate) fn forget_idle(&mut self) {
-        self.by_pid.retain(|_, process| process.last_sampled.elapsed() < IDLE_MAX);
+        let now = Instant::now();
+        self.by_pid.retain(|_, process| now.saturating_duration_since(process.last_sampled) < IDLE_MAX);
         self.names.forget_idle();
     }
 

@@ -21,7 +21,7 @@ use super::inflate::is_honest;
 use super::mini::{self, MiniSymbols};
 use super::names::{Names, NamesKey};
 use super::store::NameStore;
-use super::symtab::{self, Symbol};
+use super::symtab::Ranges;
 use super::unpack::unpack;
 use super::{NewFrame, Reason, go, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableCache, ExecutableId, SymbolSections};
@@ -250,8 +250,8 @@ struct Function {
 
 /// A file, loaded one way.
 enum Loaded {
-    /// By its symbol tables, of which nothing is kept.
-    Tables(Arc<Executable>),
+    /// By its symbol tables.
+    Tables(Arc<Executable>, Ranges),
     Blazesym(Box<Blazesym>),
 }
 
@@ -265,7 +265,7 @@ impl Loaded {
     fn new(executable: &Arc<Executable>, way: Symbols) -> Self {
         match way {
             Symbols::OwnTable if !executable.symbols().tables.is_empty() => {
-                Self::Tables(Arc::clone(executable))
+                Self::Tables(Arc::clone(executable), Ranges::default())
             }
             way => Self::Blazesym(Box::new(Blazesym::new(executable, way))),
         }
@@ -274,7 +274,7 @@ impl Loaded {
     /// Bytes of our own memory, beside the heap, that symbols which were unfolded lie in.
     fn unfolded_bytes(&self) -> usize {
         match self {
-            Self::Tables(_) => 0,
+            Self::Tables(..) => 0,
             Self::Blazesym(blazesym) => usize::try_from(blazesym.memory_bytes).unwrap_or(usize::MAX),
         }
     }
@@ -282,7 +282,7 @@ impl Loaded {
     /// One answer per address.
     fn symbolize(&mut self, addrs: &[u64]) -> Result<Vec<Result<Vec<NewFrame>, Reason>>, LoadedError> {
         match self {
-            Self::Tables(executable) => by_tables(executable, addrs),
+            Self::Tables(executable, ranges) => by_tables(executable, ranges, addrs),
             Self::Blazesym(blazesym) => blazesym.symbolize(addrs).map_err(|_error| LoadedError::Failed),
         }
     }
@@ -290,17 +290,18 @@ impl Loaded {
 
 fn by_tables(
     executable: &Executable,
+    ranges: &mut Ranges,
     addrs: &[u64],
 ) -> Result<Vec<Result<Vec<NewFrame>, Reason>>, LoadedError> {
     let tables = &executable.symbols().tables;
-    let found = symtab::find(executable.file(), tables, addrs).map_err(|error| match error.kind() {
+    let found = ranges.find(executable.file(), tables, addrs).map_err(|error| match error.kind() {
         ErrorKind::UnexpectedEof => LoadedError::Shrank,
         _ => LoadedError::Failed,
     })?;
     let is_stripped = tables.iter().all(|table| table.is_dynamic);
     let missing = if is_stripped { Reason::NoSymbols } else { Reason::NotInSymbols };
-    let frames = |symbol: Symbol| vec![frame(&symbol.name, None)];
-    Ok(found.into_iter().map(|symbol| symbol.map(frames).ok_or(missing)).collect())
+    let frames = |name: Arc<str>| vec![frame(&name, None)];
+    Ok(found.into_iter().map(|name| name.map(frames).ok_or(missing)).collect())
 }
 
 /// blazesym's view of one file. It keeps files by path; here the path is a descriptor's, which names another file once

@@ -1,11 +1,20 @@
 //! Functions by the symbol tables of a file, which are read from its start to its end for each batch of addresses.
 //!
-//! Nothing is kept and nothing mapped: an index of a compiler's library, with 250,000 symbols, takes 2 MB and 30 ms to
-//! make, reading the symbols takes 4 ms.
+//! Nothing is mapped, and what is kept are the ranges of addresses that were asked for: an index of a compiler's library,
+//! with 250,000 symbols, takes 2 MB and 30 ms to make, reading the symbols takes 4 ms.
+//!
+//! ```text
+//! symbols      |--- outer ------------------|
+//!                    |- inner -|
+//! ranges     .  |----|---------|------------|  ....   the answer is one and the same within each, also where it is "none"
+//! ```
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 
 use object::elf::{SHN_UNDEF, STT_FUNC, STT_GNU_IFUNC, STT_NOTYPE};
 
@@ -21,32 +30,74 @@ const CHUNK_ENTRIES: usize = 2048;
 const NAME_BYTES_MAX: usize = 16 << 10;
 const NAME_BYTES: usize = 256;
 
-/// A function at an address.
+/// Ranges remembered per file.
+const RANGES_MAX: usize = 16 << 10;
+
+/// The ranges of a file that were asked for, by their first address: the first address behind, and the linker's name of
+/// the function there.
+#[derive(Debug, Default)]
+pub(super) struct Ranges(BTreeMap<u64, (u64, Option<Arc<str>>)>);
+
+impl Ranges {
+    /// The function at each address; reads the tables when there is one whose range was not asked for yet.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is shorter than it was.
+    pub(super) fn find(
+        &mut self,
+        file: &File,
+        tables: &[SymbolTable],
+        addrs: &[u64],
+    ) -> io::Result<Vec<Option<Arc<str>>>> {
+        let known: Vec<_> = addrs.iter().map(|&addr| self.get(addr).cloned()).collect();
+        let missing = addrs.iter().zip(&known).filter(|(_, known)| known.is_none());
+        let missing: Vec<u64> = missing.map(|(&addr, _)| addr).collect();
+        let mut found = Vec::new();
+        if !missing.is_empty() {
+            found = find(file, tables, &missing)?;
+        }
+        if self.0.len() + found.len() > RANGES_MAX {
+            self.0.clear();
+        }
+        let mut found = found.into_iter().map(|Found { name, range }| {
+            self.0.insert(range.start, (range.end, name.clone()));
+            name
+        });
+        Ok(known.into_iter().map(|known| known.unwrap_or_else(|| found.next().flatten())).collect())
+    }
+
+    fn get(&self, addr: u64) -> Option<&Option<Arc<str>>> {
+        let (_, (end, name)) = self.0.range(..=addr).next_back()?;
+        (addr < *end).then_some(name)
+    }
+}
+
+/// What is at an address, and at all others of a range.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Symbol {
+struct Found {
     /// As the linker has it.
-    pub(super) name: String,
+    name: Option<Arc<str>>,
+    range: Range<u64>,
 }
 
 /// One answer per address.
 ///
 /// A symbol covers its bytes. Of several, the one that begins last counts, and of those the largest. One without a size
 /// covers what is before the next symbol, in the dynamic table, which lacks most functions, only its first byte.
-///
-/// # Errors
-/// The file cannot be read, or is shorter than it was.
-pub(super) fn find(file: &File, tables: &[SymbolTable], addrs: &[u64]) -> io::Result<Vec<Option<Symbol>>> {
-    let mut found = vec![None; addrs.len()];
+fn find(file: &File, tables: &[SymbolTable], addrs: &[u64]) -> io::Result<Vec<Found>> {
+    let mut found = vec![Found { name: None, range: 0..u64::MAX }; addrs.len()];
     let (dynamic, own): (Vec<_>, Vec<_>) = tables.iter().partition(|table| table.is_dynamic);
     for table in own.into_iter().chain(dynamic) {
-        let mut wanted =
-            Wanted::new(addrs.iter().zip(&found).map(|(&addr, found)| found.is_none().then_some(addr)));
+        let asked = addrs.iter().zip(&found).map(|(&addr, found)| found.name.is_none().then_some(addr));
+        let mut wanted = Wanted::new(asked);
         if wanted.addrs.is_empty() {
             break;
         }
         each_function(file, table, |function| wanted.see(function, table.is_dynamic))?;
-        for (index, name_at) in wanted.finish() {
-            found[index] = name(file, table, name_at)?.map(|name| Symbol { name });
+        for Place { index, name_at, range } in wanted.finish() {
+            let Found { name: known, range: of_all } = &mut found[index];
+            *of_all = of_all.start.max(range.start)..of_all.end.min(range.end);
+            *known = name_at.map(|name_at| name(file, table, name_at)).transpose()?.flatten();
         }
     }
     Ok(found)
@@ -78,6 +129,17 @@ struct Wanted {
     unsized_behind: Vec<Option<Function>>,
     /// The start of the last symbol there.
     starts: Vec<u64>,
+    /// The last boundary of a symbol there, as for starts.
+    below: Vec<u64>,
+    /// The first boundary behind each address and not behind the next one.
+    above: Vec<u64>,
+}
+
+/// What a table says of an address that was looked for.
+struct Place {
+    index: usize,
+    name_at: Option<u32>,
+    range: Range<u64>,
 }
 
 impl Wanted {
@@ -85,11 +147,14 @@ impl Wanted {
         let mut addrs: Vec<_> = addrs.enumerate().filter_map(|(at, addr)| Some((addr?, at))).collect();
         addrs.sort_unstable();
         let len = addrs.len();
-        Self { addrs, sized: vec![None; len], unsized_behind: vec![None; len], starts: vec![0; len] }
+        let (sized, unsized_behind) = (vec![None; len], vec![None; len]);
+        let (starts, below, above) = (vec![0; len], vec![0; len], vec![u64::MAX; len]);
+        Self { addrs, sized, unsized_behind, starts, below, above }
     }
 
     fn see(&mut self, function: Function, is_dynamic: bool) {
         let first = self.addrs.partition_point(|&(addr, _)| addr < function.start);
+        self.bound(function.start, first);
         if first == self.addrs.len() {
             return;
         }
@@ -103,6 +168,7 @@ impl Wanted {
         }
         let covered =
             self.addrs[first..].iter().take_while(|(addr, _)| addr - function.start < bytes).count();
+        self.bound(function.start.saturating_add(bytes), first + covered);
         for sized in &mut self.sized[first..first + covered] {
             if function.is_nearer(sized) {
                 *sized = Some(function);
@@ -110,21 +176,37 @@ impl Wanted {
         }
     }
 
-    /// Position of each address that was found, and where its name is.
-    fn finish(self) -> Vec<(usize, u32)> {
-        let Self { addrs, sized, unsized_behind, starts } = self;
-        let (mut found, mut last_unsized, mut last_start) = (Vec::new(), None::<Function>, 0);
-        for ((((_, index), sized), behind), start) in
-            addrs.into_iter().zip(sized).zip(unsized_behind).zip(starts)
+    /// A symbol begins or ends here, with so many of the addresses in front of it.
+    fn bound(&mut self, at: u64, in_front: usize) {
+        if let Some(below) = self.below.get_mut(in_front) {
+            *below = at.max(*below);
+        }
+        if let Some(above) = in_front.checked_sub(1).and_then(|last| self.above.get_mut(last)) {
+            *above = at.min(*above);
+        }
+    }
+
+    fn finish(self) -> Vec<Place> {
+        let Self { addrs, sized, unsized_behind, starts, mut below, mut above } = self;
+        for at in 1..addrs.len() {
+            below[at] = below[at].max(below[at - 1]);
+        }
+        for at in (1..addrs.len()).rev() {
+            above[at - 1] = above[at - 1].min(above[at]);
+        }
+        let ranges = below.into_iter().zip(above).map(|(below, above)| below..above);
+        let (mut places, mut last_unsized, mut last_start) = (Vec::new(), None::<Function>, 0);
+        for (((((_, index), sized), behind), start), range) in
+            addrs.into_iter().zip(sized).zip(unsized_behind).zip(starts).zip(ranges)
         {
             last_start = last_start.max(start);
             last_unsized = behind.filter(|function| function.is_nearer(&last_unsized)).or(last_unsized);
             // Up to the next symbol, whatever that is.
             let to_the_next = last_unsized.filter(|function| function.start == last_start);
             let nearest = to_the_next.filter(|function| function.is_nearer(&sized)).or(sized);
-            found.extend(nearest.map(|function| (index, function.name_at)));
+            places.push(Place { index, name_at: nearest.map(|function| function.name_at), range });
         }
-        found
+        places
     }
 }
 
@@ -154,7 +236,7 @@ fn function(entry: &[u8; ENTRY_BYTES]) -> Option<Function> {
 }
 
 /// `None` for one that is no text or lies outside of its table.
-fn name(file: &File, table: &SymbolTable, name_at: u32) -> io::Result<Option<String>> {
+fn name(file: &File, table: &SymbolTable, name_at: u32) -> io::Result<Option<Arc<str>>> {
     let start = table.strings.start.saturating_add(name_at.into());
     let left = usize::try_from(table.strings.end.saturating_sub(start)).unwrap_or(usize::MAX);
     let mut bytes = Vec::new();
@@ -166,12 +248,14 @@ fn name(file: &File, table: &SymbolTable, name_at: u32) -> io::Result<Option<Str
             break;
         }
     }
-    Ok(String::from_utf8(bytes).ok().filter(|name| !name.is_empty()))
+    Ok(String::from_utf8(bytes).ok().filter(|name| !name.is_empty()).map(Into::into))
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -204,10 +288,46 @@ mod tests {
         let (file, tables) = tables([own, dynamic]);
         let addrs: Vec<u64> = expect.iter().map(|&(addr, _)| addr).collect();
         let found = find(&file, &tables, &addrs).unwrap();
-        let found: Vec<_> =
-            found.iter().map(|found| found.as_ref().map(|symbol| symbol.name.as_str())).collect();
+        let names: Vec<_> = found.iter().map(|found| found.name.as_deref()).collect();
         let expect: Vec<_> = expect.iter().map(|&(_, name)| name).collect();
-        assert_eq!(found, expect);
+        assert_eq!(names, expect);
+        for (Found { name, range }, addr) in found.iter().zip(&addrs) {
+            assert!(range.contains(addr), "{addr:x} in {range:x?}");
+            for other in [range.start, range.end - 1] {
+                assert_eq!(find(&file, &tables, &[other]).unwrap()[0].name, *name, "{other:x} as {addr:x}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_remembered_of_ranges_is_what_the_tables_say(
+            symbols in prop::collection::vec((1_u64..60, 0_u64..20, any::<bool>()), 0..12),
+            addrs in prop::collection::vec(prop::collection::vec(0_u64..80, 0..6), 0..8),
+        ) {
+            let name = |at: usize| -> &'static str { ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"][at] };
+            let mut of = [Vec::new(), Vec::new()];
+            for (at, &(start, bytes, is_dynamic)) in symbols.iter().enumerate() {
+                of[usize::from(is_dynamic)].push((name(at), start, bytes, STT_FUNC));
+            }
+            let (file, tables) = tables([&of[0], &of[1]]);
+            let mut ranges = Ranges::default();
+            for addrs in addrs {
+                let expect = addrs.iter().map(|&addr| find(&file, &tables, &[addr]).unwrap().remove(0).name);
+                let expect: Vec<_> = expect.collect();
+                prop_assert_eq!(ranges.find(&file, &tables, &addrs).unwrap(), expect, "{:?}", addrs);
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_that_is_known_needs_no_tables() {
+        let (file, tables) = tables([&[("f", 0x100, 0x10, STT_FUNC)], &[]]);
+        let mut ranges = Ranges::default();
+        assert_eq!(ranges.find(&file, &tables, &[0x104, 0x50]).unwrap(), [Some("f".into()), None]);
+        file.set_len(0).unwrap();
+        assert_eq!(ranges.find(&file, &tables, &[0xff, 0x10f]).unwrap(), [None, Some("f".into())]);
+        assert!(ranges.find(&file, &tables, &[0x110]).is_err());
     }
 
     #[test]

@@ -119,16 +119,17 @@ impl CpuEvent {
 }
 
 /// Opens an event that counts nothing, and writes a record of each executable mapping that is made on `cpu` from now on,
-/// by whomever, with its time on CLOCK_BOOTTIME. Each record makes the descriptor readable.
+/// by whomever, with its time on CLOCK_BOOTTIME. The descriptor is readable when so many bytes of records have been written
+/// since it last was.
 #[doc(alias = "PERF_RECORD_MMAP2")]
-pub(super) fn open_mapping_event(cpu: u32) -> io::Result<OwnedFd> {
+pub(super) fn open_mapping_event(cpu: u32, wakeup_bytes: u32) -> io::Result<OwnedFd> {
     let attr = Attr {
         kind: PERF_TYPE_SOFTWARE,
         size: size_of::<Attr>() as u32,
         config: PERF_COUNT_SW_DUMMY,
         sample_type: PERF_SAMPLE_TIME,
         flags: MMAP | MMAP2 | WATERMARK | SAMPLE_ID_ALL | USE_CLOCK_ID,
-        wakeup_watermark: 1,
+        wakeup_watermark: wakeup_bytes,
         clock_id: libc::CLOCK_BOOTTIME,
         ..Attr::default()
     };

@@ -47,8 +47,11 @@ unsafe impl Send for Memory {}
 impl MappingRing {
     /// Opens the event of a CPU with so much room for records: a power of two of bytes, one page at least.
     pub(crate) fn open(cpu: u32, bytes: usize) -> io::Result<Self> {
-        let fd = perf_event::open_mapping_event(cpu)?;
-        let memory = Memory::map(&fd, bytes.max(page_len()))?;
+        let bytes = bytes.max(page_len());
+        // Who maps code pays for waking us, 5 µs and more: only lest the ring be full. Else the next drain finds it.
+        let half = u32::try_from(bytes / 2).unwrap_or(u32::MAX);
+        let fd = perf_event::open_mapping_event(cpu, half)?;
+        let memory = Memory::map(&fd, bytes)?;
         Ok(Self { fd, memory, tail: 0, record: Vec::new() })
     }
 

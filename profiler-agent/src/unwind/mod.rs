@@ -12,6 +12,7 @@
 
 mod chunk;
 mod ids;
+mod lives;
 mod make;
 mod sharing;
 mod tables;
@@ -31,12 +32,15 @@ use profiler_common::unwind::mappings::{CHUNK_RECORDS, NS_PER_TICK, ProcessEntry
 use profiler_unwind::{Architecture, Source};
 use tracing::{debug, warn};
 
-pub(crate) use self::make::{Reason, VDSO};
 use self::{
     chunk::{CodeRange, MappedTable, Part, Record},
     make::MakeError,
     sharing::{ChunkRef, Chunks, GivenUp},
     tables::{Owner, PlaceError, Tables, Write},
+};
+pub(crate) use self::{
+    lives::{Life, Lives},
+    make::{Reason, VDSO},
 };
 use crate::{
     addr::FileOffset,
@@ -53,8 +57,13 @@ const ARCHITECTURE: Architecture = Architecture::X86_64;
 #[cfg(target_arch = "aarch64")]
 const ARCHITECTURE: Architecture = Architecture::Aarch64;
 
-/// Requests between worker and unwind thread, 16 bytes each. A machine that starts more processes at a time asks again.
-const REQUESTS_MAX: usize = 4096;
+/// Requests between worker and unwind thread, of which those with forks and ends take a kilobyte each. A machine that starts
+/// more processes at a time asks again.
+const REQUESTS_MAX: usize = 1024;
+/// Forks and ends in one request, 16 bytes each.
+const LIVES_MAX: usize = 64;
+/// Processes that wait to be looked at.
+const WAITING_MAX: usize = 4096;
 /// New mappings of one process that wait: with more of them all of its mappings are read.
 const NEW_MAPPINGS_MAX: usize = 32;
 /// Time between two looks for processes that have exited.
@@ -108,10 +117,8 @@ pub(crate) enum Request {
     ReadFor(u32, SyncSender<()>),
     /// It has one more mapping.
     Mapped(u32, Mapping),
-    /// It was forked from a process that was known.
-    Forked(u32),
-    /// It has ended. With its start on the boot clock, in nanoseconds.
-    Exited(u32, u64),
+    /// Processes were forked, or have ended.
+    Lives(Box<[Life]>),
 }
 
 impl TableRequests {
@@ -133,14 +140,10 @@ impl TableRequests {
         self.send(Request::Mapped(pid, mapping));
     }
 
-    /// Tells of a fork. Where that is lost, the child's first sample without tables asks for them.
-    pub(crate) fn forked(&self, pid: u32) {
-        self.send(Request::Forked(pid));
-    }
-
-    /// Tells of an end. Where that is lost, the next look for processes that are gone finds it.
-    pub(crate) fn exited(&self, pid: u32, start_ns: u64) {
-        self.send(Request::Exited(pid, start_ns));
+    /// Tells of forks and ends. Where that of a fork is lost, the child's first sample without tables asks for them; where
+    /// that of an end is, the next look for processes that are gone finds it.
+    pub(crate) fn tell(&self, lives: &mut Lives) {
+        lives.take(LIVES_MAX).for_each(|lives| self.send(Request::Lives(lives)));
     }
 
     fn send(&self, request: Request) {
@@ -299,8 +302,10 @@ impl Unwinder {
                 self.waiting.push_front(pid);
                 self.told.push((pid, sender));
             }
-            Request::Forked(pid) => self.adopt(pid),
-            Request::Exited(pid, start_ns) => self.bury(pid, start_ns),
+            Request::Lives(lives) => lives.into_iter().for_each(|life| match life {
+                Life::Forked { pid, start_ns: _ } => self.adopt(pid),
+                Life::Exited { pid, start_ns } => self.bury(pid, start_ns),
+            }),
         }
     }
 
@@ -325,7 +330,7 @@ impl Unwinder {
         if self.waiting.contains(&pid) {
             return true;
         }
-        if self.waiting.len() >= REQUESTS_MAX {
+        if self.waiting.len() >= WAITING_MAX {
             self.counts.requests_dropped.fetch_add(1, Relaxed);
             return false;
         }

@@ -135,9 +135,10 @@ fn churn(measured: Duration, hz: u32) -> Result<()> {
     churn::run(hz, measured, &backend, &folder.work())
 }
 
+/// All of the workspace, as the tests do: fewer packages would be built with other features, and so would what they need.
 fn build_programs() -> Result<()> {
     let mut cargo = command::cargo();
-    cargo.args(["build", "--release", "--package", "profiler-agent", "--package", "profiler-backend"]);
+    cargo.args(["build", "--release", "--workspace", "--bins"]);
     command::run(&mut cargo)
 }
 
