@@ -3,7 +3,8 @@
  * below it (main -> call_plugin -> plugin_work -> plugin_inner_1 -> work); `exec PROGRAM ARGUMENT` becomes that program at
  * a line on standard input; `fork` burns in a child alone (main -> in_child -> work). Built without frame pointers. Ends
  * when the pipe on standard input closes. `brief LIBRARY MILLISECONDS` burns for 15 ms, loads the library, burns below it
- * for so much CPU time, and ends.
+ * for so much CPU time, and ends. `clock` asks for the time in a loop (main -> ask_clock -> clock_gettime of the C library
+ * -> that of the vDSO).
  */
 #include "burn.h"
 
@@ -78,6 +79,14 @@ WORK static uint64_t in_child(void)
 	return rounds;
 }
 
+WORK static uint64_t ask_clock(void)
+{
+	uint64_t sum = 0;
+	while (!atomic_load(&stop))
+		sum += now_ns(CLOCK_MONOTONIC);
+	return sum;
+}
+
 /* The child ends with its parent, which is killed. */
 WORK static int fork_and_burn(void)
 {
@@ -108,6 +117,10 @@ int main(int argc, char **argv)
 	}
 	pthread_create(&reader, NULL, read_lines, NULL);
 	say_ready();
+	if (strcmp(shape, "clock") == 0) {
+		sink += ask_clock();
+		return 0;
+	}
 	if (argc > 2 && before_call() == UINT64_MAX)
 		return 1;
 	if (atomic_load(&stop))
@@ -118,6 +131,6 @@ int main(int argc, char **argv)
 		execl(argv[2], argv[2], argv[3], (char *)NULL);
 	if (atomic_load(&stop))
 		return 0;
-	fprintf(stderr, "usage: %s load LIBRARY | exec PROGRAM ARGUMENT | fork | brief LIBRARY MILLISECONDS\n", argv[0]);
+	fprintf(stderr, "usage: %s load LIBRARY | exec PROGRAM ARGUMENT | fork | clock | brief LIBRARY MILLISECONDS\n", argv[0]);
 	return 2;
 }

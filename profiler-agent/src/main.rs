@@ -39,6 +39,7 @@ mod sys;
 mod targets;
 mod telemetry;
 mod unwind;
+mod vdso;
 mod window;
 
 use std::{process::ExitCode, time::Duration};

@@ -10,8 +10,9 @@ use std::{
 
 use support::{Agent, Program, testprogs};
 
+/// Only the load is sampled: what else runs on the machine, and starts new programs, would take of the budget too.
+const OPTIONS: [&str; 8] = ["-F", FREQUENCY, "--window", "2s", "--comm", "burn", "--comm", "deep_gcc"];
 const FREQUENCY: &str = "1000";
-const WINDOW: &str = "2s";
 /// The budget is kept within this factor.
 const FACTOR: f64 = 1.5;
 /// Difference accepted between what was sampled and what the kernel accounted.
@@ -59,7 +60,7 @@ fn is_kept(agent: &Agent, time: Duration) -> bool {
 
 /// What profiling takes of the CPUs without a budget, once it has met what runs.
 fn used_without_a_budget() -> f64 {
-    let agent = Agent::start(&["-F", FREQUENCY, "--cpu-budget", "off", "--window", WINDOW]);
+    let agent = Agent::start(&[&OPTIONS[..], &["--cpu-budget", "off"]].concat());
     assert!(is_kept(&agent, Duration::from_secs(5)));
     let warm = agent.wait_for("a reading", || read(&agent));
     assert!(is_kept(&agent, Duration::from_secs(6)));
@@ -70,24 +71,23 @@ fn used_without_a_budget() -> f64 {
     used(warm, later)
 }
 
-/// A program on a CPU that it has for itself where nothing else runs.
+/// A program on a CPU that it has nearly for itself: the less of a CPU's time is others', the fewer samples tell its share.
 fn start_on(cpu: &str, program: &str) -> Program {
-    Program::start_command(Command::new("taskset").args(["-c", cpu]).arg(testprogs().join(program)))
+    let mut command = Command::new("nice");
+    Program::start_command(command.args(["-n", "-15", "taskset", "-c", cpu]).arg(testprogs().join(program)))
 }
 
 #[test]
 #[ignore = "needs root and BPF"]
-fn a_load_of_four_times_the_budget_settles_within_it_and_totals_stay_true() {
+fn a_load_of_ten_times_the_budget_settles_within_it_and_totals_stay_true() {
     let _deep = start_on("0", "deep_gcc");
     let burner = start_on("1", "burn");
     let at_first = used_without_a_budget();
     burner.finish();
-    // A tenth would be less than what the agent takes at 1 Hz.
-    let budget = at_first / 4.0;
+    let budget = at_first / 10.0;
     let share = format!("{:.4}%", budget * 100.0);
-    let term = ["--test-budget-term", TERM_S];
-    let agent =
-        Agent::start(&[&["-F", FREQUENCY, "--cpu-budget", &share, "--window", WINDOW], &term[..]].concat());
+    let budgeted = ["--cpu-budget", &share, "--test-budget-term", TERM_S];
+    let agent = Agent::start(&[&OPTIONS[..], &budgeted].concat());
     let burner = start_on("1", "burn");
     let selector = format!("{{exe=\"burn\",pid=\"{}\"}}", burner.pid());
 
@@ -99,7 +99,7 @@ fn a_load_of_four_times_the_budget_settles_within_it_and_totals_stay_true() {
     let hz = agent.metric("profiler_agent_frequency_hz").expect("a frequency");
     let log = agent.log();
     let report = format!("at {FREQUENCY} Hz {at_first:.5}, budget {budget:.5}, at {hz} Hz {kept:.5}\n{log}");
-    assert!(hz <= 500.0, "{report}");
+    assert!(hz <= 250.0, "{report}");
     let (_, status) = agent.get(agent.agent, "/status").expect("an answer");
     let says_so = String::from_utf8_lossy(&status).contains("which the lowest frequency exceeds");
     assert!(kept <= FACTOR * budget || (hz == 1.0 && says_so), "{report}");

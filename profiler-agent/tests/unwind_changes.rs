@@ -41,7 +41,7 @@ struct Subject {
 #[ignore = "needs root and BPF"]
 fn stacks_stay_whole_when_code_is_loaded_replaced_deleted_or_seen_from_elsewhere() {
     let folder = tempfile::tempdir().expect("a temporary directory");
-    let mut subjects = vec![deleted(folder.path()), elsewhere(folder.path()), forked()];
+    let mut subjects = vec![deleted(folder.path()), elsewhere(folder.path()), forked(), clock()];
     subjects.extend(replaced_program(folder.path()));
     let (mut loaded, mut became) = (loads(&testprogs().join("libplugin_1.so"), 1), becomes_another());
 
@@ -114,6 +114,12 @@ fn deleted(folder: &Path) -> Subject {
     let program = start(&path);
     fs::remove_file(path).expect("delete a copy");
     subject("deleted program", program, DEEP, "in_child")
+}
+
+/// Code that no file backs, with functions of the kernel's making.
+fn clock() -> Subject {
+    let program = Program::start("shapes", &["clock"]);
+    subject("vDSO", program, ("__vdso_clock_gettime", &["ask_clock", "main", "_start"]), "in_child")
 }
 
 /// Under another root, its paths name other files, or none, for the agent.

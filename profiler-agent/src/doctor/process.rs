@@ -84,7 +84,7 @@ fn sources(mapping: &Mapping) -> Sources {
         Backing::Anonymous => {
             ("[generated code]".to_owned(), "frame pointers".to_owned(), "none: [jit]".to_owned())
         }
-        Backing::Unnamed(name) if **name == *unwind::VDSO => {
+        Backing::Unnamed(name) if **name == *crate::vdso::NAME => {
             (name.to_string(), "its own .eh_frame".to_owned(), "none: [vdso]".to_owned())
         }
         Backing::Unnamed(name) => (

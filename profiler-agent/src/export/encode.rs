@@ -1,6 +1,6 @@
 //! A closed window as uploads: one pprof per series, some series per request.
 
-use std::{collections::HashMap, io};
+use std::{borrow::Cow, collections::HashMap, io};
 
 use chrono::{DateTime, SecondsFormat};
 use profiler_common::wire::StackEnd;
@@ -19,6 +19,7 @@ use crate::{
     ledger::{PerType, ProfileType},
     normalize::Location,
     symbolize::{self, KERNEL, LocationKey},
+    vdso,
     window::{Closed, Measure, OBJECT, SampleLabels, Series},
 };
 
@@ -291,7 +292,10 @@ impl<'a> SeriesEncoder<'a> {
             "" => self.named(None, 0, FrameKind::Native, "[unknown]"),
             file => {
                 let mapping = self.whole(file);
-                self.named(Some(mapping), addr, FrameKind::Native, &format!("{file}+{addr:#x}"))
+                let function = (file == vdso::NAME).then(|| vdso::function_at(addr)).flatten();
+                let unnamed = || Cow::Owned(format!("{file}+{addr:#x}"));
+                let name = function.map_or_else(unnamed, Cow::Borrowed);
+                self.named(Some(mapping), addr, FrameKind::Native, &name)
             }
         }
     }
@@ -546,6 +550,8 @@ mod tests {
         let named = generated("node", 0x7f45_679a_4b48);
         let Location::Code(key) = &named else { unreachable!("it is code") };
         let symbols = HashMap::from([(key.id(), found("", "hot", 0))]);
+        let find = |offset: u64| Some((offset, vdso::function_at(offset)?));
+        let clock = (0..u64::from(u16::MAX)).find_map(find).expect("a vDSO has functions");
         let window = window(vec![
             generated("node", 0x7f45_679a_4b46),
             generated("node", 0x7f45_679a_4b47),
@@ -553,7 +559,8 @@ mod tests {
             generated("something", 0x7f45_679a_4b46),
             named,
             Location::unnamed("", Addr(0x7f45_0000_0000)),
-            Location::unnamed("[vdso]", Addr(0xb46)),
+            Location::unnamed("[vdso]", Addr(1)),
+            Location::unnamed("[vdso]", Addr(clock.0)),
         ]);
         let profile = profile(&window, &symbols, &Losses::new());
         let expect = [
@@ -562,10 +569,11 @@ mod tests {
             ("//anon", 0, "[jit]", FrameKind::Jit),
             ("//anon", 0, "hot", FrameKind::Jit),
             ("", 0, "[unknown]", FrameKind::Native),
-            ("[vdso]", 0xb46, "[vdso]+0xb46", FrameKind::Native),
+            ("[vdso]", 1, "[vdso]+0x1", FrameKind::Native),
+            ("[vdso]", clock.0, clock.1, FrameKind::Native),
         ];
         assert_eq!(shown(&profile), expect);
-        assert_eq!(profile.sample[0].location_id.len(), 7, "every frame stays");
+        assert_eq!(profile.sample[0].location_id.len(), 8, "every frame stays");
     }
 
     #[test]

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     addr::{Addr, FileOffset},
     executable::{Executable, ExecutableCache, MappedFile},
+    vdso,
 };
 
 /// Executable ranges of one process. JITs that split their code cache reach hundreds.
@@ -179,8 +180,11 @@ impl ImageReader {
         if inode == 0 {
             // `[anon:NAME]` is what a process calls its own memory: prctl(2), PR_SET_VMA_ANON_NAME.
             let is_anonymous = path.is_empty() || path.starts_with(b"[anon");
+            let is_of_32_bits = path == vdso::NAME.as_bytes() && u32::try_from(start.0).is_ok();
             return if is_anonymous {
                 Backing::Anonymous
+            } else if is_of_32_bits {
+                Backing::Unnamed(vdso::NAME_32.into())
             } else {
                 Backing::Unnamed(String::from_utf8_lossy(path).into())
             };

@@ -1,9 +1,7 @@
 //! From an executable to its unwind table.
 
 use std::{
-    fs::File,
     io,
-    os::unix::fs::FileExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
@@ -12,8 +10,8 @@ use profiler_unwind::{UnwindError, UnwindTable};
 use super::ARCHITECTURE;
 use crate::{
     executable::Executable,
-    process::maps::executable_ranges,
     sys::{file_map::FileMap, sigbus::FileShrank},
+    vdso,
 };
 
 /// Files larger than this have no table. Only the pages with unwind information are read: 5 MB of a file of 200.
@@ -128,17 +126,8 @@ pub(super) fn of_executable(executable: &Executable) -> Result<UnwindTable, Make
 
 /// Reads the table of this process's vDSO, which is the one of all.
 pub(super) fn of_vdso() -> Result<UnwindTable, MakeError> {
-    let maps = std::fs::read("/proc/self/maps")?;
-    let range = executable_ranges(&maps).find(|entry| entry.path == VDSO.as_bytes());
-    let Some(range) = range else { return Err(UnwindError::NoUnwindInformation.into()) };
-    let bytes = usize::try_from(range.end.0 - range.start.0).unwrap_or(usize::MAX);
-    let mut image = vec![0; bytes.min(profiler_unwind::limits::VDSO_BYTES_MAX)];
-    File::open("/proc/self/mem")?.read_exact_at(&mut image, range.start.0)?;
-    parse(&image, profiler_unwind::vdso::from_image)
+    parse(&vdso::image()?, profiler_unwind::vdso::from_image)
 }
-
-/// Name of the vDSO's mapping.
-pub(crate) const VDSO: &str = "[vdso]";
 
 /// The bytes are not trusted. A parser that panics is counted, and the process has no table.
 fn parse(

@@ -40,7 +40,7 @@ use self::{
 };
 pub(crate) use self::{
     lives::{Life, Lives},
-    make::{Reason, VDSO},
+    make::Reason,
 };
 use crate::{
     addr::FileOffset,
@@ -50,6 +50,7 @@ use crate::{
     memory::UnwindSizes,
     process::{Backing, ImageReader, Mapping},
     sys::memory,
+    vdso,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -463,7 +464,7 @@ impl Unwinder {
     ) -> CodeRange {
         let range = mapping.range();
         let (owner, bias, executable) = match &mapping.backing {
-            Backing::Unnamed(name) if &**name == VDSO => (Some(Owner::Vdso), range.start.0, None),
+            Backing::Unnamed(name) if &**name == vdso::NAME => (Some(Owner::Vdso), range.start.0, None),
             Backing::Anonymous | Backing::Unnamed(_) => (None, 0, None),
             Backing::Executable(executable) => match bias(mapping, executable) {
                 Some(bias) => {
@@ -644,7 +645,7 @@ pub(crate) fn source_of(executable: &Executable) -> Result<(&'static str, u64), 
 }
 
 fn log_refusal(executable: Option<&Executable>, error: &MakeError) {
-    let name = executable.map_or(VDSO.into(), Executable::name);
+    let name = executable.map_or(vdso::NAME.into(), Executable::name);
     debug!(error = error as &dyn std::error::Error, %name, "no unwind table; frame pointers stay");
 }
 
