@@ -60,7 +60,7 @@ fn is_kept(agent: &Agent, time: Duration) -> bool {
 
 /// What profiling takes of the CPUs without a budget, once it has met what runs.
 fn used_without_a_budget() -> f64 {
-    let agent = Agent::start(&[&OPTIONS[..], &["--cpu-budget", "off"]].concat());
+    let agent = start_agent(&["--cpu-budget", "off"]);
     assert!(is_kept(&agent, Duration::from_secs(5)));
     let warm = agent.wait_for("a reading", || read(&agent));
     assert!(is_kept(&agent, Duration::from_secs(6)));
@@ -71,24 +71,45 @@ fn used_without_a_budget() -> f64 {
     used(warm, later)
 }
 
-/// A program on a CPU that it has nearly for itself: the less of a CPU's time is others', the fewer samples tell its share.
-fn start_on(cpu: &str, program: &str) -> Program {
+/// An agent that has met what runs.
+fn start_agent(options: &[&str]) -> Agent {
+    let agent = Agent::start(&[&OPTIONS[..], options].concat());
+    agent.wait_for("tables of the running programs", || {
+        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
+    });
+    agent
+}
+
+/// A program on one CPU.
+fn start_on(cpu: &str, niceness: &str, program: &str) -> Program {
     let mut command = Command::new("nice");
-    Program::start_command(command.args(["-n", "-15", "taskset", "-c", cpu]).arg(testprogs().join(program)))
+    Program::start_command(
+        command.args(["-n", niceness, "taskset", "-c", cpu]).arg(testprogs().join(program)),
+    )
+}
+
+/// What is sampled deeply.
+fn start_deep() -> Program {
+    start_on("0", "0", "deep_gcc")
+}
+
+/// What is counted. It has its CPU nearly for itself: the less of a CPU's time is others', the fewer samples tell its share.
+fn start_burner() -> Program {
+    start_on("1", "-15", "burn")
 }
 
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_load_of_ten_times_the_budget_settles_within_it_and_totals_stay_true() {
-    let _deep = start_on("0", "deep_gcc");
-    let burner = start_on("1", "burn");
+    let _deep = start_deep();
+    let burner = start_burner();
     let at_first = used_without_a_budget();
     burner.finish();
     let budget = at_first / 10.0;
     let share = format!("{:.4}%", budget * 100.0);
     let budgeted = ["--cpu-budget", &share, "--test-budget-term", TERM_S];
-    let agent = Agent::start(&[&OPTIONS[..], &budgeted].concat());
-    let burner = start_on("1", "burn");
+    let agent = start_agent(&budgeted);
+    let burner = start_burner();
     let selector = format!("{{exe=\"burn\",pid=\"{}\"}}", burner.pid());
 
     // What else runs on the machine may move the frequency later: the budget is one of the mean, not of a frequency.
