@@ -10,7 +10,7 @@ use gimli::{
 };
 use object::elf::PT_GNU_EH_FRAME;
 
-use crate::elf::{Architecture, Elf, Part};
+use crate::elf::{Architecture, Elf, Part, Steps};
 use crate::rule;
 use crate::table::{Builder, Source};
 use crate::{UnwindError, go, limits};
@@ -21,14 +21,18 @@ pub(crate) type Bytes<'a> = EndianSlice<'a, LittleEndian>;
 const ADDRESS_BYTES: u8 = 8;
 
 /// Adds the rows of the first source that has any.
-pub(crate) fn collect(elf: &Elf<'_>, builder: &mut Builder) -> Result<Option<Source>, UnwindError> {
+pub(crate) fn collect(
+    elf: &Elf<'_>,
+    builder: &mut Builder,
+    steps: &mut Steps<'_>,
+) -> Result<Option<Source>, UnwindError> {
     if let Some(part) = elf.section(".eh_frame") {
-        collect_eh_frame(elf, part, BaseAddresses::default(), builder)?;
+        collect_eh_frame(elf, part, BaseAddresses::default(), builder, steps)?;
         if builder.has_fdes() {
             return Ok(Some(Source::EhFrame));
         }
     } else if let Some((part, bases)) = eh_frame_by_header(elf) {
-        collect_eh_frame(elf, part, bases, builder)?;
+        collect_eh_frame(elf, part, bases, builder, steps)?;
         if builder.has_fdes() {
             return Ok(Some(Source::EhFrameHdr));
         }
@@ -38,7 +42,7 @@ pub(crate) fn collect(elf: &Elf<'_>, builder: &mut Builder) -> Result<Option<Sou
         let mut section = DebugFrame::new(part.bytes, LittleEndian);
         section.set_address_size(ADDRESS_BYTES);
         section.set_vendor(vendor(elf.architecture));
-        collect_section(&section, ".debug_frame", &BaseAddresses::default(), builder)?;
+        collect_section(&section, ".debug_frame", &BaseAddresses::default(), builder, steps)?;
         if builder.has_fdes() {
             return Ok(Some(Source::DebugFrame));
         }
@@ -60,6 +64,7 @@ fn collect_eh_frame(
     part: Part<'_>,
     bases: BaseAddresses,
     builder: &mut Builder,
+    steps: &mut Steps<'_>,
 ) -> Result<(), UnwindError> {
     let mut bases = bases.set_eh_frame(part.address);
     if let Some(text) = elf.section(".text") {
@@ -68,7 +73,7 @@ fn collect_eh_frame(
     let mut section = EhFrame::new(part.bytes, LittleEndian);
     section.set_address_size(ADDRESS_BYTES);
     section.set_vendor(vendor(elf.architecture));
-    collect_section(&section, ".eh_frame", &bases, builder)
+    collect_section(&section, ".eh_frame", &bases, builder, steps)
 }
 
 fn vendor(architecture: Architecture) -> Vendor {
@@ -83,13 +88,14 @@ fn collect_section<'a, S>(
     name: &'static str,
     bases: &BaseAddresses,
     builder: &mut Builder,
+    steps: &mut Steps<'_>,
 ) -> Result<(), UnwindError>
 where
     S: UnwindSection<Bytes<'a>>,
     S::Offset: UnwindOffset<usize>,
 {
     let mut cies = Cies::default();
-    let mut functions = functions(section, name, bases, &mut cies, builder)?;
+    let mut functions = functions(section, name, bases, &mut cies, (builder, steps))?;
     functions.sort_by_key(|function| function.start);
     let mut context = UnwindContext::new();
     for Function { start: _, offset } in functions {
@@ -97,6 +103,7 @@ where
         let fde = section.fde_from_offset(bases, offset, |section, bases, offset| {
             cies.get(section, bases, offset, &mut Work::default())
         });
+        steps.count();
         // It could be read before.
         if let Ok(fde) = fde {
             collect_fde(section, bases, &mut context, &fde, builder)?;
@@ -118,7 +125,7 @@ fn functions<'a, S>(
     name: &'static str,
     bases: &BaseAddresses,
     cies: &mut Cies<'a>,
-    builder: &mut Builder,
+    (builder, steps): (&mut Builder, &mut Steps<'_>),
 ) -> Result<Vec<Function>, UnwindError>
 where
     S: UnwindSection<Bytes<'a>>,
@@ -135,6 +142,7 @@ where
             Some(CieOrFde::Fde(partial)) => partial,
         };
         builder.count_fde()?;
+        steps.count();
         let fde = partial.parse(|section, bases, offset| cies.get(section, bases, offset, &mut work));
         work.check()?;
         match fde {

@@ -31,6 +31,16 @@ type Header = FileHeader64<LittleEndian>;
 ///
 /// Files that are no ELF files of a known architecture, have no unwind information, or lie.
 pub fn from_elf(bytes: &[u8]) -> Result<UnwindTable, UnwindError> {
+    from_elf_in_steps(bytes, &mut || {})
+}
+
+/// The same, calling `step` whenever about a megabyte of unwind information was read. What was read before is hardly looked
+/// at again: who has mapped the file can give its pages back.
+///
+/// # Errors
+///
+/// As [`from_elf`].
+pub fn from_elf_in_steps(bytes: &[u8], step: &mut dyn FnMut()) -> Result<UnwindTable, UnwindError> {
     let elf = Elf::parse(bytes)?;
     let is_go = go::is_go(&elf);
     let (gap, known) = match is_go {
@@ -38,9 +48,33 @@ pub fn from_elf(bytes: &[u8]) -> Result<UnwindTable, UnwindError> {
         false => (UnwindRule::GAP, known_code::known_code(&elf)),
     };
     let mut builder = Builder::new(elf.architecture, &elf.code, gap, &known);
-    let source = eh_frame::collect(&elf, &mut builder)?;
+    let source = eh_frame::collect(&elf, &mut builder, &mut Steps::new(step))?;
     let source = if is_go { Some(Source::Go) } else { source };
     Ok(builder.finish(source.ok_or(UnwindError::NoUnwindInformation)?))
+}
+
+/// Counts entries of unwind information until it is time for a step.
+pub(crate) struct Steps<'a> {
+    step: &'a mut dyn FnMut(),
+    entries: u32,
+}
+
+impl<'a> Steps<'a> {
+    /// Entries take 20 to 100 bytes.
+    const ENTRIES: u32 = 16 << 10;
+
+    fn new(step: &'a mut dyn FnMut()) -> Self {
+        Self { step, entries: 0 }
+    }
+
+    /// One more entry was read.
+    pub(crate) fn count(&mut self) {
+        self.entries += 1;
+        if self.entries == Self::ENTRIES {
+            self.entries = 0;
+            (self.step)();
+        }
+    }
 }
 
 /// A section's or segment's bytes and where they are loaded.

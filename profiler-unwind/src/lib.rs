@@ -30,7 +30,7 @@ mod rule_set;
 mod table;
 pub mod vdso;
 
-pub use elf::{Architecture, from_elf};
+pub use elf::{Architecture, from_elf, from_elf_in_steps};
 pub use rule::{DisplayRule, Inexpressible};
 pub use rule_set::{RuleIds, RuleSet, RuleSetFull};
 pub use table::{Counts, Source, TableDirectory, UnwindTable};

@@ -121,7 +121,8 @@ pub(super) fn of_executable(executable: &Executable) -> Result<UnwindTable, Make
         return Err(MakeError::TooLarge { bytes });
     }
     let map = FileMap::new(file, usize::try_from(bytes).map_err(|_| MakeError::TooLarge { bytes })?)?;
-    map.read(|bytes| parse(bytes, profiler_unwind::from_elf)).map_err(|FileShrank| MakeError::Shrank)?
+    let in_steps = |bytes: &[u8]| profiler_unwind::from_elf_in_steps(bytes, &mut || map.release());
+    map.read(|bytes| parse(bytes, in_steps)).map_err(|FileShrank| MakeError::Shrank)?
 }
 
 /// Reads the table of this process's vDSO, which is the one of all.
