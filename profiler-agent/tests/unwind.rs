@@ -162,7 +162,7 @@ fn stacks_of_programs_without_frame_pointers_reach_the_root() {
     if by_frames.is_none() {
         skip("comparison with perf", "perf is not installed");
     }
-    wait_for_names(&agent);
+    agent.wait_for_names();
     // Windows that were open before the tables were there hold stacks without them.
     let from = SystemTime::now() + WINDOW;
     let dropped = || agent.metric("profiler_agent_samples_dropped_total").expect("metrics");
@@ -233,20 +233,6 @@ fn start_agent(hz: i64, pids: &[u32]) -> Agent {
     let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
     let pids = pids.iter().flat_map(|pid| ["--pid", pid.as_str()]);
     Agent::start(&options.into_iter().chain(pids).collect::<Vec<_>>())
-}
-
-/// Waits until a window has left in which no name was late: those of a program's own files are made once, and until then
-/// its frames leave as addresses, counted.
-fn wait_for_names(agent: &Agent) {
-    let late = || agent.metric(r#"profiler_agent_symbols_unresolved_total{reason="late"}"#).expect("metrics");
-    let start = SystemTime::now();
-    loop {
-        let (moment, before) = (SystemTime::now(), late());
-        agent.wait_for_window_after(moment);
-        if late() == before {
-            return say(&format!("names after {:?}; {before} were late", start.elapsed()));
-        }
-    }
 }
 
 fn title(kind: &Kind) -> String {
