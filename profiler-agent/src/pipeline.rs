@@ -62,7 +62,7 @@ use crate::{
 
 /// Closed windows between worker and encoder. Each may hold megabytes; symbolizing is behind by seconds at most.
 const CLOSED_MAX: usize = 8;
-/// How long a closed window waits for names. What is late leaves as an address; the next window has its name.
+/// How long after its close a window waits for names. What is late leaves as an address; the next window has its name.
 const SYMBOLS_DEADLINE: Duration = Duration::from_secs(2);
 /// The same for a recording, which has no next window.
 const RECORD_SYMBOLS_DEADLINE: Duration = Duration::from_secs(30);
@@ -946,7 +946,7 @@ struct Worker {
     window: Duration,
     room: Room,
     periods: Receiver<NewPeriod>,
-    closed: SyncSender<Closed>,
+    closed: SyncSender<Handed>,
     /// Labelers that are to be used from now on.
     new_labelers: Receiver<Labeler>,
     /// For processes read ahead of their first sample.
@@ -1202,16 +1202,16 @@ impl Worker {
 
     /// The last windows wait for the encoder as long as it takes.
     fn finish(&self, window: Closed) {
-        self.pass_on(window, |encoder, window| encoder.send(window).is_ok());
+        self.pass_on(window, |encoder, handed| encoder.send(handed).is_ok());
     }
 
     /// Gives a closed window to the encoder, unless that is too far behind.
     fn hand_on(&self, window: Closed) {
-        self.pass_on(window, |encoder, window| encoder.try_send(window).is_ok());
+        self.pass_on(window, |encoder, handed| encoder.try_send(handed).is_ok());
     }
 
     /// Moves a window's samples, counted from what it holds, to the encoder or to the dropped ones.
-    fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Closed>, Closed) -> bool) {
+    fn pass_on(&self, window: Closed, send: impl FnOnce(&SyncSender<Handed>, Handed) -> bool) {
         let ledger = self.account(window.measure.profile_type());
         let samples = window.samples;
         ledger.leave(Place::Window, samples);
@@ -1219,7 +1219,7 @@ impl Worker {
             return;
         }
         ledger.enter(Place::EncodeQueue, samples);
-        if !send(&self.closed, window) {
+        if !send(&self.closed, Handed { window, at: Instant::now() }) {
             ledger.leave(Place::EncodeQueue, samples);
             ledger.drop_events(Cause::EncodeQueueFull, samples);
         }
@@ -1271,32 +1271,35 @@ fn lacks_tables(raw: &RawSample) -> bool {
     }
 }
 
+/// A closed window on its way to the encoder.
+struct Handed {
+    window: Closed,
+    /// When it was closed: waiting for the encoder is waiting for names, too.
+    at: Instant,
+}
+
 /// Names the frames of closed windows, encodes them and gives them to every destination.
 struct Encoder {
     shared: Shared,
     /// Losses already told in a profile, by type.
     reported: PerType<Losses>,
-    /// How long a window waits for names.
+    /// How long after its close a window waits for names.
     symbols_deadline: Duration,
 }
 
 impl Encoder {
-    fn run(mut self, closed: &Receiver<Closed>, view: &View) {
-        for window in closed {
+    fn run(mut self, closed: &Receiver<Handed>, view: &View) {
+        for handed in closed {
             view.take_kernel_drops();
-            let losses = self.new_losses(window.measure.profile_type());
-            self.export(&window, &losses);
+            let losses = self.new_losses(handed.window.measure.profile_type());
+            self.export(&handed, &losses);
         }
     }
 
-    fn export(&self, window: &Closed, losses: &Losses) {
+    fn export(&self, handed: &Handed, losses: &Losses) {
         let Shared { ledger, gauges, symbols, binaries, exporters, .. } = &self.shared;
-        // Names that wait for CPU time come late in every window: the encoder must keep up all the same. A recording has
-        // nothing behind it.
-        let half = Duration::from_nanos(window.duration_ns / 2);
-        let longest = self.symbols_deadline;
-        let patience = if longest > SYMBOLS_DEADLINE { longest } else { longest.min(half) };
-        let resolved = symbols.resolve(code_locations(window), Instant::now() + patience);
+        let Handed { window, at } = handed;
+        let resolved = symbols.resolve(code_locations(window), *at + self.patience(window));
         let encoded = export::encode(window, &resolved, losses);
         let account = ledger.of(window.measure.profile_type());
         account.leave(Place::EncodeQueue, window.samples);
@@ -1315,6 +1318,14 @@ impl Encoder {
                 account.drop_events(Cause::EncodeFailed, window.samples);
             }
         }
+    }
+
+    /// Names that wait for CPU time come late in every window: the encoder must keep up all the same. A recording has
+    /// nothing behind it.
+    fn patience(&self, window: &Closed) -> Duration {
+        let half = Duration::from_nanos(window.duration_ns / 2);
+        let longest = self.symbols_deadline;
+        if longest > SYMBOLS_DEADLINE { longest } else { longest.min(half) }
     }
 
     /// Samples of a type lost since its last window, by cause.
@@ -1387,7 +1398,7 @@ mod tests {
         batch_sender.send(passed_on).expect("the channel has room");
         drop(batch_sender);
         worker.run(&batches, &Progress::default());
-        closed.iter().for_each(|window| encoder.export(&window, &Losses::new()));
+        closed.iter().for_each(|handed| encoder.export(&handed, &Losses::new()));
         let taken = records.len() as u64;
         let snapshot = shared.snapshot(|profile_type| match profile_type {
             ProfileType::Cpu => KernelTotals { taken, submitted: taken },

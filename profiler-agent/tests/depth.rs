@@ -34,6 +34,7 @@ fn a_stack_of_900_calls_is_whole_and_one_of_5000_is_cut_marked_and_counted() {
     agent.wait_for("tables of the running programs", || {
         (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
     });
+    agent.wait_for_names();
     let from = SystemTime::now() + WINDOW;
     let counted = agent.metric(CUT).expect("metrics");
 
@@ -58,6 +59,7 @@ fn the_depth_of_stacks_can_be_chosen() {
     agent.wait_for("tables of the running programs", || {
         (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
     });
+    agent.wait_for_names();
     let merged = profile(&agent, &program, SystemTime::now() + WINDOW);
     let stack = merged.hottest_stack();
     assert_eq!((count(&stack, "descend"), count(&stack, "main")), (199, 0), "{stack:?}");

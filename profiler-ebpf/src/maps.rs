@@ -61,14 +61,18 @@ pub static DIRECTORIES: Array<Directory> = Array::with_max_entries(1, 0);
 #[btf_map]
 pub static LEAVES: ArrayOfMaps<Shard, { UNWIND_LEAF_SHARDS_MAX as usize }> = ArrayOfMaps::new();
 
-/// One map of [`LEAVES`].
-type Shard = btf_maps::Array<Leaf, { UNWIND_SHARD_LEAVES as usize }>;
+/// One map of [`LEAVES`], of [`Leaf`]s. To BTF its value is no structure: Linux 5.15 to 6.1 take a map into another only if
+/// both say the same of a `bpf_timer` in their values, and "none in this structure" (-ENOENT) is not the same as "no BTF"
+/// (-EINVAL), which the agent's maps say (kernel/bpf/map_in_map.c: `bpf_map_meta_equal`). Of an array they say the latter.
+type Shard = btf_maps::Array<[u64; LEAF_WORDS], { UNWIND_SHARD_LEAVES as usize }>;
+const LEAF_WORDS: usize = size_of::<Leaf>() / 8;
+const _: () = assert!(size_of::<Leaf>() == 8 * LEAF_WORDS && align_of::<Leaf>() <= 8);
 
 /// The page with a number; `None` where there is none.
 #[inline(always)]
 pub fn leaf(id: u32) -> Option<*const Leaf> {
     let leaf = LEAVES.get_value(id / UNWIND_SHARD_LEAVES, &(id % UNWIND_SHARD_LEAVES))?;
-    Some(&raw const *leaf)
+    Some((&raw const *leaf).cast())
 }
 
 /// Unwind rules of all tables: key `Leaf::rules`. Written as [`CHUNKS`] are.

@@ -64,6 +64,15 @@ pub(crate) fn cargo() -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.current_dir(crate::project::root());
+    // What cargo says of this program. Build scripts ask for some of it (ring's does): with a value here and none when cargo
+    // is called by hand, they and all that depends on them would be built anew by turns.
+    let is_ours = |name: &OsStr| {
+        let name = name.to_string_lossy();
+        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+    };
+    std::env::vars_os().map(|(name, _)| name).filter(|name| is_ours(name)).for_each(|name| {
+        command.env_remove(name);
+    });
     command
 }
 

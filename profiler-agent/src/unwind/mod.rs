@@ -174,8 +174,10 @@ pub(crate) struct Unwinder {
     crowded_out: HashMap<Owner, Instant>,
     /// Processes that lack a table for want of room.
     incomplete: HashSet<u32>,
-    /// Processes to look at.
+    /// Processes to look at that were asked for: samples of theirs go without tables.
     waiting: VecDeque<u32>,
+    /// Processes to look at when no other waits: those that ran at the start, and those that lacked room.
+    unasked: VecDeque<u32>,
     /// What those have mapped that need not be read for it: all else of theirs is known.
     new_mappings: HashMap<u32, Vec<Mapping>>,
     /// Who is to be told when one was looked at.
@@ -224,6 +226,7 @@ impl Unwinder {
             crowded_out: HashMap::new(),
             incomplete: HashSet::new(),
             waiting: VecDeque::new(),
+            unasked: VecDeque::new(),
             new_mappings: HashMap::new(),
             told: Vec::new(),
             has_made_tables: false,
@@ -231,17 +234,19 @@ impl Unwinder {
         }
     }
 
-    /// Looks at every process there is, then at those asked for, until nobody can ask any more.
+    /// Looks at every process there is, at those asked for first, until nobody can ask any more.
+    ///
+    /// Tables of programs that are never sampled would else take the room of those that are.
     pub(crate) fn run(mut self, requests: &Receiver<Request>) {
-        self.waiting = self.images.pids().into();
+        self.unasked = self.images.pids().into();
         let (mut swept, mut retried) = (Instant::now(), Instant::now());
         self.payer.begin();
         let mut wait = None;
         while self.receive(requests, wait).is_some() {
             self.payer.pay();
-            wait = if self.waiting.is_empty() { None } else { self.payer.wait(Instant::now()) };
+            wait = if self.is_idle() { None } else { self.payer.wait(Instant::now()) };
             if wait.is_none()
-                && let Some(pid) = self.waiting.pop_front()
+                && let Some(pid) = self.waiting.pop_front().or_else(|| self.unasked.pop_front())
             {
                 match self.new_mappings.remove(&pid) {
                     Some(mappings) => self.extend(pid, &mappings),
@@ -252,7 +257,7 @@ impl Unwinder {
                     let _ = asker.try_send(());
                 });
             }
-            if self.waiting.is_empty() {
+            if self.is_idle() {
                 self.counts.has_scanned.store(true, Relaxed);
                 self.release_memory();
             }
@@ -262,16 +267,20 @@ impl Unwinder {
             }
             self.crowded_out.retain(|_, since| since.elapsed() < RETRY_INTERVAL);
             if retried.elapsed() >= RETRY_INTERVAL {
-                self.waiting.extend(self.incomplete.drain());
+                self.unasked.extend(self.incomplete.drain());
                 retried = Instant::now();
             }
             self.update_counts();
         }
     }
 
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.unasked.is_empty()
+    }
+
     /// Takes what has been asked for; waits only while there is nothing to do, or no CPU time to do it. `None` at the end.
     fn receive(&mut self, requests: &Receiver<Request>, wait: Option<Duration>) -> Option<()> {
-        if let Some(wait) = if self.waiting.is_empty() { Some(SWEEP_INTERVAL) } else { wait } {
+        if let Some(wait) = if self.is_idle() { Some(SWEEP_INTERVAL) } else { wait } {
             match requests.recv_timeout(wait) {
                 Ok(request) => self.take(request),
                 Err(RecvTimeoutError::Timeout) => return Some(()),
@@ -317,7 +326,7 @@ impl Unwinder {
             Some(_) => {
                 self.new_mappings.remove(&pid);
             }
-            None if self.waiting.contains(&pid) => {}
+            None if self.waiting.contains(&pid) || self.unasked.contains(&pid) => {}
             None => {
                 if self.enqueue(pid) {
                     self.new_mappings.insert(pid, vec![mapping]);
@@ -335,6 +344,7 @@ impl Unwinder {
             self.counts.requests_dropped.fetch_add(1, Relaxed);
             return false;
         }
+        self.unasked.retain(|&other| other != pid);
         self.waiting.push_back(pid);
         true
     }

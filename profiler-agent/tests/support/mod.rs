@@ -180,6 +180,22 @@ impl Agent {
         });
     }
 
+    /// Waits until a window has left in which no name was late: files are read once for their names, and until then frames
+    /// leave as addresses, counted.
+    pub fn wait_for_names(&self) {
+        let late =
+            || self.metric(r#"profiler_agent_symbols_unresolved_total{reason="late"}"#).expect("metrics");
+        let start = SystemTime::now();
+        loop {
+            let (moment, before) = (SystemTime::now(), late());
+            self.wait_for_window_after(moment);
+            if late() == before {
+                let waited = start.elapsed().unwrap_or_default();
+                return eprintln!("names after {:.1} s; {before} were late", waited.as_secs_f64());
+            }
+        }
+    }
+
     /// The merged profile as a pprof file in the data directory.
     pub fn merge_to_file(&self, selector: &str, name: &str) -> PathBuf {
         self.write(name, &self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]))

@@ -74,15 +74,19 @@ impl Stacks {
 
     /// Of the calls in perf's stacks, how many there are and how many of them the agent has seen; and those it has not.
     ///
-    /// One function may have several symbols. Perf's choice is translated where both have seen one address. Behind a
-    /// frame without call frame information perf has lost its way, and what follows is no call: generated code, which it
-    /// cannot name, and the built-ins of V8.
+    /// One function may have several symbols. Perf's choice is translated where both have seen one address.
+    ///
+    /// A stack of perf's is compared up to the first frame without call frame information: the call out of that frame still
+    /// was found by the callee's, and counts; beyond it perf's unwinder guesses, and its chains skip callers. Such frames are
+    /// generated code, which perf cannot name, so that it counts nowhere, and the built-ins of V8. What the agent makes of
+    /// them is in the share of stacks that reach the root, and in no comparison.
     pub fn edges_found(&self, of_perf: &[Vec<perf::Frame>]) -> EdgesFound {
         let aliases = self.aliases(of_perf);
         let mut found = EdgesFound::default();
         for stack in of_perf {
-            let described = stack.iter().position(|frame| !is_described(frame)).unwrap_or(stack.len());
-            for pair in stack[..described].windows(2) {
+            let described = stack.iter().take_while(|frame| is_described(frame)).count();
+            let compared = stack.len().min(described + 1);
+            for pair in stack[..compared].windows(2) {
                 let functions = (self.translate(&pair[1], &aliases), self.translate(&pair[0], &aliases));
                 let (Some(caller), Some(callee)) = functions else { continue };
                 found.total += 1;

@@ -41,7 +41,7 @@ ip link set lo up
 uname -a
 
 # Emulated processors are slow.
-export PROFILER_TEST_PATIENCE=2 PROFILER_TEST_HZ=99
+export PROFILER_TEST_PATIENCE=2 PROFILER_TEST_HZ=99 PROFILER_TEST_NICE=19
 export PROFILER_TEST_PROGRAMS=deep_gcc,deep_static,deep_musl,throw_gcc,rust_deep,cgoburn,python3
 cd /tmp
 for test in $(parameter tests); do
