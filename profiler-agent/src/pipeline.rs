@@ -72,7 +72,8 @@ const GATHER_PART: u32 = 10;
 const GATHER_MAX: Duration = Duration::from_secs(1);
 /// How long the uploads have to finish at the end.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a stage has to finish at the end. One that reads from a file system that hangs would keep the agent for ever.
+/// How long a stage has to finish at the end, beside what a window waits for names. One that reads from a file system that
+/// hangs would keep the agent for ever.
 const STAGE_DEADLINE: Duration = Duration::from_secs(10);
 /// The worker looks after its tables this often.
 const TICK: Duration = Duration::from_secs(1);
@@ -329,6 +330,8 @@ pub(crate) struct Pipeline {
     tables: Option<TableRequests>,
     heap: Heap,
     encoder: JoinHandle<()>,
+    /// How long a window waits for names.
+    symbols_deadline: Duration,
     stop_uploads: watch::Sender<Option<tokio::time::Instant>>,
 }
 
@@ -432,6 +435,7 @@ impl Pipeline {
             })?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
+            symbols_deadline,
             unwinder,
             tables,
             heap,
@@ -624,7 +628,7 @@ impl Pipeline {
         let detached = join_in_order(heap, STAGE_DEADLINE);
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
-        let failure = detached.and(join_in_order(stages, STAGE_DEADLINE)).err();
+        let failure = detached.and(join_in_order(stages, STAGE_DEADLINE + self.symbols_deadline)).err();
         // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
         let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
