@@ -61,14 +61,16 @@ pub static DIRECTORIES: Array<Directory> = Array::with_max_entries(1, 0);
 #[btf_map]
 pub static LEAVES: ArrayOfMaps<Shard, { UNWIND_LEAF_SHARDS_MAX as usize }> = ArrayOfMaps::new();
 
-/// One map of [`LEAVES`].
-type Shard = btf_maps::Array<Leaf, { UNWIND_SHARD_LEAVES as usize }>;
+/// One map of [`LEAVES`]. Its values are stated as words: kernels 5.15 to 6.1 tell a map whose values are a known structure from
+/// one without types, as the agent's shards are, and refuse the latter (`map->timer_off`).
+type Shard = btf_maps::Array<[u64; size_of::<Leaf>() / 8], { UNWIND_SHARD_LEAVES as usize }>;
+const _: () = assert!(size_of::<Leaf>().is_multiple_of(8));
 
 /// The page with a number; `None` where there is none.
 #[inline(always)]
 pub fn leaf(id: u32) -> Option<*const Leaf> {
     let leaf = LEAVES.get_value(id / UNWIND_SHARD_LEAVES, &(id % UNWIND_SHARD_LEAVES))?;
-    Some(&raw const *leaf)
+    Some((&raw const *leaf).cast())
 }
 
 /// Unwind rules of all tables: key `Leaf::rules`. Written as [`CHUNKS`] are.
