@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     bpf::HeapProgram,
+    label::Labeler,
     process::{ImageReader, Processes},
     sys::{clock, random},
 };
@@ -126,6 +127,7 @@ impl Profiler {
                 }
                 Ok(Told::Fork { .. }) => {}
                 Ok(Told::Rules(rules)) => self.set_rules(rules),
+                Ok(Told::Labels(labeler)) => self.set_labels(labeler),
                 Ok(Told::Resume) => self.resume(),
                 Ok(Told::Pause) => self.pause(),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -249,6 +251,16 @@ impl Profiler {
         if self.state == State::Running {
             self.scan();
         }
+    }
+
+    /// Other labels may be meant by other rules.
+    fn set_labels(&mut self, labeler: Labeler) {
+        self.processes.set_labeler(labeler);
+        let now_ns = clock::boot_ns();
+        for (&pid, attached) in &self.attached {
+            self.notes.set_series(attached.slot, self.processes.series_of(pid), now_ns);
+        }
+        self.set_rules(self.rules.clone());
     }
 
     fn set(&mut self, pid: u32, Setting { rate, budget }: Setting) -> Result<(), HeapError> {
