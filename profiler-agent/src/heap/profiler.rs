@@ -19,13 +19,13 @@ use super::{
     calibrate,
     find::Finder,
     notes::InUse,
-    probes::{Attached, Wanted, flags},
+    probes::{Attached, Wanted, flags, take_out_together},
     rules::{Rules, Setting},
     seccomp,
 };
 use crate::{
-    bpf::HeapProgram,
-    label::Labeler,
+    bpf::{HeapProgram, Links},
+    label::{Labeler, SeriesLabels},
     process::{ImageReader, Processes},
     sys::{clock, random},
 };
@@ -121,8 +121,10 @@ impl Profiler {
         loop {
             match told.recv_timeout(self.wait(ticked)) {
                 Ok(Told::Exec { pid, time_ns }) => self.exec(pid, time_ns),
-                // Another parent's child is not meant either, unless it execs.
-                Ok(Told::Fork { parent, child }) if self.attached.contains_key(&parent) => {
+                // Another parent's child is not meant either, unless it execs or a family goes on through it.
+                Ok(Told::Fork { parent, child })
+                    if self.attached.contains_key(&parent) || self.rules.have_families() =>
+                {
                     self.look_later(child, EXEC_DELAY);
                 }
                 Ok(Told::Fork { .. }) => {}
@@ -220,15 +222,17 @@ impl Profiler {
     /// Takes all probes out. Whose samples were followed stays known: the last snapshot is of those that have not ended.
     fn end(mut self) {
         self.detach_ended();
+        let mut links = Vec::new();
         for (_, attached) in std::mem::take(&mut self.attached) {
             self.count_hits(&attached);
-            attached.take_out(&mut self.free_points);
+            links.extend(attached.release(&mut self.free_points));
         }
+        take_out_together(links);
     }
 
     fn detach_all(&mut self) {
         let attached: Vec<u32> = self.attached.keys().copied().collect();
-        attached.into_iter().for_each(|pid| self.detach(pid));
+        take_out_together(attached.into_iter().flat_map(|pid| self.let_go(pid)).collect());
     }
 
     /// Goes by other rules from now on. Samples taken before keep their rate.
@@ -238,7 +242,7 @@ impl Profiler {
         let attached: Vec<u32> = self.attached.keys().copied().collect();
         for pid in attached {
             let labels = self.processes.series_of(pid);
-            match self.rules.of(pid, &labels) {
+            match self.setting(pid, &labels) {
                 None => self.detach(pid),
                 Some(setting) => {
                     if let Err(error) = self.set(pid, setting) {
@@ -331,7 +335,7 @@ impl Profiler {
             return;
         }
         let labels = self.processes.series_of(pid);
-        let Some(setting) = self.rules.of(pid, &labels) else { return };
+        let Some(setting) = self.setting(pid, &labels) else { return };
         match self.attach(pid, start_ticks, setting) {
             Ok(()) => {}
             Err(HeapError::NotReady) if tries < LINKER_TRIES => {
@@ -339,6 +343,10 @@ impl Profiler {
             }
             Err(error) => self.refuse(pid, error),
         }
+    }
+
+    fn setting(&self, pid: u32, labels: &SeriesLabels) -> Option<Setting> {
+        self.rules.of(pid, labels, || self.program.is_of_family(pid))
     }
 
     fn refuse(&self, pid: u32, error: HeapError) {
@@ -576,16 +584,22 @@ impl Profiler {
     }
 
     fn detach(&mut self, pid: u32) {
-        let Some(attached) = self.attached.remove(&pid) else { return };
+        drop(self.let_go(pid));
+    }
+
+    /// Forgets a process. Its number and those of its functions may be used again when the probes are out.
+    fn let_go(&mut self, pid: u32) -> Vec<Links> {
+        let Some(attached) = self.attached.remove(&pid) else { return Vec::new() };
         let (slot, id) = (attached.slot, attached.target.id);
         self.count_hits(&attached);
-        attached.take_out(&mut self.free_points);
+        let links = attached.release(&mut self.free_points);
         self.notes.unfollow(id);
         self.notes.end(slot, clock::boot_ns());
         self.gauges.states.forget(pid);
         self.free_slots.push(slot);
         self.show();
         info!(pid, "the heap is no longer profiled");
+        links
     }
 
     /// Counts what it has cost since the last reading.
