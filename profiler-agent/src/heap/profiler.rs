@@ -49,6 +49,8 @@ struct Due {
     pid: u32,
     at: Instant,
     tries: u32,
+    /// It was met in a look at all processes: those that are new go before it.
+    is_of_scan: bool,
 }
 
 /// Attaches and detaches. Owned by its thread.
@@ -63,6 +65,8 @@ pub(crate) struct Profiler {
     /// Start of each process that was looked at.
     seen: HashMap<u32, u64>,
     due: VecDeque<Due>,
+    /// Of these: those of looks at all processes.
+    scan_left: usize,
     free_slots: Vec<u32>,
     free_points: Vec<u32>,
     next_id: u32,
@@ -104,6 +108,7 @@ impl Profiler {
             attached: HashMap::new(),
             seen: HashMap::new(),
             due: VecDeque::new(),
+            scan_left: 0,
             free_slots: (0..TARGETS_MAX).rev().collect(),
             free_points: (0..POINTS_MAX).rev().collect(),
             next_id: 1,
@@ -159,7 +164,8 @@ impl Profiler {
         if self.state != State::Running {
             return LOOK_INTERVAL;
         }
-        let due = self.due.front().map(|due| due.at.saturating_duration_since(Instant::now()));
+        let due = self.due.iter().map(|due| due.at).min();
+        let due = due.map(|at| at.saturating_duration_since(Instant::now()));
         let step = self.next_step_ns().map(clock::until);
         let tick = if self.attached.is_empty() { LOOK_INTERVAL } else { TICK };
         [due, step].into_iter().flatten().fold(tick.saturating_sub(ticked.elapsed()), Duration::min)
@@ -214,6 +220,7 @@ impl Profiler {
         self.detach_all();
         self.seen.clear();
         self.due.clear();
+        self.scan_left = 0;
         if self.state == State::Running {
             self.state = State::Paused;
         }
@@ -296,39 +303,51 @@ impl Profiler {
 
     fn look_later(&mut self, pid: u32, delay: Duration) {
         if self.state == State::Running {
-            self.due.push_back(Due { pid, at: Instant::now() + delay, tries: 0 });
+            self.due.push_back(Due { pid, at: Instant::now() + delay, tries: 0, is_of_scan: false });
         }
     }
 
-    /// Looks at every process that has come since.
+    /// Has every process looked at that has come since and is meant, one at a time: attaching to many takes long, and
+    /// meanwhile others exec, budgets are to be kept and orders come.
     fn scan(&mut self) {
         let pids: HashSet<u32> = self.finder.images().pids().into_iter().collect();
         self.seen.retain(|pid, _| pids.contains(pid));
         self.gauges.states.retain(|pid| pids.contains(&pid));
         for pid in pids {
             let start = self.finder.images().start_ticks(pid);
-            if start.is_some() && self.seen.get(&pid).copied() != start {
-                self.look_at(Due { pid, at: Instant::now(), tries: 0 });
+            let Some(start_ticks) = start.filter(|_| self.seen.get(&pid).copied() != start) else { continue };
+            self.seen.insert(pid, start_ticks);
+            if self.setting(pid, &self.processes.series_of(pid)).is_some() {
+                self.due.push_back(Due { pid, at: Instant::now(), tries: 0, is_of_scan: true });
+                self.scan_left += 1;
             }
         }
-        self.gauges.scans.fetch_add(1, Relaxed);
+        if self.scan_left == 0 {
+            self.gauges.scans.fetch_add(1, Relaxed);
+        }
     }
 
+    /// Looks at one of the processes whose time has come.
     fn look_at_due(&mut self) {
         let now = Instant::now();
-        for _ in 0..self.due.len() {
-            let Some(due) = self.due.pop_front() else { return };
-            if due.at <= now {
-                self.look_at(due);
-            } else {
-                self.due.push_back(due);
+        let ready =
+            |is_of_scan: bool| self.due.iter().position(|due| due.at <= now && due.is_of_scan == is_of_scan);
+        let Some(due) = ready(false).or_else(|| ready(true)).and_then(|at| self.due.remove(at)) else {
+            return;
+        };
+        let is_of_scan = due.is_of_scan;
+        self.look_at(due);
+        if is_of_scan {
+            self.scan_left -= 1;
+            if self.scan_left == 0 {
+                self.gauges.scans.fetch_add(1, Relaxed);
             }
         }
     }
 
     /// Profiles the process if a rule says so.
     fn look_at(&mut self, due: Due) {
-        let Due { pid, at: _, tries } = due;
+        let Due { pid, at: _, tries, is_of_scan: _ } = due;
         let Some(start_ticks) = self.finder.images().start_ticks(pid) else { return };
         self.seen.insert(pid, start_ticks);
         if self.attached.contains_key(&pid) || pid == std::process::id() {
@@ -339,7 +358,8 @@ impl Profiler {
         match self.attach(pid, start_ticks, setting) {
             Ok(()) => {}
             Err(HeapError::NotReady) if tries < LINKER_TRIES => {
-                self.due.push_back(Due { pid, at: Instant::now() + LINKER_DELAY, tries: tries + 1 });
+                let at = Instant::now() + LINKER_DELAY;
+                self.due.push_back(Due { pid, at, tries: tries + 1, is_of_scan: false });
             }
             Err(error) => self.refuse(pid, error),
         }
