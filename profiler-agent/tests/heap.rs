@@ -92,21 +92,27 @@ fn run_under(agent: &Agent, name: &str, variables: &[(&str, &str)]) -> Run {
     // Another program of this name may be there as well.
     let line = format!("profiling the heap pid={} ", program.pid());
     agent.wait_for("its heap is profiled", || agent.log().contains(&line).then_some(()));
+    let selector = format!("{{exe=\"{name}\",pid=\"{}\"}}", program.pid());
     let mut allocate = || -> (Truth, SystemTime) {
         let truth = serde_json::from_str(&program.ask("go")).expect("JSON");
         let done = SystemTime::now();
         agent.wait_for_window_after(done);
         (truth, done)
     };
-    // On a loaded machine the names may be late for the first windows, which have addresses then.
-    let (before, started) = allocate();
+    let merge = |types, since| agent.merge_type(&selector, types, since);
+    // Names may be late for the first windows, which have addresses then.
+    let (before, started) = agent.wait_for("its places have names", || {
+        let began = SystemTime::now();
+        let (truth, done) = allocate();
+        let objects = merge(("allocs", "alloc_objects"), began);
+        let named: i64 = truth.keys().map(|place| objects.total_of(place)).sum();
+        (named as f64 > 0.99 * objects.total as f64).then_some((truth, done))
+    });
     let (truth, done) = allocate();
     for metric in ["unreturned", "stray", "live_dropped", "live_full"] {
         let metric = format!("profiler_agent_heap_{metric}_total");
         assert_eq!(agent.metric(&metric), Some(0.0), "{metric}");
     }
-    let selector = format!("{{exe=\"{name}\",pid=\"{}\"}}", program.pid());
-    let merge = |types, since| agent.merge_type(&selector, types, since);
     Run {
         truth: since(&before, truth),
         alloc_objects: merge(("allocs", "alloc_objects"), started),

@@ -240,6 +240,7 @@ impl Profiler {
     fn detach_all(&mut self) {
         let attached: Vec<u32> = self.attached.keys().copied().collect();
         take_out_together(attached.into_iter().flat_map(|pid| self.let_go(pid)).collect());
+        self.show();
     }
 
     /// Goes by other rules from now on. Samples taken before keep their rate.
@@ -605,6 +606,7 @@ impl Profiler {
 
     fn detach(&mut self, pid: u32) {
         drop(self.let_go(pid));
+        self.show();
     }
 
     /// Forgets a process. Its number and those of its functions may be used again when the probes are out.
@@ -617,7 +619,6 @@ impl Profiler {
         self.notes.end(slot, clock::boot_ns());
         self.gauges.states.forget(pid);
         self.free_slots.push(slot);
-        self.show();
         info!(pid, "the heap is no longer profiled");
         links
     }
