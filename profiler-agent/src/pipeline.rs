@@ -496,7 +496,11 @@ impl Pipeline {
     /// Labels series anew, from the worker's next look at its tables on.
     pub(crate) fn set_labels(&self, node: &str, labels: &[(String, String)]) {
         // An error means that the worker is dead, which ends the agent.
-        let _ = self.labelers.send(Labeler::new(node, labels));
+        let labeler = Labeler::new(node, labels);
+        let _ = self.labelers.send(labeler.clone());
+        if let Heap::Runs(heap, _) = &self.heap {
+            heap.set_labels(labeler);
+        }
     }
 
     /// Profiles the heap of others from now on, or with another budget. What it needs is loaded when somebody is first meant.
@@ -1035,6 +1039,9 @@ impl Worker {
         }
         if let Some(labeler) = self.new_labelers.try_iter().last() {
             self.processes.set_labeler(labeler);
+            if let Some(heap) = &mut self.heap {
+                heap.relabel(|pid| self.processes.series_of(pid));
+            }
         }
         self.processes.forget_idle();
         self.processes.forget_exited();

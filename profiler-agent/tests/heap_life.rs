@@ -237,6 +237,71 @@ fn what_there_is_no_room_for_is_counted_and_the_profile_says_so() {
     agent.stop();
 }
 
+/// An agent that takes longer to let go of them than it has says so, and does not end in order.
+#[test]
+#[ignore = "needs root and BPF"]
+fn many_programs_are_let_go_of_when_the_agent_is_switched_off_or_ends() {
+    const PROGRAMS: usize = 256;
+    let programs: Vec<Program> = (0..PROGRAMS).map(|_| Program::start("heap_truth", &[])).collect();
+    // All have the same code, but at other addresses, of which it has none in it.
+    let untouched = code_of(programs[0].pid());
+    let is_untouched = || programs.iter().all(|program| code_of(program.pid()) == untouched);
+    assert!(is_untouched(), "before");
+    let rules = "[[heap]]\nmatch = \"exe=heap_truth\"\nbudget = \"off\"\n";
+    let configured = Configured::start(rules);
+    wait_for_targets(&configured.agent, PROGRAMS as f64);
+    configured.change(&format!("enabled = false\n{rules}"));
+    wait_for_targets(&configured.agent, 0.0);
+    assert!(is_untouched(), "switched off");
+    configured.change(rules);
+    wait_for_targets(&configured.agent, PROGRAMS as f64);
+    let log = configured.agent.stop();
+    assert!(is_untouched(), "after its end\n{log}");
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn other_labels_are_those_of_what_is_in_use_too_and_rules_may_mean_them() {
+    let mut program = Program::start("heap_life", &["5"]);
+    let named = |team: &str| {
+        let rules = rule(&program, "1", "off");
+        format!("labels = {{ team = \"{team}\" }}\n{rules}[[heap]]\nmatch = \"team=blue\"\nrate = \"0\"\n")
+    };
+    let (red, green) = (named("red"), named("green"));
+    // The first rule that means a process decides: `team=blue` comes first here.
+    let blue = format!(
+        "labels = {{ team = \"blue\" }}\n[[heap]]\nmatch = \"team=blue\"\nrate = \"0\"\n{}",
+        rule(&program, "1", "off")
+    );
+    let green_first = blue.replacen("blue", "green", 1);
+    let started = SystemTime::now();
+    let configured = Configured::start(&red);
+    let agent = &configured.agent;
+    wait_for_targets(agent, 1.0);
+    ask(&mut program, "hold 100");
+    let found = |team: &str, kind: (&str, &str), since: SystemTime| {
+        let selector = format!("{{team=\"{team}\",pid=\"{}\"}}", program.pid());
+        agent.merge_type(&selector, kind, since)
+    };
+    let (held, paced) = (("heap", "inuse_objects"), ("allocs", "alloc_objects"));
+    agent.wait_for("red", || (found("red", held, started).total_of("place_held") >= 100).then_some(()));
+    configured.change(&green);
+    agent.wait_for("green is told", || agent.log().contains("labels is changed").then_some(()));
+    let changed = SystemTime::now();
+    agent.wait_for("green", || (found("green", paced, changed).total_of("place_paced") > 0).then_some(()));
+    let since = SystemTime::now();
+    agent.wait_for_window_after(since);
+    assert_eq!(found("green", held, since).total_of("place_held"), 100, "what is held has the new labels");
+    assert_eq!(found("red", held, since).total, 0, "and not the old ones");
+    // Nothing but a label makes the difference whether a rule means it.
+    configured.change(&green_first);
+    agent.wait_for("the order of rules", || agent.log().contains("heap is changed").then_some(()));
+    assert_eq!(agent.metric("profiler_agent_heap_targets"), Some(1.0));
+    configured.change(&blue);
+    wait_for_targets(agent, 0.0);
+    configured.agent.stop();
+}
+
 /// Whether the program runs, and allocates.
 fn is_alive(program: &mut Program) -> bool {
     let before = ask(program, "total");

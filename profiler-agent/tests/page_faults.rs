@@ -72,6 +72,83 @@ fn memory_is_where_it_was_touched_and_pages_of_files_are_nowhere() {
     assert!(account.contains("waiting 0 + dropped 0") && !account.contains("UNACCOUNTED"), "{account}");
 }
 
+/// One fault brings 2 MiB, and a sample of it stands for 509 such: a GiB. Their sum is right all the same.
+#[test]
+#[ignore = "needs root and BPF"]
+fn huge_pages_count_as_what_they_add() {
+    const HUGE_PAGE: f64 = 2.0 * MIB;
+    const REGION_MIB: u32 = 512;
+    const TIMES: u32 = 80;
+    let agent = Agent::start(&["--window", "2s", "--profiles", "cpu,page_faults"]);
+    let mut grow = Program::start("grow", &[&REGION_MIB.to_string()]);
+    let mut touch = |times: u32| -> f64 {
+        let bytes = grow.ask(&format!("huge {times}")).trim().parse().expect("a number");
+        agent.wait_for_window_after(SystemTime::now());
+        bytes
+    };
+    // It has its unwind tables from then on.
+    if touch(1) == 0.0 {
+        return support::skip("huge_pages_count_as_what_they_add", "this kernel gives none");
+    }
+    let started = SystemTime::now();
+    let truth = touch(TIMES);
+    let selector = format!("{{exe=\"grow\",pid=\"{}\"}}", grow.pid());
+    let found =
+        |column| agent.merge_type(&selector, ("page_faults", column), started).total_of("touch_huge") as f64;
+    let samples = truth / HUGE_PAGE / PERIOD;
+    let accepted = 4.0 / samples.sqrt();
+    for (found, truth) in [(found("fault_space"), truth), (found("faults"), truth / HUGE_PAGE)] {
+        eprintln!("{found} of {truth}, {samples:.0} samples, {accepted:.2} accepted");
+        assert!((found / truth - 1.0).abs() <= accepted, "{found} of {truth}, {accepted} accepted");
+    }
+    agent.stop();
+}
+
+/// Events of the kernel that a process has open.
+fn events_of(pid: u32) -> usize {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).expect("a process that runs");
+    let targets = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+    targets.filter(|target| target.to_string_lossy() == "anon_inode:[perf_event]").count()
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn switched_off_no_fault_is_sampled_and_switched_on_they_are_again() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("agent.toml");
+    let write = |text: &str| {
+        fs::write(path.with_extension("new"), text).expect("written");
+        fs::rename(path.with_extension("new"), &path).expect("renamed");
+    };
+    // No clock events: what is open are those of page faults.
+    let with = |enabled: bool| write(&format!("profiles = [\"page_faults\"]\nenabled = {enabled}\n"));
+    with(true);
+    let agent = Agent::start(&["--window", "2s", "--config", path.to_str().expect("text")]);
+    let wait_for_events = |there: bool| {
+        agent.wait_for("page faults are followed or not", || {
+            ((events_of(agent.pid()) > 0) == there).then_some(())
+        });
+    };
+    wait_for_events(true);
+    let mut grow = Program::start("grow", &["64"]);
+    let selector = format!("{{exe=\"grow\",pid=\"{}\"}}", grow.pid());
+    with(false);
+    wait_for_events(false);
+    let taken = || agent.metric("profiler_agent_samples_taken_total{type=\"page_faults\"}").expect("metrics");
+    let before = taken();
+    assert_eq!(grow.ask("go"), "done\n");
+    assert_eq!(taken(), before, "faults of the pause");
+    with(true);
+    wait_for_events(true);
+    let resumed = SystemTime::now();
+    agent.wait_for("faults are sampled again", || {
+        assert_eq!(grow.ask("go"), "done\n");
+        let since = agent.merge_type(&selector, ("page_faults", "faults"), resumed);
+        (since.total_of("touch_memory") > 0).then_some(())
+    });
+    agent.stop();
+}
+
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_target_is_the_only_one_whose_faults_are_taken() {

@@ -119,6 +119,24 @@ fn what_a_command_starts_is_recorded_too_and_the_commands_status_is_given() {
     assert!((bytes as f64 / truth - 1.0).abs() < 4.0 * (0.02f64 / 800.0).sqrt() + 0.01, "{bytes} of {truth}");
 }
 
+/// Its parent is another by the time anybody looks.
+#[test]
+#[ignore = "needs root and BPF"]
+fn what_was_started_by_a_process_that_ended_at_once_is_recorded_too() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let program = testprogs().join("heap_truth");
+    let script = format!(
+        "( (sleep 2; echo go; sleep 1) | {} 400 > truth & ); until grep -q place_ truth; do sleep 0.1; done; sleep 1",
+        program.display()
+    );
+    let output = record(dir.path(), &["--rate", "64KiB", "-o", "a.folded", "--", "sh", "-c", &script], "");
+    let message = succeed(&output);
+    let folded = fs::read_to_string(dir.path().join("a.folded")).expect("written");
+    let found =
+        folded.lines().any(|line| line.starts_with("heap_truth;") && line.contains("place_malloc_262144"));
+    assert!(found, "{message}{folded}");
+}
+
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_recording_keeps_to_the_budget_and_says_so() {

@@ -16,7 +16,7 @@ pub enum Counter {
     ExecSubmitted = 4,
     /// Exec records dropped: the ring buffer was full.
     ExecDroppedRingFull = 5,
-    /// Runs of the sampling programs whose duration was measured: 1 of [`TIMED_EVERY`]. This counter, and the others of
+    /// Runs of the sampling program whose duration was measured: 1 of [`TIMED_EVERY`]. This counter, and the others of
     /// [`Timed`], are for its use.
     CpuTimed = 6,
     /// Nanoseconds that the measured runs took.
@@ -41,7 +41,7 @@ pub enum Counter {
     CpuThinned = 16,
     /// Children of a family that `FAMILY` had no room for: they are not sampled.
     FamilyNotFollowed = 17,
-    /// Runs of the sampling programs, of page faults too, those of samples that no target wants too.
+    /// Runs of the sampling program, those of samples that no target wants too.
     CpuRuns = 18,
     /// Runs of the programs that follow processes and cgroups, those that have nothing to tell too.
     ProcessRuns = 19,
@@ -59,21 +59,29 @@ pub enum Counter {
     FaultDroppedNoScratch = 25,
     /// Page faults that no target wants. Not taken.
     FaultFiltered = 26,
+    /// As [`Self::CpuRuns`], of page faults.
+    FaultRuns = 27,
+    /// As `CpuTimed`, of page faults.
+    FaultTimed = 28,
+    /// As `CpuTimedNs`, of page faults.
+    FaultTimedNs = 29,
 }
 
 /// Programs whose time is measured together. Those in allocator functions have a budget and an account of their own: most of
 /// what they cost is the trap, which no program can time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timed {
-    /// The sampling programs.
+    /// The program that samples CPU time.
     Samples,
+    /// The program that samples page faults.
+    PageFaults,
     /// Those that follow processes and cgroups.
     ProcessEvents,
 }
 
 impl Timed {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Samples, Self::ProcessEvents];
+    pub const ALL: [Self; 3] = [Self::Samples, Self::PageFaults, Self::ProcessEvents];
 
     /// Counter of all runs.
     #[inline(always)]
@@ -81,6 +89,7 @@ impl Timed {
     pub const fn runs(self) -> Counter {
         match self {
             Self::Samples => Counter::CpuRuns,
+            Self::PageFaults => Counter::FaultRuns,
             Self::ProcessEvents => Counter::ProcessRuns,
         }
     }
@@ -91,6 +100,7 @@ impl Timed {
     pub const fn timed(self) -> Counter {
         match self {
             Self::Samples => Counter::CpuTimed,
+            Self::PageFaults => Counter::FaultTimed,
             Self::ProcessEvents => Counter::ProcessTimed,
         }
     }
@@ -101,6 +111,7 @@ impl Timed {
     pub const fn timed_ns(self) -> Counter {
         match self {
             Self::Samples => Counter::CpuTimedNs,
+            Self::PageFaults => Counter::FaultTimedNs,
             Self::ProcessEvents => Counter::ProcessTimedNs,
         }
     }
@@ -110,6 +121,7 @@ impl Timed {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Samples => "samples",
+            Self::PageFaults => "page_faults",
             Self::ProcessEvents => "process_events",
         }
     }
@@ -161,7 +173,7 @@ pub mod durations {
 
 impl Counter {
     /// Number of counters: the size of `STATS`.
-    pub const COUNT: u32 = 27;
+    pub const COUNT: u32 = 30;
 
     /// Every counter, in the order of its slot.
     pub const ALL: [Self; Self::COUNT as usize] = [
@@ -192,6 +204,9 @@ impl Counter {
         Self::FaultDroppedRingFull,
         Self::FaultDroppedNoScratch,
         Self::FaultFiltered,
+        Self::FaultRuns,
+        Self::FaultTimed,
+        Self::FaultTimedNs,
     ];
 }
 

@@ -38,9 +38,9 @@ pub fn cpu_sample(ctx: PerfEventContext) -> u32 {
 /// Page faults: attached to one event per CPU.
 #[perf_event]
 pub fn page_fault(ctx: PerfEventContext) -> u32 {
-    let began_ns = timing::begin(Timed::Samples);
+    let began_ns = timing::begin(Timed::PageFaults);
     faults::sample(&ctx);
-    timing::end(Timed::Samples, began_ns);
+    timing::end(Timed::PageFaults, began_ns);
     0
 }
 

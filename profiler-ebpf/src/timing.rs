@@ -35,7 +35,7 @@ pub fn end(programs: Timed, began_ns: u64) {
         if let Timed::Samples = programs
             && let Some(slot) = CPU_DURATIONS.get_ptr_mut(durations::slot(ns))
         {
-            // SAFETY: the look-up gave this CPU's value; where a sample of the other kind interrupts, a count is lost.
+            // SAFETY: the look-up gave this CPU's value, which the program of no other event adds to.
             unsafe { *slot += 1 };
         }
     }

@@ -39,6 +39,7 @@ const HEAP_MAPS: [(&str, u32); 8] = [
 ];
 
 const LIVE: &str = "HEAP_LIVE";
+const FAMILY: &str = "FAMILY";
 
 const SESSION: &str = "heap_probe";
 const ENTRY: &str = "heap_entry";
@@ -88,6 +89,8 @@ pub(crate) struct HeapProgram {
     points: Array<MapData, Value<Point>>,
     targets: Array<MapData, Value<Target>>,
     hits: PerCpuArray<MapData, Value<Hits>>,
+    /// The processes of recorded families, which the programs of CPU samples follow.
+    family: HashMap<MapData, u32, u32>,
 }
 
 /// The programs of one way to probe functions.
@@ -147,6 +150,9 @@ impl HeapSource {
         }
         let Self { object, mut maps } = self;
         let parsed = Object::parse(object).map_err(HeapLoadError::Object)?;
+        let family = maps.get(FAMILY).ok_or(BpfError::Missing { what: FAMILY })?;
+        let family = family.try_clone().map_err(HeapLoadError::Descriptor)?;
+        let family = MapData::from_fd(family).map_err(|source| BpfError::Map { map: FAMILY, source })?;
         let mut made = StdHashMap::new();
         for (name, entries) in HEAP_MAPS {
             let mut map = parsed.maps.get(name).ok_or(BpfError::Missing { what: name })?.clone();
@@ -166,6 +172,7 @@ impl HeapSource {
             points: Map::Array(take("HEAP_POINTS")?).try_into().map_err(failed("HEAP_POINTS"))?,
             targets: Map::Array(take("HEAP_TARGETS")?).try_into().map_err(failed("HEAP_TARGETS"))?,
             hits: Map::PerCpuArray(take("HEAP_HITS")?).try_into().map_err(failed("HEAP_HITS"))?,
+            family: Map::HashMap(family).try_into().map_err(failed(FAMILY))?,
         };
         let live = LiveMap::new(Map::HashMap(take(LIVE)?))?;
         let stats = Map::PerCpuArray(take("HEAP_STATS")?).try_into().map_err(failed("HEAP_STATS"))?;
@@ -207,6 +214,11 @@ impl HeapProgram {
     /// Writes what the program knows of a process.
     pub(crate) fn set_target(&mut self, slot: u32, target: Target) -> Result<(), MapError> {
         self.targets.set(slot, Value(target), 0)
+    }
+
+    /// Whether a process is one of a recorded family, whoever its parent is by now.
+    pub(crate) fn is_of_family(&self, pid: u32) -> bool {
+        self.family.get(&pid, 0).is_ok()
     }
 
     /// Probes hit by the processes that had the slot so far, all together.

@@ -248,10 +248,14 @@ impl Programs {
     /// Samples the CPUs that have come online since, and drops the events of those that are gone. For a running
     /// sampler; a CPU whose event cannot be opened is tried again at the next call.
     pub(crate) fn follow_cpus(&mut self) -> Result<(), BpfError> {
-        self.follow_page_faults()?;
-        if !self.has_cpu {
-            return Ok(());
+        let faults = self.follow_page_faults();
+        if self.has_cpu {
+            self.follow_clocks()?;
         }
+        faults
+    }
+
+    fn follow_clocks(&mut self) -> Result<(), BpfError> {
         let online: BTreeSet<u32> =
             cpu::online(&self.sys_root).map_err(BpfError::Cpus)?.into_iter().collect();
         let changes = Changes::between(&self.clocks, &online);

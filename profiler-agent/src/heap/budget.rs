@@ -28,6 +28,8 @@ const CHEAP: f64 = 0.8;
 const FREES: f64 = 0.5;
 /// How far back the use of now is measured.
 const RECENT_NS: u64 = NS;
+/// The shortest time between two readings where what is saved up may soon be spent.
+const LOOK_MIN_SECONDS: f64 = 0.01;
 
 const NS: u64 = 1_000_000_000;
 
@@ -158,7 +160,7 @@ impl Governor {
     /// When it wants to be asked again, at the latest.
     pub(super) fn next_ns(&self) -> Option<u64> {
         match self.phase {
-            Phase::Whole => None,
+            Phase::Whole => self.budget.cpus().map(|_| self.at_ns + self.until_spent_ns()),
             Phase::Gap { until_ns: at_ns } | Phase::Window { end_ns: at_ns } => Some(at_ns),
         }
     }
@@ -228,9 +230,20 @@ impl Governor {
         self.balance > 0.0 && allocs + frees < share * CHEAP
     }
 
+    /// The time in which no more is spent than is saved up: at twice what the probes take of late, or at a whole CPU where
+    /// that is not known yet.
+    fn until_spent_ns(&self) -> u64 {
+        let cpus = if self.measured_ns() >= RECENT_NS { 2.0 * self.rates().total() } else { 1.0 };
+        let seconds = (self.balance / cpus.max(f64::MIN_POSITIVE)).clamp(LOOK_MIN_SECONDS, SAVED_SECONDS);
+        (seconds * NS as f64) as u64
+    }
+
+    fn measured_ns(&self) -> u64 {
+        self.recent.iter().map(|(ns, _)| ns).sum()
+    }
+
     fn frees_are_dear(&self, share: f64) -> bool {
-        let measured_ns: u64 = self.recent.iter().map(|(ns, _)| ns).sum();
-        measured_ns >= RECENT_NS && self.rates().frees >= share * FREES
+        self.measured_ns() >= RECENT_NS && self.rates().frees >= share * FREES
     }
 
     fn remember(&mut self, elapsed_ns: u64, spent: Spent) {
@@ -246,7 +259,7 @@ impl Governor {
 
     /// What is taken now, in seconds of CPU time a second.
     fn rates(&self) -> Spent {
-        let ns: u64 = self.recent.iter().map(|(ns, _)| ns).sum();
+        let ns = self.measured_ns();
         let rate = |of: fn(&Spent) -> f64| {
             self.recent.iter().map(|(_, spent)| of(spent)).sum::<f64>() / seconds(ns.max(1))
         };
@@ -384,6 +397,17 @@ mod tests {
         assert!(process.governor.is_limited() && !process.governor.keeps_frees());
         process.run(120, (0.01, 0.01));
         assert!(!process.governor.is_limited() && process.frees_probed);
+    }
+
+    #[test]
+    fn what_is_saved_up_at_the_start_is_hardly_exceeded() {
+        // A hundredth of a CPU for ten seconds; and ten milliseconds until the next look.
+        for cpus in [0.3, 0.9] {
+            let mut process = Simulated::new("1%");
+            process.run(2, (cpus / 2.0, cpus / 2.0));
+            assert!(process.governor.is_limited());
+            assert!(process.spent < 0.1 + 0.03, "{cpus}: {}", process.spent);
+        }
     }
 
     #[test]

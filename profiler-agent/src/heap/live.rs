@@ -110,6 +110,14 @@ impl Live {
         missing.objects = missing.objects.saturating_add(objects);
     }
 
+    /// Processes have other labels from now on: what one of them holds is told under those. `series` gives those of a process.
+    pub(crate) fn relabel(&mut self, series: impl Fn(u32) -> SeriesLabels) {
+        let mut by_pid = HashMap::new();
+        let mut of = |pid: u32| by_pid.entry(pid).or_insert_with(|| series(pid)).clone();
+        self.samples.values_mut().for_each(|(sample, _)| sample.series = of(sample.labels.pid));
+        self.missing.values_mut().for_each(|missing| missing.series = of(missing.pid));
+    }
+
     fn intern(&mut self, stack: &[Location]) -> Option<Arc<[Location]>> {
         if let Some(known) = self.stacks.get(stack) {
             return Some(Arc::clone(known));

@@ -5,8 +5,8 @@ use std::{fs, path::Path};
 /// Parents that are looked at.
 const GENERATIONS_MAX: usize = 256;
 
-/// Whether a process is `ancestor`, or was started by it, by what it started, and so on. One whose parent has ended is its
-/// family's no more: it was given another.
+/// Whether a process is `ancestor`, or was started by it, by what it started, and so on. One whose parent has ended is not
+/// found: it was given another. Of a recorded family the kernel side knows it (`HeapProgram::is_of_family`).
 pub(super) fn is_of_family(proc_root: &Path, pid: u32, ancestor: u32) -> bool {
     let parents = std::iter::successors(Some(pid), |&pid| parent(proc_root, pid));
     parents.take(GENERATIONS_MAX).any(|pid| pid == ancestor)

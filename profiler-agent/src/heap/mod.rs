@@ -41,6 +41,8 @@ pub(crate) use rules::{DEFAULT_RATE, Rule, Rules, parse, parse_rate};
 pub(crate) use states::{HeapState, HeapStates};
 pub(crate) use windows::HeapWindows;
 
+use crate::label::Labeler;
+
 /// Execs and forks waiting to be looked at. More make the whole of `/proc` be looked at.
 const EVENTS_MAX: usize = 1024;
 
@@ -158,6 +160,8 @@ pub(crate) enum Told {
     Fork { parent: u32, child: u32 },
     /// Whom to probe, and for how much, from now on.
     Rules(Rules),
+    /// How processes are labelled from now on.
+    Labels(Labeler),
     /// Probe whom the rules mean.
     Resume,
     /// Take all probes out.
@@ -185,6 +189,11 @@ impl Orders {
     /// Others are meant from now on.
     pub(crate) fn set_rules(&self, rules: Rules) {
         self.order(Told::Rules(rules));
+    }
+
+    /// Processes have other labels from now on.
+    pub(crate) fn set_labels(&self, labeler: Labeler) {
+        self.order(Told::Labels(labeler));
     }
 
     /// Probes are wanted from now on.

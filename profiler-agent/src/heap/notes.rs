@@ -104,6 +104,17 @@ impl Notes {
         self.change(slot, |note| note.until_ns = now_ns);
     }
 
+    /// It has other labels from now on: the profiles of both series say what was done in their time.
+    pub(super) fn set_series(&self, slot: u32, series: SeriesLabels, now_ns: u64) {
+        let mut notes = self.lock();
+        let Some(notes) = notes.get_mut(&slot) else { return };
+        if let Some(last) = notes.last_mut().filter(|last| last.series != series) {
+            let next = Note { series, since_ns: now_ns, ..last.clone() };
+            last.until_ns = now_ns;
+            notes.push(next);
+        }
+    }
+
     pub(super) fn set_in_use(&self, slot: u32, in_use: InUse) {
         self.change(slot, |note| note.in_use = in_use);
     }
@@ -267,6 +278,21 @@ mod tests {
             ],
         );
         check(&notes, (130, 140), &["sampled for 0.00 s of 10.00 s: that it shows nothing"]);
+    }
+
+    #[test]
+    fn a_process_with_new_labels_is_told_of_under_both() {
+        let notes = notes();
+        let other = Labeler::new("m", &[]).series(&Subject { exe: "/x", ..Subject::default() });
+        notes.set_in_use(3, InUse::Seccomp);
+        notes.open_span(3, 100 * S, u64::MAX, 1.0);
+        notes.set_series(3, other.clone(), 115 * S);
+        notes.set_series(3, other.clone(), 116 * S);
+        check(&notes, (110, 120), &["seccomp", "seccomp"]);
+        let of_now: Vec<_> =
+            notes.of_window(120 * S, 130 * S).into_iter().map(|(series, _)| series).collect();
+        assert_eq!(of_now, [other]);
+        assert_eq!(notes.of_snapshot().len(), 1);
     }
 
     #[test]

@@ -1,6 +1,11 @@
 //! The probes of one process: which are in, and what the program in the kernel knows of it.
 
-use std::{collections::HashSet, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashSet,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
 
 use aya::maps::MapError;
 use profiler_common::heap::{
@@ -190,12 +195,36 @@ impl Attached {
     }
 
     /// Takes all probes out and gives the numbers of its functions back.
-    pub(super) fn take_out(mut self, free_points: &mut Vec<u32>) {
-        for group in &mut self.groups {
-            group.close();
-            free_points.append(&mut group.points);
-        }
+    pub(super) fn take_out(self, free_points: &mut Vec<u32>) {
+        drop(self.release(free_points));
     }
+
+    /// Gives all probes and the numbers of its functions back, which may be used again when the probes are out.
+    pub(super) fn release(self, free_points: &mut Vec<u32>) -> Vec<Links> {
+        let mut links = Vec::new();
+        for mut group in self.groups {
+            free_points.append(&mut group.points);
+            let Group { allocs, reallocs, frees, .. } = group;
+            links.extend([allocs, reallocs, frees].into_iter().filter_map(|probes| probes.links));
+        }
+        links
+    }
+}
+
+/// Takes probes out, many at a time: for each, the kernel waits until no CPU is in a program any more.
+pub(super) fn take_out_together(links: Vec<Links>) {
+    const THREADS_MAX: usize = 32;
+    let threads = links.len().min(THREADS_MAX);
+    let links = Mutex::new(links);
+    let next = || links.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let take_out = || std::iter::from_fn(&next).for_each(drop);
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            // Without it, the others do its part.
+            let _ = thread::Builder::new().name("heap-detach".to_owned()).spawn_scoped(scope, take_out);
+        }
+        take_out();
+    });
 }
 
 /// What the program is to do for a process.

@@ -19,12 +19,13 @@ use super::{
     calibrate,
     find::Finder,
     notes::InUse,
-    probes::{Attached, Wanted, flags},
+    probes::{Attached, Wanted, flags, take_out_together},
     rules::{Rules, Setting},
     seccomp,
 };
 use crate::{
-    bpf::HeapProgram,
+    bpf::{HeapProgram, Links},
+    label::{Labeler, SeriesLabels},
     process::{ImageReader, Processes},
     sys::{clock, random},
 };
@@ -48,6 +49,8 @@ struct Due {
     pid: u32,
     at: Instant,
     tries: u32,
+    /// It was met in a look at all processes: those that are new go before it.
+    is_of_scan: bool,
 }
 
 /// Attaches and detaches. Owned by its thread.
@@ -62,6 +65,8 @@ pub(crate) struct Profiler {
     /// Start of each process that was looked at.
     seen: HashMap<u32, u64>,
     due: VecDeque<Due>,
+    /// Of these: those of looks at all processes.
+    scan_left: usize,
     free_slots: Vec<u32>,
     free_points: Vec<u32>,
     next_id: u32,
@@ -103,6 +108,7 @@ impl Profiler {
             attached: HashMap::new(),
             seen: HashMap::new(),
             due: VecDeque::new(),
+            scan_left: 0,
             free_slots: (0..TARGETS_MAX).rev().collect(),
             free_points: (0..POINTS_MAX).rev().collect(),
             next_id: 1,
@@ -120,12 +126,15 @@ impl Profiler {
         loop {
             match told.recv_timeout(self.wait(ticked)) {
                 Ok(Told::Exec { pid, time_ns }) => self.exec(pid, time_ns),
-                // Another parent's child is not meant either, unless it execs.
-                Ok(Told::Fork { parent, child }) if self.attached.contains_key(&parent) => {
+                // Another parent's child is not meant either, unless it execs or a family goes on through it.
+                Ok(Told::Fork { parent, child })
+                    if self.attached.contains_key(&parent) || self.rules.have_families() =>
+                {
                     self.look_later(child, EXEC_DELAY);
                 }
                 Ok(Told::Fork { .. }) => {}
                 Ok(Told::Rules(rules)) => self.set_rules(rules),
+                Ok(Told::Labels(labeler)) => self.set_labels(labeler),
                 Ok(Told::Resume) => self.resume(),
                 Ok(Told::Pause) => self.pause(),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -155,7 +164,8 @@ impl Profiler {
         if self.state != State::Running {
             return LOOK_INTERVAL;
         }
-        let due = self.due.front().map(|due| due.at.saturating_duration_since(Instant::now()));
+        let due = self.due.iter().map(|due| due.at).min();
+        let due = due.map(|at| at.saturating_duration_since(Instant::now()));
         let step = self.next_step_ns().map(clock::until);
         let tick = if self.attached.is_empty() { LOOK_INTERVAL } else { TICK };
         [due, step].into_iter().flatten().fold(tick.saturating_sub(ticked.elapsed()), Duration::min)
@@ -210,6 +220,7 @@ impl Profiler {
         self.detach_all();
         self.seen.clear();
         self.due.clear();
+        self.scan_left = 0;
         if self.state == State::Running {
             self.state = State::Paused;
         }
@@ -218,15 +229,18 @@ impl Profiler {
     /// Takes all probes out. Whose samples were followed stays known: the last snapshot is of those that have not ended.
     fn end(mut self) {
         self.detach_ended();
+        let mut links = Vec::new();
         for (_, attached) in std::mem::take(&mut self.attached) {
             self.count_hits(&attached);
-            attached.take_out(&mut self.free_points);
+            links.extend(attached.release(&mut self.free_points));
         }
+        take_out_together(links);
     }
 
     fn detach_all(&mut self) {
         let attached: Vec<u32> = self.attached.keys().copied().collect();
-        attached.into_iter().for_each(|pid| self.detach(pid));
+        take_out_together(attached.into_iter().flat_map(|pid| self.let_go(pid)).collect());
+        self.show();
     }
 
     /// Goes by other rules from now on. Samples taken before keep their rate.
@@ -236,7 +250,7 @@ impl Profiler {
         let attached: Vec<u32> = self.attached.keys().copied().collect();
         for pid in attached {
             let labels = self.processes.series_of(pid);
-            match self.rules.of(pid, &labels) {
+            match self.setting(pid, &labels) {
                 None => self.detach(pid),
                 Some(setting) => {
                     if let Err(error) = self.set(pid, setting) {
@@ -249,6 +263,16 @@ impl Profiler {
         if self.state == State::Running {
             self.scan();
         }
+    }
+
+    /// Other labels may be meant by other rules.
+    fn set_labels(&mut self, labeler: Labeler) {
+        self.processes.set_labeler(labeler);
+        let now_ns = clock::boot_ns();
+        for (&pid, attached) in &self.attached {
+            self.notes.set_series(attached.slot, self.processes.series_of(pid), now_ns);
+        }
+        self.set_rules(self.rules.clone());
     }
 
     fn set(&mut self, pid: u32, Setting { rate, budget }: Setting) -> Result<(), HeapError> {
@@ -280,53 +304,70 @@ impl Profiler {
 
     fn look_later(&mut self, pid: u32, delay: Duration) {
         if self.state == State::Running {
-            self.due.push_back(Due { pid, at: Instant::now() + delay, tries: 0 });
+            self.due.push_back(Due { pid, at: Instant::now() + delay, tries: 0, is_of_scan: false });
         }
     }
 
-    /// Looks at every process that has come since.
+    /// Has every process looked at that has come since and is meant, one at a time: attaching to many takes long, and
+    /// meanwhile others exec, budgets are to be kept and orders come.
     fn scan(&mut self) {
         let pids: HashSet<u32> = self.finder.images().pids().into_iter().collect();
         self.seen.retain(|pid, _| pids.contains(pid));
         self.gauges.states.retain(|pid| pids.contains(&pid));
         for pid in pids {
             let start = self.finder.images().start_ticks(pid);
-            if start.is_some() && self.seen.get(&pid).copied() != start {
-                self.look_at(Due { pid, at: Instant::now(), tries: 0 });
+            let Some(start_ticks) = start.filter(|_| self.seen.get(&pid).copied() != start) else { continue };
+            self.seen.insert(pid, start_ticks);
+            if self.setting(pid, &self.processes.series_of(pid)).is_some() {
+                self.due.push_back(Due { pid, at: Instant::now(), tries: 0, is_of_scan: true });
+                self.scan_left += 1;
             }
         }
-        self.gauges.scans.fetch_add(1, Relaxed);
+        if self.scan_left == 0 {
+            self.gauges.scans.fetch_add(1, Relaxed);
+        }
     }
 
+    /// Looks at one of the processes whose time has come.
     fn look_at_due(&mut self) {
         let now = Instant::now();
-        for _ in 0..self.due.len() {
-            let Some(due) = self.due.pop_front() else { return };
-            if due.at <= now {
-                self.look_at(due);
-            } else {
-                self.due.push_back(due);
+        let ready =
+            |is_of_scan: bool| self.due.iter().position(|due| due.at <= now && due.is_of_scan == is_of_scan);
+        let Some(due) = ready(false).or_else(|| ready(true)).and_then(|at| self.due.remove(at)) else {
+            return;
+        };
+        let is_of_scan = due.is_of_scan;
+        self.look_at(due);
+        if is_of_scan {
+            self.scan_left -= 1;
+            if self.scan_left == 0 {
+                self.gauges.scans.fetch_add(1, Relaxed);
             }
         }
     }
 
     /// Profiles the process if a rule says so.
     fn look_at(&mut self, due: Due) {
-        let Due { pid, at: _, tries } = due;
+        let Due { pid, at: _, tries, is_of_scan: _ } = due;
         let Some(start_ticks) = self.finder.images().start_ticks(pid) else { return };
         self.seen.insert(pid, start_ticks);
         if self.attached.contains_key(&pid) || pid == std::process::id() {
             return;
         }
         let labels = self.processes.series_of(pid);
-        let Some(setting) = self.rules.of(pid, &labels) else { return };
+        let Some(setting) = self.setting(pid, &labels) else { return };
         match self.attach(pid, start_ticks, setting) {
             Ok(()) => {}
             Err(HeapError::NotReady) if tries < LINKER_TRIES => {
-                self.due.push_back(Due { pid, at: Instant::now() + LINKER_DELAY, tries: tries + 1 });
+                let at = Instant::now() + LINKER_DELAY;
+                self.due.push_back(Due { pid, at, tries: tries + 1, is_of_scan: false });
             }
             Err(error) => self.refuse(pid, error),
         }
+    }
+
+    fn setting(&self, pid: u32, labels: &SeriesLabels) -> Option<Setting> {
+        self.rules.of(pid, labels, || self.program.is_of_family(pid))
     }
 
     fn refuse(&self, pid: u32, error: HeapError) {
@@ -564,16 +605,22 @@ impl Profiler {
     }
 
     fn detach(&mut self, pid: u32) {
-        let Some(attached) = self.attached.remove(&pid) else { return };
+        drop(self.let_go(pid));
+        self.show();
+    }
+
+    /// Forgets a process. Its number and those of its functions may be used again when the probes are out.
+    fn let_go(&mut self, pid: u32) -> Vec<Links> {
+        let Some(attached) = self.attached.remove(&pid) else { return Vec::new() };
         let (slot, id) = (attached.slot, attached.target.id);
         self.count_hits(&attached);
-        attached.take_out(&mut self.free_points);
+        let links = attached.release(&mut self.free_points);
         self.notes.unfollow(id);
         self.notes.end(slot, clock::boot_ns());
         self.gauges.states.forget(pid);
         self.free_slots.push(slot);
-        self.show();
         info!(pid, "the heap is no longer profiled");
+        links
     }
 
     /// Counts what it has cost since the last reading.

@@ -6,6 +6,9 @@ use crate::label::SeriesLabels;
 /// Mean bytes between samples, as in Go's runtime.
 pub(crate) const DEFAULT_RATE: u32 = 512 << 10;
 
+/// What a rule of a process with all that it starts is named.
+const FAMILY: &str = "family";
+
 /// Processes of one kind, and how they are profiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
@@ -37,10 +40,22 @@ pub(super) struct Setting {
 }
 
 impl Rules {
-    /// By the first rule that means a process; `None` where none does or it says off.
-    pub(super) fn of(&self, pid: u32, labels: &SeriesLabels) -> Option<Setting> {
-        let &Rule { rate, budget, .. } = self.list.iter().find(|rule| rule.matches(pid, labels))?;
+    /// By the first rule that means a process; `None` where none does or it says off. `is_followed` is whether it is of a
+    /// family that the kernel side follows, which is the rules' family.
+    pub(super) fn of(
+        &self,
+        pid: u32,
+        labels: &SeriesLabels,
+        is_followed: impl Fn() -> bool,
+    ) -> Option<Setting> {
+        let is_meant = |rule: &&Rule| rule.matches(pid, labels) || rule.name == FAMILY && is_followed();
+        let &Rule { rate, budget, .. } = self.list.iter().find(is_meant)?;
         (rate != 0).then(|| Setting { rate, budget: budget.unwrap_or(self.budget) })
+    }
+
+    /// Whether children of anybody may be meant.
+    pub(super) fn have_families(&self) -> bool {
+        self.list.iter().any(|rule| rule.name == FAMILY)
     }
 
     /// The rate that profiles state: the lowest, for every sample has its own.
@@ -54,7 +69,7 @@ impl Rule {
     pub(crate) fn matches(&self, pid: u32, labels: &SeriesLabels) -> bool {
         match self.name.as_str() {
             "pid" => self.value == pid.to_string(),
-            "family" => {
+            FAMILY => {
                 let ancestor = self.value.parse();
                 ancestor.is_ok_and(|ancestor| member::is_of_family("/proc".as_ref(), pid, ancestor))
             }
@@ -143,12 +158,14 @@ mod tests {
         let labels = Labeler::new("n", &[]).series(&Subject { exe: "/usr/bin/x", ..Subject::default() });
         let of = |texts: &[&str], pid| {
             let list = texts.iter().filter_map(|text| parse(text)).collect();
-            Rules { list, budget: Budget::DEFAULT }.of(pid, &labels)
+            Rules { list, budget: Budget::DEFAULT }.of(pid, &labels, || pid == 9)
         };
         let setting = |rate, budget| Some(Setting { rate, budget });
         assert_eq!(of(&["pid=7@0", "exe=x@8"], 7), None);
         assert_eq!(of(&["pid=7@0", "exe=x@8"], 8), setting(8, Budget::DEFAULT));
         assert_eq!(of(&["exe=y"], 8), None);
         assert_eq!(of(&["node=n@9@off"], 8), setting(9, Budget::Off));
+        // Above the largest pid: nobody is below it but by what the kernel side says.
+        assert_eq!([8, 9].map(|pid| of(&["family=5000000@7"], pid)), [None, setting(7, Budget::DEFAULT)]);
     }
 }

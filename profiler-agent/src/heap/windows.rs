@@ -48,6 +48,11 @@ impl HeapWindows {
         self.windows.at(time_ns).add_counts(series, labels, stack, counts, on_new)
     }
 
+    /// Processes have other labels from now on, which `series` gives.
+    pub(crate) fn relabel(&mut self, series: impl Fn(u32) -> SeriesLabels) {
+        self.live.relabel(series);
+    }
+
     /// Closes the windows whose samples are all there, and takes a snapshot when there was one.
     pub(crate) fn close_due(&mut self, complete_ns: u64, clock: WallClock) -> Vec<Closed> {
         let closed = self.windows.close_due(complete_ns, clock);

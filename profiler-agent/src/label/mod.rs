@@ -50,7 +50,7 @@ pub(crate) struct Subject<'a> {
 }
 
 /// Makes series labels for processes of this node.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Labeler {
     /// Labels every series has: `node` and what the operator set.
     fixed: BTreeMap<String, String>,

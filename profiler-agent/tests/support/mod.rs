@@ -446,6 +446,19 @@ pub fn testprogs() -> PathBuf {
         .join("testprogs")
 }
 
+/// Version of the kernel, its first two numbers.
+pub fn kernel() -> (u32, u32) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
+    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit());
+    let mut next = || numbers.next().and_then(|number| number.parse().ok()).expect("a number");
+    (next(), next())
+}
+
+/// Whether this is a machine on which everything takes longer.
+pub fn is_emulated() -> bool {
+    std::env::var_os("PROFILER_TEST_PATIENCE").is_some()
+}
+
 /// Says what is left out, past the capture of test output: `cargo xtask test` counts these lines.
 pub fn skip(what: &str, reason: &str) {
     say(&format!("SKIP {what}: {reason}"));

@@ -71,10 +71,10 @@ pub(crate) enum Bench {
     /// What profiling its heap costs a program, beside heaptrack and bpftrace.
     Heap {
         /// CPU seconds of the program in each case.
-        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
         seconds: u64,
         /// How often each case is measured.
-        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
         rounds: u32,
     },
     /// What stacks cost in the kernel by their depth, and what unwind tables cost.
