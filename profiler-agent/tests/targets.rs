@@ -129,6 +129,34 @@ fn a_cgroup_outside_the_agents_cgroup_namespace_is_a_target() {
 
 #[test]
 #[ignore = "needs root and BPF"]
+fn an_instance_runs_beside_the_agent_of_the_node_and_sees_only_its_cgroup() {
+    let test = "an_instance_runs_beside_the_agent_of_the_node_and_sees_only_its_cgroup";
+    let Some(point) = hierarchy(test) else { return };
+    let name = format!("profiler-test-instance-{}", std::process::id());
+    let cgroup = Cgroup::create(point.join(&name));
+    let (within, outside) = (Program::start("burn", &[]), Program::start("burn", &[]));
+    cgroup.take(&within);
+    let run_dir = tempfile::tempdir().expect("a temporary directory");
+    let run_dir = run_dir.path().to_str().expect("a plain path");
+    let options = ["-F", "99", "--window", WINDOW, "--run-dir", run_dir];
+    let node = Agent::start(&options);
+    let target = format!("/{name}");
+    let instance = Agent::start(&[&options[..], &["--instance", "team", "--cgroup", &target]].concat());
+    for (agent, program) in [(&node, &within), (&node, &outside), (&instance, &within)] {
+        agent.wait_for("samples of what is wanted", || {
+            (agent.merge(&selector(program)).total > 500_000_000).then_some(())
+        });
+    }
+    assert_eq!(instance.merge(&selector(&outside)).total, 0, "it is another's");
+    for agent in [node, instance] {
+        let log = agent.stop();
+        assert!(log.contains("waiting 0 + dropped 0"), "{log}");
+    }
+    drop(within);
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
 fn the_budget_counts_samples_that_nobody_wants_and_events_of_processes() {
     let _burn = Program::start("burn", &[]);
     let _storm = Program::start("fork_storm", &["500", "600"]);

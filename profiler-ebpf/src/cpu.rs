@@ -30,6 +30,8 @@ const WAKEUP: u64 = 2;
 const ROOT: u64 = StackEnd::Root as u64;
 const NO_USER_STACK: u64 = StackEnd::NoUserStack as u64;
 const DEPTH_LIMIT: u64 = StackEnd::DepthLimit as u64;
+/// Where goroutines begin.
+const FRAME_POINTER_ZERO: u64 = StackEnd::FramePointerZero as u64;
 
 /// Counts a sample and takes it, if it is wanted.
 #[inline(always)]
@@ -148,7 +150,7 @@ fn submit(scratch: &Scratch, frames: u64) {
     // SAFETY: `bytes` is at most RECORD_MASK, and sample and slack together are larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
-    let lacks_the_root = !matches!(scratch.end, ROOT | NO_USER_STACK | DEPTH_LIMIT);
+    let lacks_the_root = !matches!(scratch.end, ROOT | NO_USER_STACK | DEPTH_LIMIT | FRAME_POINTER_ZERO);
     match EVENTS.output::<[u8]>(record, if lacks_the_root { WAKEUP } else { NO_WAKEUP }) {
         Ok(()) => count(Counter::CpuSubmitted),
         Err(_) => count(Counter::CpuDroppedRingFull),

@@ -15,10 +15,18 @@ const WAITING_MAX: usize = 1024;
 /// Readings in a second, about 100 µs each: 1 % of a CPU. Others are read with their first sample.
 const PER_SECOND: u32 = 100;
 
+/// A process with a new image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct New {
+    pub(super) exec: Exec,
+    /// It was sampled before, or is the child of one that was: it is more likely to be sampled than others.
+    pub(super) was_known: bool,
+}
+
 /// New images, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Fresh {
-    waiting: VecDeque<(Instant, Exec)>,
+    waiting: VecDeque<(Instant, New)>,
     second: Option<Instant>,
     read_in_second: u32,
     skipped: u64,
@@ -26,12 +34,12 @@ pub(super) struct Fresh {
 
 impl Fresh {
     /// A process has a new image.
-    pub(super) fn add(&mut self, exec: Exec, now: Instant) {
+    pub(super) fn add(&mut self, new: New, now: Instant) {
         if self.waiting.len() >= WAITING_MAX || !self.has_budget(now) {
             self.skipped += 1;
             return;
         }
-        self.waiting.push_back((now + DELAY, exec));
+        self.waiting.push_back((now + DELAY, new));
     }
 
     /// When the next one is due.
@@ -40,9 +48,9 @@ impl Fresh {
     }
 
     /// The next one that is due.
-    pub(super) fn take(&mut self, now: Instant) -> Option<Exec> {
-        let (_, exec) = self.waiting.pop_front_if(|&mut (due, _)| due <= now)?;
-        Some(exec)
+    pub(super) fn take(&mut self, now: Instant) -> Option<New> {
+        let (_, new) = self.waiting.pop_front_if(|&mut (due, _)| due <= now)?;
+        Some(new)
     }
 
     /// Gives up those that are due.
@@ -70,8 +78,8 @@ impl Fresh {
 mod tests {
     use super::*;
 
-    fn exec(pid: u32) -> Exec {
-        Exec { pid, start_ns: 0, cgroup_id: 1 }
+    fn exec(pid: u32) -> New {
+        New { exec: Exec { pid, start_ns: 0, cgroup_id: 1 }, was_known: pid == 2 }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fresh::Fresh;
+use fresh::{Fresh, New};
 pub(crate) use generated::{GeneratedCode, PerfMapError};
 use image::ImageCounts;
 pub(crate) use image::{Backing, ImageReader, Mapping, pids};
@@ -313,9 +313,10 @@ impl Processes {
             return self.defer_mapping(pid);
         }
         process.mappings = splice::with(&process.mappings, mapping.clone());
-        process.tables_requested = Some(Instant::now());
         self.counts.mappings_added += 1;
-        if let Some(tables) = &self.tables {
+        // Nobody has asked for the tables of a process that was never sampled.
+        if let Some(tables) = self.tables.as_ref().filter(|_| process.tables_requested.is_some()) {
+            process.tables_requested = Some(Instant::now());
             tables.mapped(pid, mapping);
         }
     }
@@ -337,11 +338,8 @@ impl Processes {
     pub(crate) fn exec(&mut self, exec: Exec, now: Instant) {
         let Exec { pid, start_ns: _, cgroup_id } = exec;
         self.names.learn(cgroup_id);
-        self.fresh.add(exec, now);
-        // Others get theirs with their first sample: most programs end before.
-        if self.by_pid.remove(&pid).is_some() {
-            self.request_tables(pid);
-        }
+        let was_known = self.by_pid.remove(&pid).is_some();
+        self.fresh.add(New { exec, was_known }, now);
     }
 
     /// A process was forked: until it execs it is as its parent, so that its samples have their labels and mappings
@@ -403,7 +401,7 @@ impl Processes {
 
     /// Reads processes whose image is new, before they can be gone; those that a sample has made known are.
     pub(crate) fn read_fresh(&mut self, now: Instant) {
-        while let Some(Exec { pid, start_ns, cgroup_id }) = self.fresh.take(now) {
+        while let Some(New { exec: Exec { pid, start_ns, cgroup_id }, was_known }) = self.fresh.take(now) {
             let sampled = Sampled { pid, start_ns, cgroup_id, comm: "" };
             let is_there = |stat| is_sampled(stat, sampled) && !stat.is_exiting();
             if self.by_pid.contains_key(&pid) || !self.images.stat(pid).is_some_and(is_there) {
@@ -414,6 +412,10 @@ impl Processes {
             // Without a name there would be no label to stand in.
             if process.is_read && !process.program.exe.is_empty() {
                 self.by_pid.insert(pid, process);
+                if was_known {
+                    // Not at the exec: its libraries were not mapped then, and its tables would be made twice.
+                    self.request_tables_of(pid, now);
+                }
             }
         }
     }
