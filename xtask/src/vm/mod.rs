@@ -41,10 +41,11 @@ const TESTS: &str = "/tests";
 const TESTS_RUN: [&str; 7] = ["access", "backend_away", "cpu_time", "depth", "names", "operate", "unwind"];
 
 /// What those need that a machine lacks. Any other has not been made to pass under emulation.
-const LACKS: [(&str, &str); 7] = [
+const LACKS: [(&str, &str); 8] = [
     ("browser", "it needs Chromium"),
     ("budget", "it needs two processors"),
     ("capabilities", "it needs setpriv and prlimit"),
+    ("commands", "it needs setpriv, prlimit and the documents"),
     ("containers", "it needs containerd"),
     ("hotplug", "it needs two processors"),
     ("own_names", "it needs node, a C compiler and Go's"),
