@@ -74,9 +74,7 @@ fn used_without_a_budget() -> f64 {
 /// An agent that has met what runs.
 fn start_agent(options: &[&str]) -> Agent {
     let agent = Agent::start(&[&OPTIONS[..], options].concat());
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     agent
 }
 

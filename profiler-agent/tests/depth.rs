@@ -31,9 +31,7 @@ fn count(stack: &[&str], function: &str) -> usize {
 fn a_stack_of_900_calls_is_whole_and_one_of_5000_is_cut_marked_and_counted() {
     let (whole, cut) = (Program::start("recurse", &["900"]), Program::start("recurse", &["5000"]));
     let agent = Agent::start(&["-F", "99", "--cpu-budget", "off", "--window", "2s"]);
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     agent.wait_for_names();
     let from = SystemTime::now() + WINDOW;
     let counted = agent.metric(CUT).expect("metrics");
@@ -56,9 +54,7 @@ fn a_stack_of_900_calls_is_whole_and_one_of_5000_is_cut_marked_and_counted() {
 fn the_depth_of_stacks_can_be_chosen() {
     let program = Program::start("recurse", &["900"]);
     let agent = Agent::start(&["-F", "99", "--stack-depth", "200", "--cpu-budget", "off", "--window", "2s"]);
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     agent.wait_for_names();
     let merged = profile(&agent, &program, SystemTime::now() + WINDOW);
     let stack = merged.hottest_stack();

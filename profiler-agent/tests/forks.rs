@@ -16,9 +16,7 @@ const ROOTS: [&str; 2] = ["_start", "__libc_start_call_main"];
 #[ignore = "needs root and BPF"]
 fn children_that_live_for_a_millisecond_have_whole_named_stacks() {
     let agent = Agent::start(&["-F", "199", "--cpu-budget", "off", "--window", "2s"]);
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     let before = agent.metric("profiler_agent_unwind_processes").expect("metrics");
     let mut storm = Command::new(testprogs().join("fork_storm_unframed"));
     // Lazy binding, which each child does anew, has no whole stack: `_dl_runtime_resolve_xsavec` keeps its CFA in rbx,

@@ -33,9 +33,7 @@ fn endless_unwind_information_is_one_counted_error_and_nobody_elses() {
     let hostile = [0, 1].map(|_| Program::start_command(&mut Command::new(&path)));
     let sound = Program::start("deep_gcc", &[]);
     let agent = Agent::start(&["-F", "99", "--cpu-budget", "off", "--window", "2s"]);
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     let from = SystemTime::now() + WINDOW;
     let enough = |program: &Program| {
         let selector = format!("{{pid=\"{}\"}}", program.pid());

@@ -30,9 +30,7 @@ fn a_library_loaded_by_a_program_that_is_soon_gone_has_whole_stacks() {
         "--comm",
         "burn",
     ]);
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     let cpus = agent.metric("profiler_agent_mapping_event_cpus").expect("metrics");
     assert!(cpus >= 1.0, "new mappings are told on {cpus} CPUs");
     let (program, library) = (testprogs().join("shapes"), testprogs().join("libplugin_1.so"));

@@ -152,9 +152,7 @@ fn stacks_of_programs_without_frame_pointers_reach_the_root() {
 
     let hz = std::env::var(HZ).map_or(AGENT_HZ, |hz| hz.parse().expect("a frequency"));
     let agent = start_agent(hz, &pids);
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     let data = |name: &str| agent.data_dir.path().join(name);
     let perf_hz = if is_long { LONG_PERF_HZ } else { PERF_HZ };
     let by_frames = Recording::start(&pids, CallGraph::FramePointers, PERF_HZ, &data("fp.data"));

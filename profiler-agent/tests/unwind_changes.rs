@@ -49,9 +49,7 @@ fn stacks_stay_whole_when_code_is_loaded_replaced_deleted_or_seen_from_elsewhere
     let options = ["-F", "397", "--cpu-budget", "off", "--window", &window];
     let names = NAMES.iter().flat_map(|&name| ["--comm", name]);
     let agent = Agent::start(&options.into_iter().chain(names).collect::<Vec<_>>());
-    agent.wait_for("tables of the running programs", || {
-        (agent.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
-    });
+    agent.wait_for_tables();
     for subject in [&loaded, &became] {
         agent.wait_for("stacks of a program before its change", || {
             let merged = agent.merge(&subject.selector);

@@ -180,6 +180,13 @@ impl Agent {
         });
     }
 
+    /// Waits until the programs that run have their unwind tables.
+    pub fn wait_for_tables(&self) {
+        self.wait_for("tables of the running programs", || {
+            (self.metric("profiler_agent_unwind_scanned")? == 1.0).then_some(())
+        });
+    }
+
     /// Waits until a window has left in which no name was late: files are read once for their names, and until then frames
     /// leave as addresses, counted.
     pub fn wait_for_names(&self) {
