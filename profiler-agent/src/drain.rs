@@ -1,11 +1,11 @@
 //! Ring buffer to worker: copies records out and nothing else, so that it never waits for a file, a symbol or the
-//! network. A batch that the worker has no room for is dropped here and counted.
+//! network. What the worker has no room for stays in the ring, where the programs count what they find no room for.
 //!
 //! What the rings of perf events say of new mappings goes the same way, beside the records of the programs.
 
 use std::{
-    io::PipeReader,
-    os::fd::AsFd,
+    io::{self, PipeReader},
+    os::fd::{AsFd, OwnedFd},
     sync::{
         atomic::{
             AtomicU64,
@@ -22,11 +22,14 @@ use profiler_common::{
     heap::AllocPart,
     limits::{COMM_BYTES, KERNEL_FRAMES_MAX, USER_FRAMES_MAX},
     wire::{
-        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, Frame, RecordHead, RecordKind, SampleHeader,
-        StackEnd, WIRE_VERSION,
+        FLAG_KERNEL_CUT, FLAG_KERNEL_REFUSED, FLAG_TABLES, FRAMES_MAX, Frame, RecordHead, RecordKind,
+        SampleHeader, StackEnd, WIRE_VERSION,
     },
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    buffer::spare_capacity,
+    event::{Timespec, epoll},
+};
 
 use crate::{
     addr::Addr,
@@ -36,8 +39,8 @@ use crate::{
     sys::clock,
 };
 
-/// Longest time between drains. Samples are 2.6 s away from overflowing the smallest ring buffer at the default rate.
-const INTERVAL: Duration = Duration::from_millis(100);
+/// Longest time between drains: each costs the wake of two threads, 30 µs and more. A ring that fills sooner wakes us.
+const INTERVAL: Duration = Duration::from_millis(500);
 /// Shortest time between drains, so that programs started by the thousand do not keep the agent busy.
 const INTERVAL_MIN: Duration = Duration::from_millis(5);
 
@@ -63,7 +66,7 @@ pub(crate) struct Batch {
 impl Batch {
     /// Appends one record. `false`, and nothing appended, when it does not fit.
     fn push(&mut self, record: &[u8]) -> bool {
-        if !self.has_room(record) || !append(&mut self.bytes, record) {
+        if !self.has_room(record.len()) || !append(&mut self.bytes, record) {
             return false;
         }
         if let Some(profile_type) = sample_type(record) {
@@ -76,14 +79,15 @@ impl Batch {
 
     /// Appends one record of a perf event, as [`Self::push`].
     fn push_perf(&mut self, record: &[u8]) -> bool {
-        let is_in = self.has_room(record) && append(&mut self.perf_bytes, record);
+        let is_in = self.has_room(record.len()) && append(&mut self.perf_bytes, record);
         self.perf_records += u64::from(is_in);
         is_in
     }
 
-    fn has_room(&self, record: &[u8]) -> bool {
+    /// For a record of so many bytes.
+    fn has_room(&self, record_bytes: usize) -> bool {
         let bytes = self.bytes.len() + self.perf_bytes.len();
-        bytes == 0 || bytes + LENGTH_BYTES + record.len() <= BATCH_BYTES_MAX
+        bytes == 0 || bytes + LENGTH_BYTES + record_bytes <= BATCH_BYTES_MAX
     }
 
     fn is_empty(&self) -> bool {
@@ -107,6 +111,10 @@ impl Batch {
 }
 
 const LENGTH_BYTES: usize = 4;
+
+/// A record of the programs is no longer.
+const RECORD_BYTES_MAX: usize = 16 << 10;
+const _: () = assert!(size_of::<SampleHeader>() + 8 * FRAMES_MAX <= RECORD_BYTES_MAX);
 
 /// Appends a record behind its length; `false` for one that has none.
 fn append(bytes: &mut Vec<u8>, record: &[u8]) -> bool {
@@ -168,19 +176,20 @@ impl Progress {
 }
 
 /// Drains until the other end of `stop` is closed, then once more until the ring buffer is empty. Samples wait for the
-/// timer; records that must be looked at soon wake us ([`INTERVAL_MIN`] after the last drain at the earliest).
+/// timer; records that must be looked at soon, and a ring that is half full, wake us ([`INTERVAL_MIN`] after the last drain at
+/// the earliest).
 pub(crate) fn run(
     mut ring: RingBuf<MapData>,
     mappings: &MappingEvents,
+    alarm: &Alarm,
     batches: &SyncSender<Batch>,
     ledger: &Ledger,
     progress: &Progress,
-    stop: &PipeReader,
 ) {
     let mut drained = Instant::now();
     let mut kept = Batch::default();
     loop {
-        let stopping = wait(&ring, mappings, stop);
+        let stopping = alarm.wait(if kept.is_empty() { INTERVAL } else { INTERVAL_MIN });
         if !stopping {
             thread::sleep(INTERVAL_MIN.saturating_sub(drained.elapsed()));
         }
@@ -191,33 +200,51 @@ pub(crate) fn run(
             progress.reach(began_ns);
         }
         if stopping {
-            return finish(kept, batches, ledger);
+            return finish(kept, &mut ring, batches, ledger);
         }
     }
 }
 
-/// Waits until the timer is up, a program or a new mapping wakes us, or the other end of `stop` is closed, which it tells.
-///
-/// Records written without waking are not waited for, but end the wait if they are there when it begins. Source:
-/// kernel/bpf/ringbuf.c: ringbuf_map_poll_kern.
-fn wait(ring: &impl AsFd, mappings: &impl AsFd, stop: &PipeReader) -> bool {
-    let timeout = Timespec { tv_sec: 0, tv_nsec: INTERVAL.subsec_nanos().into() };
-    let mut descriptors = [
-        PollFd::new(ring, PollFlags::IN),
-        PollFd::new(mappings, PollFlags::IN),
-        PollFd::new(stop, PollFlags::IN),
-    ];
-    if poll(&mut descriptors, Some(&timeout)).is_err() {
-        // A signal, or no memory: neither must make this a busy loop.
-        thread::sleep(INTERVAL_MIN);
-        return false;
-    }
-    let [_, _, stop] = descriptors;
-    stop.revents().contains(PollFlags::HUP)
+/// What ends the wait of the drain.
+#[derive(Debug)]
+pub(crate) struct Alarm {
+    set: OwnedFd,
+    _stop: PipeReader,
 }
 
-/// Fills and sends batches, beginning with one that was kept. Gives the last one where the worker has no room for it: it is
-/// filled on with the next drain, so that many small drains take no more room than few large ones.
+impl Alarm {
+    const STOP: u64 = 0;
+    const NEWS: u64 = 1;
+
+    /// Rings when the programs or [`MappingEvents`] say so, and when the other end of `stop` is closed.
+    ///
+    /// Of the ring buffer that is when a program asks for it, not when there is something in it: samples that came since the
+    /// last drain wait for the timer. Source: epoll(7), "Level-triggered and edge-triggered".
+    pub(crate) fn new(ring: &impl AsFd, mappings: &impl AsFd, stop: PipeReader) -> io::Result<Self> {
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let [stopping, news] = [Self::STOP, Self::NEWS].map(epoll::EventData::new_u64);
+        // That a pipe is closed is told unasked.
+        epoll::add(&set, &stop, stopping, epoll::EventFlags::empty())?;
+        epoll::add(&set, ring, news, epoll::EventFlags::IN | epoll::EventFlags::ET)?;
+        epoll::add(&set, mappings, news, epoll::EventFlags::IN)?;
+        Ok(Self { set, _stop: stop })
+    }
+
+    /// Waits for it, at most so long, which is less than a second; true when nothing is written any more.
+    fn wait(&self, longest: Duration) -> bool {
+        let timeout = Timespec { tv_sec: 0, tv_nsec: longest.subsec_nanos().into() };
+        let mut events = Vec::with_capacity(3);
+        if epoll::wait(&self.set, spare_capacity(&mut events), Some(&timeout)).is_err() {
+            // A signal, or no memory: neither must make this a busy loop.
+            thread::sleep(INTERVAL_MIN);
+        }
+        events.iter().any(|event: &epoll::Event| event.data.u64() == Self::STOP)
+    }
+}
+
+/// Fills and sends batches, beginning with one that was kept, until there is no more, or no room for a batch: the rest stays
+/// in the ring. Gives the last one where the worker has no room for it: it is filled on with the next drain, so that many
+/// small drains take no more room than few large ones.
 fn drain(
     kept: Batch,
     ring: &mut RingBuf<MapData>,
@@ -226,43 +253,53 @@ fn drain(
     ledger: &Ledger,
 ) -> Batch {
     let mut batch = kept;
+    let mut no_room = 0;
     // First, so that the samples that follow find them.
     let broken = mappings.take(|record| {
         if !batch.push_perf(record) {
-            send(std::mem::take(&mut batch), batches, ledger);
-            batch.push_perf(record);
+            batch = offer(std::mem::take(&mut batch), batches, ledger).unwrap_or_default();
+            no_room += u64::from(!batch.push_perf(record));
         }
     });
-    ledger.lose_mappings(broken);
-    while let Some(record) = ring.next() {
-        if !batch.push(&record) {
-            send(std::mem::take(&mut batch), batches, ledger);
+    ledger.lose_mappings(broken + no_room);
+    loop {
+        if !batch.has_room(RECORD_BYTES_MAX) {
+            match offer(batch, batches, ledger) {
+                Some(kept) => return kept,
+                None => batch = Batch::default(),
+            }
+        }
+        match ring.next() {
+            Some(record) => batch.push(&record),
+            None => return offer(batch, batches, ledger).unwrap_or_default(),
+        };
+    }
+}
+
+/// What is left: nothing is written any more.
+fn finish(kept: Batch, ring: &mut RingBuf<MapData>, batches: &SyncSender<Batch>, ledger: &Ledger) {
+    let mut batch = kept;
+    while !batch.is_empty() && deliver(batch, batches, ledger) {
+        batch = Batch::default();
+        while batch.has_room(RECORD_BYTES_MAX) {
+            let Some(record) = ring.next() else { break };
             batch.push(&record);
         }
     }
-    offer(batch, batches, ledger).unwrap_or_default()
 }
 
-/// The last batch, for which the worker is waited for: nothing is drained any more.
-fn finish(mut batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
-    if batch.is_empty() {
-        return;
-    }
+/// Hands a batch on, however long the worker has no room for it. `false`, and the batch is dropped, when there is none.
+fn deliver(mut batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) -> bool {
     enter(&mut batch, ledger);
-    if let Err(SendError(batch)) = batches.send(batch) {
-        lose(&batch, ledger);
+    let sent = batches.send(batch);
+    if let Err(SendError(batch)) = &sent {
+        lose(batch, ledger);
     }
-}
-
-/// Hands a batch on; its samples wait in the channel or are dropped.
-pub(crate) fn send(batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) {
-    if let Some(batch) = offer(batch, batches, ledger) {
-        lose(&batch, ledger);
-    }
+    sent.is_ok()
 }
 
 /// Hands a batch on, and gives it back where there is no room. Its samples wait for the worker either way.
-fn offer(mut batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) -> Option<Batch> {
+pub(crate) fn offer(mut batch: Batch, batches: &SyncSender<Batch>, ledger: &Ledger) -> Option<Batch> {
     if batch.is_empty() {
         return None;
     }
@@ -635,11 +672,12 @@ pub(crate) mod tests {
 
     #[test]
     fn closing_the_other_end_ends_the_wait() {
-        let (ring, _held_open) = std::io::pipe().expect("a pipe");
-        let (stop, stopper) = std::io::pipe().expect("a pipe");
-        assert!(!wait(&ring, &ring, &stop));
+        let [(ring, _ring), (mappings, _mappings), (stop, stopper)] =
+            [(); 3].map(|()| std::io::pipe().expect("a pipe"));
+        let alarm = Alarm::new(&ring, &mappings, stop).expect("descriptors");
+        assert!(!alarm.wait(INTERVAL_MIN));
         drop(stopper);
-        assert!(wait(&ring, &ring, &stop));
+        assert!(alarm.wait(INTERVAL_MIN));
     }
 
     #[test]
@@ -711,26 +749,27 @@ pub(crate) mod tests {
         let account = ledger.of(ProfileType::Cpu);
         assert_eq!((account.drained(), account.waiting(Place::DrainQueue)), (3, 3));
         assert_eq!(receiver.recv().expect("the first").records().count(), 1);
-        finish(kept, &sender, &ledger);
+        assert!(deliver(kept, &sender, &ledger));
         assert_eq!(receiver.recv().expect("the one that was kept").records().count(), 2);
         assert_eq!((account.drained(), account.dropped(Cause::DrainQueueFull)), (3, 0));
     }
 
     #[test]
-    fn a_batch_the_worker_has_no_room_for_is_dropped_and_counted() {
+    fn what_is_left_when_the_worker_is_gone_is_dropped_and_counted() {
         let ledger = Ledger::default();
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        for _ in 0..3 {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(2);
+        let batch = || {
             let mut batch = batch(&[encode(&sample(1))]);
             assert!(batch.push_perf(&[7; 8]));
-            send(batch, &sender, &ledger);
-        }
-        assert_eq!(ledger.mappings_lost(), 2);
-        let account = ledger.of(ProfileType::Cpu);
-        assert_eq!(account.drained(), 3);
-        assert_eq!(account.waiting(Place::DrainQueue), 1);
-        assert_eq!(account.dropped(Cause::DrainQueueFull), 2);
+            batch
+        };
+        assert!(deliver(batch(), &sender, &ledger));
         drop(receiver);
+        assert!(!deliver(batch(), &sender, &ledger));
+        assert_eq!(ledger.mappings_lost(), 1);
+        let account = ledger.of(ProfileType::Cpu);
+        assert_eq!((account.drained(), account.waiting(Place::DrainQueue)), (2, 1));
+        assert_eq!(account.dropped(Cause::DrainQueueFull), 1);
     }
 
     proptest! {

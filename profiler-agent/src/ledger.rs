@@ -17,7 +17,7 @@ pub(crate) enum Cause {
     NoScratch,
     /// Kernel side: more threads were inside allocator functions than are remembered. Only of allocations.
     PendingFull,
-    /// The agent fell behind: the channel between drain and worker was full.
+    /// The worker behind the channel was gone. While it lives, what the channel has no room for waits in the ring buffer.
     DrainQueueFull,
     /// A record that could not be decoded.
     Malformed,

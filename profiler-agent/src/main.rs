@@ -72,10 +72,11 @@ static ALLOCATOR: sys::heap::Counting = sys::heap::Counting;
 const EXIT_USAGE: u8 = 2;
 /// Ended by Ctrl-C, as shells count it: 128 + SIGINT.
 const EXIT_INTERRUPTED: i32 = 130;
-/// How often it looks at the off switch and the configuration file. Twice in a row the file must be the same.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
-/// How often the agent looks whether all of its parts live, and which CPUs are online.
+/// How often the agent looks at the off switch and the configuration file, which must be the same twice in a row, at its own
+/// parts and at the CPUs.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Threads that wait for sockets and timers; no file is read on them, and nothing is computed for long.
+const ASYNC_THREADS: usize = 1;
 
 fn main() -> ExitCode {
     match run() {
@@ -107,11 +108,16 @@ fn run() -> anyhow::Result<ExitCode> {
         return command::run(command, &sources, &config);
     }
     let logs = prepare(&config, &config.log)?;
-    let runtime = Runtime::new().context("start the async runtime")?;
+    let runtime = start_runtime()?;
     let result = profile(Reloader::new(sources, config), logs, &runtime);
     // A read of a file system that hangs must not keep the agent: what had to be joined has been.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
+}
+
+fn start_runtime() -> anyhow::Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(ASYNC_THREADS).enable_all().build().context("start the async runtime")
 }
 
 /// Gets the privileges, starts logging with a filter, and looks whether this kernel may be sampled.
@@ -169,7 +175,6 @@ fn profile(reloader: Reloader, logs: Logs, runtime: &Runtime) -> anyhow::Result<
             status.print();
             None
         }
-        Tick::Look => supervisor.look(),
         Tick::Reload => {
             supervisor.reload();
             None
@@ -179,7 +184,10 @@ fn profile(reloader: Reloader, logs: Logs, runtime: &Runtime) -> anyhow::Result<
             let others =
                 [(doors.are_dead(), "the agent's own HTTP died"), (embedded, "the embedded backend died")];
             let other = others.into_iter().find(|(is_dead, _)| *is_dead);
-            supervisor.check().or_else(|| other.map(|(_, what)| what.to_owned()))
+            supervisor
+                .look()
+                .or_else(|| supervisor.check())
+                .or_else(|| other.map(|(_, what)| what.to_owned()))
         }
     };
     let (end, interrupt) = runtime.block_on(wait_for_end(signals, interval, tick));
@@ -287,9 +295,7 @@ impl Signals {
 enum Tick {
     /// The status line.
     Print,
-    /// A look at the off switch and the configuration file.
-    Look,
-    /// A look at all parts of the agent.
+    /// A look at the off switch, the configuration file and all parts of the agent.
     Check,
     /// The configuration, as SIGHUP asks.
     Reload,
@@ -303,7 +309,6 @@ async fn wait_for_end(
     mut tick: impl FnMut(Tick) -> Option<String>,
 ) -> (End, Signal) {
     let mut checks = tokio::time::interval(CHECK_INTERVAL);
-    let mut looks = tokio::time::interval(LOOK_INTERVAL);
     let mut prints = tokio::time::interval(print_interval);
     prints.tick().await;
     loop {
@@ -312,7 +317,6 @@ async fn wait_for_end(
             _ = signals.terminate.recv() => return (End::Asked, signals.interrupt),
             _ = signals.hang_up.recv() => Tick::Reload,
             _ = prints.tick() => Tick::Print,
-            _ = looks.tick() => Tick::Look,
             _ = checks.tick() => Tick::Check,
         };
         if let Some(why) = tick(due) {

@@ -18,6 +18,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use aya_log::EbpfLogger;
 use profiler_common::{
     heap::{AllocPart, HeapCounter},
     stats::{Counter, Timed},
@@ -78,7 +79,7 @@ const STAGE_DEADLINE: Duration = Duration::from_secs(10);
 /// The worker looks after its tables this often.
 const TICK: Duration = Duration::from_secs(1);
 /// The drain passes a window's end within its interval; until then the worker looks again after this long.
-const WAIT_MIN: Duration = Duration::from_millis(20);
+const WAIT_MIN: Duration = Duration::from_millis(100);
 /// Open executables, as a share of the limit of open files: the rest is for maps, sockets and reading `/proc`.
 const OPEN_FILES_SHARE: u64 = 2;
 
@@ -314,6 +315,8 @@ fn take_kernel_drops(kernel: &KernelCounts, ledger: &Ledger) {
 /// The running stages.
 pub(crate) struct Pipeline {
     programs: Programs,
+    /// The BPF programs' rare messages.
+    messages: Option<EbpfLogger<&'static dyn log::Log>>,
     mappings: Arc<MappingEvents>,
     is_attached: bool,
     labelers: Sender<Labeler>,
@@ -359,7 +362,7 @@ impl Pipeline {
         let mut programs = Programs::load(&options).context("start the kernel side")?;
         let (labelers, new_labelers) = channel();
         let ring = programs.take_events()?;
-        forward_messages(&mut programs, runtime);
+        let messages = programs.take_logger();
 
         let (stop_uploads, upload_stop) = watch::channel(None);
         let queue_bytes_max = config.memory.upload_bytes / sinks.len().max(1);
@@ -378,6 +381,7 @@ impl Pipeline {
         let mappings = MappingEvents::new(config.memory.mapping_rings_bytes);
         let mappings = Arc::new(mappings.context("make a set of descriptors")?);
         let drained_mappings = Arc::clone(&mappings);
+        let alarm = drain::Alarm::new(&ring, &*mappings, drain_stop).context("make a set of descriptors")?;
         let progress = Arc::<Progress>::default();
         let (batch_sender, batches) = sync_channel(config.memory.drain_batches);
         let (closed_sender, closed) = sync_channel(CLOSED_MAX);
@@ -431,7 +435,7 @@ impl Pipeline {
             is_attached: false,
             labelers,
             drain: spawn("drain", move || {
-                drain::run(ring, &drained_mappings, &batch_sender, &ledger, &drained, &drain_stop);
+                drain::run(ring, &drained_mappings, &alarm, &batch_sender, &ledger, &drained);
             })?,
             worker: spawn("window", move || worker.run(&batches, &progress))?,
             encoder: spawn("encode", move || encoder.run(&closed, &encoder_view))?,
@@ -440,9 +444,10 @@ impl Pipeline {
             tables,
             heap,
             programs,
+            messages,
             mappings,
             governor: Governor::new(config.cpu_budget, config.frequency_hz, config.budget_term),
-            meter: Meter::new(),
+            meter: Meter::new(config.uploads.is_empty()),
             periods,
             view,
             uploads,
@@ -612,6 +617,13 @@ impl Pipeline {
         }
     }
 
+    /// Has what the BPF programs say in the log.
+    pub(crate) fn forward_messages(&mut self) {
+        if let Some(messages) = &mut self.messages {
+            messages.flush();
+        }
+    }
+
     /// A stage that has ended by itself, which none does but by a panic.
     pub(crate) fn dead_stage(&self) -> Option<&str> {
         let all = [&self.drain, &self.worker, &self.encoder].into_iter().chain(&self.unwinder);
@@ -670,7 +682,8 @@ const BACKEND_THREADS: &[&str] = &[embedded::THREAD_NAME, "wal-writer", "store-m
 
 /// Measures what profiling takes: the agent's threads but for the embedded backend's, and the programs in the kernel.
 struct Meter {
-    backend: ThreadGroup,
+    /// `None`: there is no embedded backend.
+    backend: Option<ThreadGroup>,
     /// As `Timed::ALL`.
     bpf: [BpfTime; Timed::ALL.len()],
     at: Instant,
@@ -683,9 +696,9 @@ impl Meter {
     /// Readings that the shown use is a mean of: those of ten seconds.
     const RECENT_MAX: usize = 10;
 
-    fn new() -> Self {
+    fn new(has_backend: bool) -> Self {
         Self {
-            backend: ThreadGroup::new(BACKEND_THREADS),
+            backend: has_backend.then(|| ThreadGroup::new(BACKEND_THREADS)),
             bpf: Default::default(),
             at: Instant::now(),
             taken: Duration::ZERO,
@@ -707,7 +720,7 @@ impl Meter {
             time.update(count(programs.runs())?, count(programs.timed())?, count(programs.timed_ns())?);
         }
         let bpf = self.bpf.each_ref().map(BpfTime::total);
-        let backend = self.backend.cpu_time();
+        let backend = self.backend.as_mut().map(ThreadGroup::cpu_time).unwrap_or_default();
         let taken = usage::cpu_time().saturating_sub(backend) + bpf.iter().sum::<Duration>();
         let (now, cpus) = (Instant::now(), u32::try_from(cpus).unwrap_or(u32::MAX));
         let elapsed = now - self.at;
@@ -899,18 +912,6 @@ impl Heap {
             }
         }
     }
-}
-
-/// The BPF programs' rare messages become log lines.
-fn forward_messages(programs: &mut Programs, runtime: &runtime::Handle) {
-    let Some(mut logger) = programs.take_logger() else { return };
-    runtime.spawn(async move {
-        let mut tick = tokio::time::interval(TICK);
-        loop {
-            tick.tick().await;
-            logger.flush();
-        }
-    });
 }
 
 fn start_uploads(
@@ -1404,7 +1405,7 @@ mod tests {
         let symbols_deadline = SYMBOLS_DEADLINE;
         let encoder = Encoder { shared: shared.clone(), symbols_deadline, reported: Default::default() };
 
-        drain::send(batch(records), &drain_sender, &shared.ledger);
+        assert!(drain::offer(batch(records), &drain_sender, &shared.ledger).is_none());
         let passed_on = between(drained.recv().expect("the batch that was sent"));
         batch_sender.send(passed_on).expect("the channel has room");
         drop(batch_sender);

@@ -220,9 +220,10 @@ impl Supervisor {
         self.pipeline.view().shared.gauges.count_reload(is_accepted);
     }
 
-    /// Follows the CPUs, and names a part of the agent that has died.
+    /// Follows the CPUs and what the BPF programs say, and names a part of the agent that has died.
     pub(crate) fn check(&mut self) -> Option<String> {
         self.pipeline.follow_cpus();
+        self.pipeline.forward_messages();
         if self.paused.is_none() {
             self.pipeline.keep_to_budget();
         }

@@ -24,7 +24,7 @@ use crate::{
     helpers::{
         attach_cookie, boot_time_ns, current_ids, current_thread_name, monotonic_ns, random, read_user,
     },
-    maps::{EVENTS, NO_CHUNK, Scratch},
+    maps::{EVENTS, NO_CHUNK, Scratch, wakeup_if_filling},
     stack::{go_to_caller, load_context, mask},
     table, task,
 };
@@ -75,9 +75,6 @@ pub struct HeapScratch {
     busy: u64,
     scratch: Scratch,
 }
-
-/// `BPF_RB_NO_WAKEUP`: the agent drains on a timer.
-const NO_WAKEUP: u64 = 1;
 
 /// What the program answers at the entry of a function: its return is of no interest.
 const SKIP_RETURN: u32 = 1;
@@ -503,7 +500,7 @@ fn submit(scratch: &mut Scratch, mut part: AllocPart) {
     // SAFETY: `bytes` is below 2048, and the sample is larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
-    match EVENTS.output::<[u8]>(record, NO_WAKEUP) {
+    match EVENTS.output::<[u8]>(record, wakeup_if_filling()) {
         Ok(()) => count(HeapCounter::Submitted, 1),
         Err(_) => {
             count(HeapCounter::DroppedRingFull, 1);

@@ -15,23 +15,13 @@ use profiler_common::{
 
 use crate::{
     helpers::{boot_time_ns, current_ids, current_thread_name, kernel_stack},
-    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, count},
+    maps::{CPU_SCRATCH, EVENTS, NO_CHUNK, RECORD_MASK, Scratch, WAKEUP, count, wakeup_if_filling},
     stack::{mask, walk_user},
     targets, task,
 };
 
-/// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no sample pays for a wake-up.
-const NO_WAKEUP: u64 = 1;
-/// `BPF_RB_FORCE_WAKEUP`: the agent may have to read the process, or what it has mapped of late, for the next sample to be
-/// better.
-const WAKEUP: u64 = 2;
-
-/// Ends of stacks that lack nothing an agent could mend.
-const ROOT: u64 = StackEnd::Root as u64;
-const NO_USER_STACK: u64 = StackEnd::NoUserStack as u64;
-const DEPTH_LIMIT: u64 = StackEnd::DepthLimit as u64;
-/// Where goroutines begin.
-const FRAME_POINTER_ZERO: u64 = StackEnd::FramePointerZero as u64;
+/// Ends of stacks that lack nothing an agent could mend, a bit each.
+const NOT_TO_BE_MENDED: u64 = StackEnd::COMPLETE | 1 << StackEnd::DepthLimit as u64;
 
 /// Counts a sample and takes it, if it is wanted.
 #[inline(always)]
@@ -150,8 +140,9 @@ fn submit(scratch: &Scratch, frames: u64) {
     // SAFETY: `bytes` is at most RECORD_MASK, and sample and slack together are larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
-    let lacks_the_root = !matches!(scratch.end, ROOT | NO_USER_STACK | DEPTH_LIMIT | FRAME_POINTER_ZERO);
-    match EVENTS.output::<[u8]>(record, if lacks_the_root { WAKEUP } else { NO_WAKEUP }) {
+    // The agent may have to read the process, or what it has mapped of late, for the next sample to be better.
+    let is_news = NOT_TO_BE_MENDED >> (scratch.end & 63) & 1 == 0;
+    match EVENTS.output::<[u8]>(record, if is_news { WAKEUP } else { wakeup_if_filling() }) {
         Ok(()) => count(Counter::CpuSubmitted),
         Err(_) => count(Counter::CpuDroppedRingFull),
     }

@@ -13,7 +13,7 @@ use profiler_common::{
 use crate::{
     arch,
     helpers::{boot_time_ns, current_ids, current_thread_name},
-    maps::{EVENTS, NO_CHUNK, RECORD_MASK, Scratch, count, setting},
+    maps::{EVENTS, NO_CHUNK, RECORD_MASK, Scratch, WAKEUP, count, setting},
     stack::{TURN_STEPS, TURNS_MAX, go_to_caller, mask, read_user_registers},
     table, targets, task,
 };
@@ -21,9 +21,6 @@ use crate::{
 /// As `CPU_SCRATCH`, of this program alone: a clock event may interrupt it.
 #[map]
 pub static FAULT_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
-
-/// `BPF_RB_FORCE_WAKEUP`: the agent is to look at the page while it is there.
-const WAKE_UP: u64 = 2;
 
 /// Counts a sample and takes it.
 #[inline(always)]
@@ -149,7 +146,8 @@ fn submit(scratch: &Scratch) {
     // SAFETY: `bytes` is at most RECORD_MASK, and sample and slack together are larger.
     let record =
         unsafe { core::slice::from_raw_parts((&raw const scratch.sample).cast::<u8>(), bytes as usize) };
-    match EVENTS.output::<[u8]>(record, WAKE_UP) {
+    // The agent is to look at the page while it is there.
+    match EVENTS.output::<[u8]>(record, WAKEUP) {
         Ok(()) => count(Counter::FaultSubmitted),
         Err(_) => count(Counter::FaultDroppedRingFull),
     }

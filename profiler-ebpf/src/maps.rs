@@ -24,6 +24,21 @@ use crate::arch::Regs;
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
 
+/// `BPF_RB_NO_WAKEUP`: the agent drains on a timer, so no record pays for a wake-up.
+pub const NO_WAKEUP: u64 = 1;
+/// `BPF_RB_FORCE_WAKEUP`: the agent is to look at once. Without it, only a record behind which the reader has caught up
+/// would wake it.
+pub const WAKEUP: u64 = 2;
+
+/// How a record is written for which the agent need not hurry: it does when [`EVENTS`] is half full, before its timer is up.
+#[inline(always)]
+pub fn wakeup_if_filling() -> u64 {
+    const AVAILABLE_BYTES: u64 = 0;
+    const RING_BYTES: u64 = 1;
+    let is_filling = EVENTS.query(AVAILABLE_BYTES) > EVENTS.query(RING_BYTES) / 2;
+    if is_filling { WAKEUP } else { NO_WAKEUP }
+}
+
 /// Counters: key `Counter`, value events on this CPU since load. Written here, summed by the agent.
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::COUNT, 0);

@@ -13,15 +13,9 @@ use profiler_common::{
 
 use crate::{
     helpers::{boot_time_ns, current_ids},
-    maps::{EVENTS, PROCESSES, count, setting},
+    maps::{EVENTS, PROCESSES, WAKEUP, count, setting, wakeup_if_filling},
     table, targets, task,
 };
-
-/// `BPF_RB_NO_WAKEUP`: nothing waits for a fork or an exit.
-const NO_WAKEUP: u64 = 1;
-/// `BPF_RB_FORCE_WAKEUP`: the agent has to look before a process that may be short-lived is gone. Without it, only a
-/// record behind which the reader has caught up would wake it, and samples do not.
-const WAKEUP: u64 = 2;
 
 /// The current task has just got a new image. Runs in its own context, with its new name and after `exec` has made the
 /// calling thread the main one.
@@ -31,6 +25,7 @@ pub fn exec(_ctx: &RawTracePointContext) {
     // The tables are those of the old image. A process that has none is no error.
     let _ = PROCESSES.remove(tgid);
     let start_ns = task::start_ns(task::group_leader());
+    // The agent has to look before a process that may be short-lived is gone.
     match EVENTS.output::<ProcessRecord>(&record(RecordKind::Exec, tgid, tid, start_ns, 0), WAKEUP) {
         Ok(()) => count(Counter::ExecSubmitted),
         Err(_) => count(Counter::ExecDroppedRingFull),
@@ -64,7 +59,8 @@ pub fn fork(ctx: &RawTracePointContext) {
     if PROCESSES.insert(tgid, entry.inherited(start_ns / NS_PER_TICK), 0).is_err() {
         count(Counter::ForkProcessNotKept);
     }
-    match EVENTS.output::<ProcessRecord>(&record(RecordKind::Fork, tgid, tgid, start_ns, parent), NO_WAKEUP) {
+    let record = record(RecordKind::Fork, tgid, tgid, start_ns, parent);
+    match EVENTS.output::<ProcessRecord>(&record, wakeup_if_filling()) {
         Ok(()) => count(Counter::ForkSubmitted),
         Err(_) => count(Counter::ForkDroppedRingFull),
     }
@@ -83,7 +79,8 @@ pub fn exit(_ctx: &RawTracePointContext) {
         return;
     }
     let start_ns = task::start_ns(task::group_leader());
-    match EVENTS.output::<ProcessRecord>(&record(RecordKind::Exit, tgid, tid, start_ns, 0), NO_WAKEUP) {
+    let record = record(RecordKind::Exit, tgid, tid, start_ns, 0);
+    match EVENTS.output::<ProcessRecord>(&record, wakeup_if_filling()) {
         Ok(()) => count(Counter::ExitSubmitted),
         Err(_) => count(Counter::ExitDroppedRingFull),
     }

@@ -157,8 +157,9 @@ impl Capture {
         self.pipeline.view().snapshot().of(self.measured.profile_type()).taken
     }
 
-    /// As [`Pipeline::dead_stage`].
-    pub(crate) fn dead_stage(&self) -> Option<&str> {
+    /// As [`Pipeline::forward_messages`] and [`Pipeline::dead_stage`].
+    pub(crate) fn look(&mut self) -> Option<&str> {
+        self.pipeline.forward_messages();
         self.pipeline.dead_stage()
     }
 

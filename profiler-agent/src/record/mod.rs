@@ -158,7 +158,7 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
     let command = Waiting::spawn(&arguments.command)?;
     let target = command.as_ref().map_or(target, |command| Target::Command(command.pid()));
     let runtime = Runtime::new().context("start the async runtime")?;
-    let capture = Capture::begin(config, &target, measured, runtime.handle())?;
+    let mut capture = Capture::begin(config, &target, measured, runtime.handle())?;
     let running = match command {
         Some(command) => Some(command.run(|pid| capture.follow(pid), measured != Measured::Cpu)?),
         None => {
@@ -166,7 +166,7 @@ pub(crate) fn run(config: &Config, arguments: &Arguments) -> anyhow::Result<Exit
             None
         }
     };
-    let Observed { elapsed, running } = observe(&runtime, &capture, duration, running)?;
+    let Observed { elapsed, running } = observe(&runtime, &mut capture, duration, running)?;
     let profile = capture.finish(elapsed, runtime.handle());
     // Behind the capture: what it held when it ended is asked for while its parent has not waited for it.
     let end = End { elapsed, command: running.map(Running::finish).transpose()? };
@@ -215,7 +215,7 @@ struct Observed {
 /// Waits for the duration, the command or Ctrl-C, whichever is first.
 fn observe(
     runtime: &Runtime,
-    capture: &Capture,
+    capture: &mut Capture,
     duration: Option<Duration>,
     running: Option<Running>,
 ) -> anyhow::Result<Observed> {
@@ -230,7 +230,7 @@ fn observe(
                 _ = ticks.tick() => {}
             }
             progress.show(started.elapsed(), capture.samples());
-            if let Some(part) = capture.dead_stage() {
+            if let Some(part) = capture.look() {
                 bail!("stage {part} died");
             }
             let over = duration.is_some_and(|duration| started.elapsed() >= duration);

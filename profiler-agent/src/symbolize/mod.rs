@@ -52,6 +52,9 @@ const IDLE: Duration = Duration::from_secs(5);
 /// A thread that has read files gives their pages and its free memory back this often.
 const RELEASE_INTERVAL: Duration = Duration::from_secs(5);
 
+/// A batch that is done sooner has read little.
+const MUCH_WORK: Duration = Duration::from_millis(1);
+
 /// It does so at once when there are so many pages of files.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 
@@ -380,7 +383,7 @@ fn work(
                 return native.save();
             }
         }
-        releases.has_worked = true;
+        let (began, id) = (Instant::now(), source.id());
         match source {
             Source::File(executable) => {
                 let ids = addrs.iter().map(|&addr| LocationId::Native(executable.id(), ElfAddr(addr)));
@@ -406,6 +409,9 @@ fn work(
                 queue.finish(addrs.iter().map(|&addr| (LocationId::Kernel(addr), kernel.frames(addr))), 0);
             }
         }
+        let took = began.elapsed();
+        releases.has_worked |= took >= MUCH_WORK;
+        queue.took(lane, id, took);
         native.release_idle(Instant::now());
         generated.release_idle(Instant::now());
     }

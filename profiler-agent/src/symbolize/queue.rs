@@ -16,6 +16,14 @@ const WAITING_MAX: usize = 64 << 10;
 /// Addresses of one file in a batch; between batches another file gets its turn.
 const BATCH_MAX: usize = 256;
 
+/// Between batches of one file, that many times as long as the last one took: its tables are read anew for each, which is
+/// to take a few thousandths of a CPU at most. Not longer than so many times as others are gathered.
+const REST_FACTOR: u32 = 500;
+const REST_GATHERS_MAX: u32 = 10;
+
+/// Files whose last batch is remembered for that, by lane.
+const RESTING_MAX: usize = 256;
+
 /// Symbols and DWARF above this many bytes go to the large lane. Reading 16 MiB takes about 30 ms.
 const QUICK_BYTES_MAX: u64 = 16 << 20;
 
@@ -62,7 +70,7 @@ pub(super) enum Source {
 
 /// What tells sources apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum SourceId {
+pub(super) enum SourceId {
     File(ExecutableId),
     Reload(ExecutableId),
     Generated(u32),
@@ -70,7 +78,7 @@ enum SourceId {
 }
 
 impl Source {
-    fn id(&self) -> SourceId {
+    pub(super) fn id(&self) -> SourceId {
         match self {
             Self::File(executable) => SourceId::File(executable.id()),
             Self::Reload(executable) => SourceId::Reload(executable.id()),
@@ -98,8 +106,8 @@ pub(super) enum Next {
 /// What became of a location that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
-    /// It waits in this lane now.
-    New(Lane),
+    /// It waits now; with the lane whose thread has to be told that it is the first of its file.
+    New(Option<Lane>),
     /// It waited or was in work already, or there is nothing to symbolize.
     Before,
     Refused,
@@ -138,52 +146,69 @@ struct State {
 #[derive(Debug, Default)]
 struct Waiting {
     turns: VecDeque<SourceId>,
-    by_source: HashMap<SourceId, Work>,
-    /// When the first of it came.
-    since: Option<Instant>,
+    by_source: HashMap<SourceId, (Work, Due)>,
+    /// Until when those that were read of late are left alone.
+    resting: HashMap<SourceId, Instant>,
 }
 
+/// When a batch is to be taken, if nobody waits for it.
+type Due = Instant;
+
 impl Waiting {
-    fn push(&mut self, source: Source, addr: u64) {
-        self.work(source).addrs.push(addr);
+    /// True when it is the first address of its source.
+    fn push(&mut self, source: Source, addr: u64, gather: Duration) -> bool {
+        let work = self.work(source, Instant::now() + gather);
+        work.addrs.push(addr);
+        work.addrs.len() == 1
     }
 
     /// What waits of a source; its turn comes also without an address.
-    fn work(&mut self, source: Source) -> &mut Work {
+    fn work(&mut self, source: Source, due: Due) -> &mut Work {
         let id = source.id();
-        self.since.get_or_insert_with(Instant::now);
-        self.by_source.entry(id).or_insert_with(|| {
+        let (work, _) = self.by_source.entry(id).or_insert_with(|| {
             self.turns.push_back(id);
-            Work { source, addrs: Vec::new() }
-        })
+            let due = self.resting.get(&id).map_or(due, |&rested| due.max(rested));
+            (Work { source, addrs: Vec::new() }, due)
+        });
+        work
     }
 
-    fn take(&mut self) -> Option<Work> {
-        let id = self.turns.pop_front()?;
-        let mut work = self.by_source.remove(&id)?;
+    /// The next that is due by then, or the next of all.
+    fn take(&mut self, by: Option<Due>) -> Option<Work> {
+        let is_due = |id| self.by_source.get(id).is_some_and(|&(_, due)| by.is_none_or(|by| due <= by));
+        let at = self.turns.iter().position(is_due)?;
+        let id = self.turns.remove(at)?;
+        let (mut work, due) = self.by_source.remove(&id)?;
         if work.addrs.len() > BATCH_MAX {
             let addrs = work.addrs.split_off(BATCH_MAX);
-            self.by_source.insert(id, Work { source: work.source.clone(), addrs });
+            self.by_source.insert(id, (Work { source: work.source.clone(), addrs }, due));
             self.turns.push_back(id);
-        }
-        if self.turns.is_empty() {
-            self.since = None;
         }
         Some(work)
     }
 
-    /// When it is to be taken, if nobody waits for it.
-    fn due(&self, gather: Duration) -> Option<Instant> {
-        self.since.map(|since| since + gather)
+    /// When the first of it is to be taken.
+    fn due(&self) -> Option<Due> {
+        self.by_source.values().map(|&(_, due)| due).min()
+    }
+
+    /// Leaves a source alone, after a batch of it that took so long.
+    fn rest(&mut self, source: SourceId, took: Duration, gather: Duration) {
+        let now = Instant::now();
+        if self.resting.len() >= RESTING_MAX {
+            self.resting.retain(|_, &mut rested| rested > now);
+        }
+        let rest = (took * REST_FACTOR).min(gather * REST_GATHERS_MAX);
+        if rest > gather && self.resting.len() < RESTING_MAX {
+            self.resting.insert(source, now + rest);
+        }
     }
 }
 
 impl State {
-    /// How long what waits in a lane still may; `None` where nothing waits. Once somebody waits for an answer, all is due.
-    fn rest(&mut self, lane: Lane, gather: Duration) -> Option<Duration> {
-        let is_awaited = self.awaited.values().any(Option::is_none);
-        let due = self.waiting(lane).due(gather)?;
-        Some(if is_awaited { Duration::ZERO } else { due.saturating_duration_since(Instant::now()) })
+    /// Whether somebody waits for an answer: all is due then.
+    fn is_awaited(&self) -> bool {
+        self.awaited.values().any(Option::is_none)
     }
 
     fn waiting(&mut self, lane: Lane) -> &mut Waiting {
@@ -194,7 +219,7 @@ impl State {
     }
 
     /// Puts a location in the queue unless it is there or there is no room.
-    fn ask(&mut self, key: LocationKey) -> Asked {
+    fn ask(&mut self, key: LocationKey, gather: Duration) -> Asked {
         let id = key.id();
         let (source, addr) = match key {
             LocationKey::Native { executable, addr } => (Source::File(executable), addr.0),
@@ -209,8 +234,8 @@ impl State {
         }
         let lane = Lane::of(&source);
         self.asked.insert(id);
-        self.waiting(lane).push(source, addr);
-        Asked::New(lane)
+        let is_first = self.waiting(lane).push(source, addr, gather);
+        Asked::New(is_first.then_some(lane))
     }
 
     fn unresolved(&mut self, reason: Reason) -> Location {
@@ -222,14 +247,14 @@ impl State {
     }
 
     /// The answer that is there at once; else the location is asked for and awaited.
-    fn answer(&mut self, key: LocationKey) -> Option<Location> {
+    fn answer(&mut self, key: LocationKey, gather: Duration) -> Option<Location> {
         let id = key.id();
         if let Some(known) = self.cache.get(id) {
             self.counts.hits += 1;
             return Some(known);
         }
         self.counts.misses += 1;
-        if self.ask(key) == Asked::Refused {
+        if self.ask(key, gather) == Asked::Refused {
             return Some(self.unresolved(Reason::QueueFull));
         }
         self.awaited.insert(id, None);
@@ -279,10 +304,9 @@ impl Queue {
         if state.cache.contains(key.id()) {
             return;
         }
-        match state.ask(key) {
-            // Who waits for work knows when it is due from the first of it on.
-            Asked::New(lane) if state.waiting(lane).turns.len() == 1 => self.work(lane).notify_one(),
-            Asked::New(_) | Asked::Before => {}
+        match state.ask(key, self.gather) {
+            Asked::New(Some(lane)) => self.work(lane).notify_one(),
+            Asked::New(None) | Asked::Before => {}
             Asked::Refused => state.counts.prefetch_refused += 1,
         }
     }
@@ -300,7 +324,7 @@ impl Queue {
             if answers.contains_key(&id) || state.awaited.contains_key(&id) {
                 continue;
             }
-            if let Some(answer) = state.answer(key) {
+            if let Some(answer) = state.answer(key, self.gather) {
                 answers.insert(id, answer);
             }
         }
@@ -333,12 +357,12 @@ impl Queue {
             if state.closed {
                 return Next::Closed;
             }
-            let rest = state.rest(lane, self.gather);
-            if rest.is_some_and(|rest| rest.is_zero())
-                && let Some(work) = state.waiting(lane).take()
-            {
+            let (now, is_awaited) = (Instant::now(), state.is_awaited());
+            let waiting = state.waiting(lane);
+            if let Some(work) = waiting.take((!is_awaited).then_some(now)) {
                 return Next::Work(work);
             }
+            let rest = waiting.due().map(|due| due.saturating_duration_since(now));
             let (wait, has_work) = (rest.unwrap_or(idle).min(idle), rest.is_some());
             let waited;
             (state, waited) =
@@ -373,6 +397,11 @@ impl Queue {
         self.done.notify_all();
     }
 
+    /// A batch of a lane's took so long.
+    pub(super) fn took(&self, lane: Lane, source: SourceId, time: Duration) {
+        self.lock().waiting(lane).rest(source, time, self.gather);
+    }
+
     pub(super) fn count_perf_maps(&self, more: PerfMapCounts) {
         let PerfMapCounts { bytes, lines_left_out } = more;
         let mut state = self.lock();
@@ -385,7 +414,7 @@ impl Queue {
     pub(super) fn reload(&self, executable: Arc<Executable>) {
         let source = Source::Reload(executable);
         let lane = Lane::of(&source);
-        self.lock().waiting(lane).work(source);
+        self.lock().waiting(lane).work(source, Instant::now());
         self.work(lane).notify_one();
     }
 
@@ -532,7 +561,7 @@ mod tests {
         let queue = Queue::new(far, 1 << 20);
         queue.prefetch(kernel(1));
         queue.prefetch(kernel(2));
-        assert_eq!(queue.lock().rest(Lane::Quick, far).map(|rest| rest > far / 2), Some(true));
+        assert!(queue.lock().quick.due().is_some_and(|due| due > Instant::now() + far / 2));
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| queue.resolve([kernel(3)], Instant::now() + far));
             let Next::Work(work) = queue.take(Lane::Quick, far) else { panic!("somebody waits") };
@@ -540,6 +569,28 @@ mod tests {
             queue.finish(work.addrs.iter().map(|&addr| (LocationId::Kernel(Addr(addr)), named("found"))), 0);
             assert_eq!(waiting.join().unwrap().len(), 1);
         });
-        assert_eq!(queue.lock().rest(Lane::Quick, far), None);
+        assert_eq!(queue.lock().quick.due(), None);
+    }
+
+    #[test]
+    fn a_file_that_took_long_is_left_alone_and_others_are_not() {
+        let (gather, now) = (Duration::from_millis(1), Instant::now());
+        let mut waiting = Waiting::default();
+        let code = Arc::new(GeneratedCode::new(1, 0, "node"));
+        let generated = |version| Source::Generated { code: Arc::clone(&code), version };
+        waiting.rest(generated(1).id(), Duration::from_secs(1), gather);
+        waiting.rest(generated(2).id(), Duration::from_nanos(1), gather);
+        for version in [1, 2] {
+            assert!(waiting.push(generated(version), 7, gather));
+            assert!(!waiting.push(generated(version), 8, gather));
+        }
+        let soon = now + gather * REST_GATHERS_MAX / 2;
+        assert!(waiting.take(Some(now)).is_none());
+        let taken = waiting.take(Some(soon)).map(|work| work.source.id());
+        assert_eq!(taken, Some(generated(2).id()));
+        assert!(waiting.take(Some(soon)).is_none());
+        assert!(waiting.due().is_some_and(|due| due > soon));
+        assert!(waiting.take(None).is_some(), "somebody waits for it");
+        assert!(waiting.due().is_none() && waiting.take(None).is_none());
     }
 }
