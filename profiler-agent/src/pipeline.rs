@@ -396,7 +396,8 @@ impl Pipeline {
         let labeler = Labeler::new(&config.node, &config.labels);
         let images = ImageReader::new("/proc".into(), Arc::clone(&executables));
         let names = CgroupNames::new(cgroups);
-        let processes = Processes::new(images, labeler, names, tables.clone(), config.memory.processes);
+        let mut processes = Processes::new(images, labeler, names, tables.clone(), config.memory.processes);
+        processes.set_period(config.period_ns());
         let room = Room::new(config.memory.windows_bytes);
         let windows =
             Windows::new(clock::boot_ns(), config.window, config.period_ns(), WallClock::now(), room.clone());
@@ -1080,6 +1081,7 @@ impl Worker {
     fn take(&mut self, batch: &drain::Batch) {
         for NewPeriod { period_ns, at_ns } in self.periods.try_iter() {
             self.windows.set_period(period_ns, at_ns);
+            self.processes.set_period(period_ns);
         }
         self.take_mappings(batch);
         if let Ok(heap) = self.new_heap.try_recv() {

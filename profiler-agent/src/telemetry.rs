@@ -328,12 +328,13 @@ fn durations(text: &mut Text, view: &View) {
 }
 
 fn process_counts(text: &mut Text, counts: ProcessCounts) {
-    let ProcessCounts { gone, unusable_files, ranges_cut, evicted, read_late, .. } = counts;
+    let ProcessCounts { gone, unusable_files, ranges_cut, evicted, read_late, left_idle, .. } = counts;
     let ProcessCounts { mappings_added, mappings_deferred, .. } = counts;
     let counters = [
         ("processes_gone", "Processes gone before they could be read.", gone),
         ("processes_evicted", "Processes forgotten to make room for others.", evicted),
         ("processes_read_late", "New images left to their first sample, there being too many.", read_late),
+        ("processes_left_idle", "New images left to their first sample, having hardly run.", left_idle),
         ("unusable_files", "Mappings whose file could not be used.", unusable_files),
         ("mappings_cut", "Processes with more executable ranges than are kept.", ranges_cut),
         (

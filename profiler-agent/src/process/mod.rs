@@ -26,7 +26,7 @@ use crate::{
     addr::{Addr, FileOffset},
     drain::Fork,
     label::{CgroupNames, Labeler, NameCounts, Owner, SeriesLabels, Subject, owner},
-    sys::{clock, perf_record::Mapped},
+    sys::{clock, perf_record::Mapped, threads::process_cpu_time},
     unwind::{Lives, TableRequests},
 };
 
@@ -35,6 +35,9 @@ use crate::{
 const EVICTED_SHARE: usize = 8;
 /// A process that was not sampled for this long is forgotten and read anew when it comes back.
 const IDLE_MAX: Duration = Duration::from_secs(60);
+/// A process is read before its first sample once it has used the CPU for such a part of the sampling period: one of so many
+/// is sampled before.
+const BUSY_PARTS: u64 = 20;
 /// Time between two readings of one process's mappings: an address outside of all of them may be a fresh `dlopen`, or
 /// garbage at the end of a stack. It is the first one for a process that may still be starting, and doubles up to the
 /// second one.
@@ -182,6 +185,8 @@ pub(crate) struct ProcessCounts {
     pub(crate) evicted: u64,
     /// New images that were not read before their first sample, there being too many.
     pub(crate) read_late: u64,
+    /// New images that were not read before their first sample, having hardly run.
+    pub(crate) left_idle: u64,
     /// New mappings that were added to what is known of their processes.
     pub(crate) mappings_added: u64,
     /// New mappings there was no CPU time or no room for: their processes are read again with their next sample.
@@ -204,6 +209,8 @@ pub(crate) struct Processes {
     counts: ProcessCounts,
     /// A process takes about 2 KiB here.
     processes_max: usize,
+    /// CPU time of a process that is worth reading before its first sample.
+    busy_min: Duration,
 }
 
 impl Processes {
@@ -216,7 +223,8 @@ impl Processes {
         processes_max: usize,
     ) -> Self {
         let (by_pid, fresh, lives, exited, counts) = Default::default();
-        Self { by_pid, images, labeler, names, fresh, tables, lives, exited, counts, processes_max }
+        let busy_min = Duration::ZERO;
+        Self { by_pid, images, labeler, names, fresh, tables, lives, exited, counts, processes_max, busy_min }
     }
 
     /// The process that a sample was taken of, read now when it is new, or when what is known of it may be old.
@@ -399,9 +407,19 @@ impl Processes {
         self.fresh.next()
     }
 
-    /// Reads processes whose image is new, before they can be gone; those that a sample has made known are.
+    /// Samples come with so much CPU time of a process between them.
+    pub(crate) fn set_period(&mut self, period_ns: u64) {
+        self.busy_min = Duration::from_nanos(period_ns / BUSY_PARTS);
+    }
+
+    /// Reads processes whose image is new, before they can be gone; those that a sample has made known are. One that has hardly
+    /// run is rarely sampled before the next look.
     pub(crate) fn read_fresh(&mut self, now: Instant) {
-        while let Some(New { exec: Exec { pid, start_ns, cgroup_id }, was_known }) = self.fresh.take(now) {
+        let busy_min = self.busy_min;
+        // A process that is gone has no clock.
+        let is_idle = |new: &New| process_cpu_time(new.exec.pid).is_some_and(|time| time < busy_min);
+        while let Some(New { exec, was_known }) = self.fresh.take(now, is_idle) {
+            let Exec { pid, start_ns, cgroup_id } = exec;
             let sampled = Sampled { pid, start_ns, cgroup_id, comm: "" };
             let is_there = |stat| is_sampled(stat, sampled) && !stat.is_exiting();
             if self.by_pid.contains_key(&pid) || !self.images.stat(pid).is_some_and(is_there) {
@@ -478,7 +496,13 @@ impl Processes {
     /// What the table has met so far.
     pub(crate) fn counts(&self) -> ProcessCounts {
         let ImageCounts { unusable_files, ranges_cut } = self.images.counts();
-        ProcessCounts { unusable_files, ranges_cut, read_late: self.fresh.skipped(), ..self.counts }
+        ProcessCounts {
+            unusable_files,
+            ranges_cut,
+            read_late: self.fresh.skipped(),
+            left_idle: self.fresh.left_idle(),
+            ..self.counts
+        }
     }
 
     /// What the names of cgroups have met so far.

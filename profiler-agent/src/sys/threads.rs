@@ -61,12 +61,22 @@ fn name(tid: u32) -> Option<String> {
     fs::read_to_string(format!("/proc/self/task/{tid}/comm")).ok()
 }
 
-/// CPU time of a thread of this process; `None` when it has ended. Source: include/linux/posix-timers.h: a clock's number
-/// is the complement of the thread id above the bits `CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED`.
+/// CPU time of a thread of this process; `None` when it has ended.
 fn cpu_time(tid: u32) -> Option<Duration> {
     const PER_THREAD: i32 = 4;
+    read_clock(tid, PER_THREAD)
+}
+
+/// CPU time of a process, its ended threads included; `None` when there is none.
+pub(crate) fn process_cpu_time(pid: u32) -> Option<Duration> {
+    read_clock(pid, 0)
+}
+
+/// Source: include/linux/posix-timers_types.h: a clock's number is the complement of the id above the bits
+/// `CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED`.
+fn read_clock(id: u32, kind: i32) -> Option<Duration> {
     const SCHED: i32 = 2;
-    let clock = (!tid.cast_signed() << 3) | PER_THREAD | SCHED;
+    let clock = (!id.cast_signed() << 3) | kind | SCHED;
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a valid timespec that outlives the call; a clock that does not exist is an error.
     let status = unsafe { libc::clock_gettime(clock, &raw mut time) };
@@ -82,6 +92,15 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn a_process_has_a_clock_while_it_is_there() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+        let (own, of_child) = (process_cpu_time(std::process::id()), process_cpu_time(child.id()));
+        child.kill().and_then(|()| child.wait()).expect("it ends");
+        assert!(own > Some(Duration::ZERO) && of_child < Some(Duration::from_secs(1)) && of_child.is_some());
+        assert_eq!(process_cpu_time(child.id()), None);
+    }
 
     /// Uses so much CPU time, tells, and waits.
     fn burn(time: Duration, done: &std::sync::mpsc::Sender<()>, wait: &Receiver<()>) {

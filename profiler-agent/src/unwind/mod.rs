@@ -71,6 +71,8 @@ const NEW_MAPPINGS_MAX: usize = 32;
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// Time between two attempts to find room for what had none: the largest tables take 0.15 s to make.
 const RETRY_INTERVAL: Duration = Duration::from_secs(30);
+/// Making tables of so many rows leaves megabytes of free memory behind.
+const MANY_ROWS: u64 = 50_000;
 /// Executables remembered to have no table. Emptied when full; they are then tried once more.
 const REFUSED_MAX: usize = 8192;
 
@@ -182,7 +184,8 @@ pub(crate) struct Unwinder {
     new_mappings: HashMap<u32, Vec<Mapping>>,
     /// Who is to be told when one was looked at.
     told: Vec<(u32, SyncSender<()>)>,
-    has_made_tables: bool,
+    /// Rows of the tables that were made since free memory was given back.
+    made_rows: u64,
     payer: Payer,
 }
 
@@ -229,7 +232,7 @@ impl Unwinder {
             unasked: VecDeque::new(),
             new_mappings: HashMap::new(),
             told: Vec::new(),
-            has_made_tables: false,
+            made_rows: 0,
             payer,
         }
     }
@@ -383,7 +386,8 @@ impl Unwinder {
 
     /// Files were read: their rows are in the kernel now.
     fn release_memory(&mut self) {
-        if std::mem::take(&mut self.has_made_tables) {
+        if self.made_rows >= MANY_ROWS {
+            self.made_rows = 0;
             memory::release_free();
         }
     }
@@ -535,11 +539,11 @@ impl Unwinder {
         executable: Option<&Executable>,
         now: Instant,
     ) -> Result<Arc<[Part]>, Reason> {
-        self.has_made_tables = true;
         let table = executable.map_or_else(make::of_vdso, make::of_executable).map_err(|error| {
             log_refusal(executable, &error);
             error.reason()
         })?;
+        self.made_rows += table.counts().rows;
         let maps = &mut self.maps;
         let placed = self.tables.place(owner, &table, now, |write| match write {
             Write::Rule(id, rule) => maps.set_rule(id, rule),
