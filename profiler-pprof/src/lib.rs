@@ -64,6 +64,6 @@ pub use builder::{
 };
 pub use check::{CheckError, check};
 pub use decode::{DecodeError, DecodeLimits, decode};
-pub use encode::{encode, encode_gzip};
+pub use encode::{Gzip, encode, encode_gzip};
 pub use kind::FrameKind;
 pub use ops::{Merger, OpsError, diff, merge, scale};

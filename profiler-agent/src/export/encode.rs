@@ -5,8 +5,8 @@ use std::{borrow::Cow, collections::HashMap, io};
 use chrono::{DateTime, SecondsFormat};
 use profiler_common::wire::StackEnd;
 use profiler_pprof::{
-    FrameKind, FunctionSpec, LabelSpec, LineSpec, LocationId, LocationSpec, MappingId, MappingSpec,
-    ProfileBuilder, TypeSpec, encode_gzip,
+    FrameKind, FunctionSpec, Gzip, LabelSpec, LineSpec, LocationId, LocationSpec, MappingId, MappingSpec,
+    ProfileBuilder, TypeSpec,
     push::{self, PushRequest, Temporality},
 };
 
@@ -66,8 +66,9 @@ pub(crate) fn encode(
 ) -> io::Result<Encoded> {
     let mut batches = Vec::new();
     let mut request = Request::default();
+    let mut gzip = Gzip::new();
     for series in &window.series {
-        let pprof = encode_gzip(&SeriesEncoder::new(window, symbols, losses).encode(series));
+        let pprof = gzip.encode(&SeriesEncoder::new(window, symbols, losses).encode(series));
         if request.is_full(pprof.len()) {
             batches.push(std::mem::take(&mut request).into_batch()?);
         }
