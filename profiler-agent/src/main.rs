@@ -42,7 +42,11 @@ mod unwind;
 mod vdso;
 mod window;
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    process::ExitCode,
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, bail};
 use tokio::{
@@ -190,14 +194,20 @@ fn profile(reloader: Reloader, logs: Logs, runtime: &Runtime) -> anyhow::Result<
                 .or_else(|| other.map(|(_, what)| what.to_owned()))
         }
     };
-    let (end, interrupt) = runtime.block_on(wait_for_end(signals, interval, tick));
+    let (teller, told) = channel();
+    runtime.spawn(pass_on(signals, teller));
+    let end = {
+        let _context = runtime.enter();
+        wait_for_end(&told, interval, tick)
+    };
     status.end_line();
     // The last one who knows the symbolizer would wait for its threads, which may read from a file system that hangs.
     // They end with the process.
     std::mem::forget(status);
     front.set_phase(Phase::Ended(end.to_string()));
     info!("{end}: flushing the open window; Ctrl-C once more exits at once");
-    runtime.spawn(exit_when_interrupted_again(interrupt));
+    // From now on, the next Ctrl-C finds nobody to be told.
+    drop(told);
     let Stopped { balances, failure } = supervisor.stop(runtime.handle());
     // Told first: whatever fails from here on changes nothing in it.
     tell(&balances);
@@ -301,35 +311,57 @@ enum Tick {
     Reload,
 }
 
-/// Does what is due until the agent is told to stop, or until `tick` says why it cannot go on. Gives back the signal of
-/// Ctrl-C, for the next one.
-async fn wait_for_end(
-    mut signals: Signals,
-    print_interval: Duration,
-    mut tick: impl FnMut(Tick) -> Option<String>,
-) -> (End, Signal) {
-    let mut checks = tokio::time::interval(CHECK_INTERVAL);
-    let mut prints = tokio::time::interval(print_interval);
-    prints.tick().await;
+/// What signals tell the agent.
+#[derive(Debug)]
+enum Told {
+    /// To end.
+    End,
+    /// To read its configuration again.
+    Reload,
+}
+
+/// Tells of signals. When nobody is there to be told, Ctrl-C is of somebody who does not want to wait for the flush.
+async fn pass_on(mut signals: Signals, teller: Sender<Told>) {
     loop {
-        let due = tokio::select! {
-            _ = signals.interrupt.recv() => return (End::Asked, signals.interrupt),
-            _ = signals.terminate.recv() => return (End::Asked, signals.interrupt),
-            _ = signals.hang_up.recv() => Tick::Reload,
-            _ = prints.tick() => Tick::Print,
-            _ = checks.tick() => Tick::Check,
+        let (told, is_interrupt) = tokio::select! {
+            Some(()) = signals.interrupt.recv() => (Told::End, true),
+            Some(()) = signals.terminate.recv() => (Told::End, false),
+            Some(()) = signals.hang_up.recv() => (Told::Reload, false),
+            else => return,
         };
-        if let Some(why) = tick(due) {
-            return (End::Died(why), signals.interrupt);
+        if teller.send(told).is_err() && is_interrupt {
+            eprintln!("profiler-agent: interrupted again: exiting at once, without flush and account");
+            std::process::exit(EXIT_INTERRUPTED);
         }
     }
 }
 
-/// For somebody who does not want to wait for the flush.
-async fn exit_when_interrupted_again(mut interrupt: Signal) {
-    if interrupt.recv().await.is_some() {
-        eprintln!("profiler-agent: interrupted again: exiting at once, without flush and account");
-        std::process::exit(EXIT_INTERRUPTED);
+/// Does what is due until the agent is told to stop, or until `tick` says why it cannot go on. On the calling thread, not in
+/// the runtime, whose timers wake two threads.
+fn wait_for_end(
+    told: &Receiver<Told>,
+    print_interval: Duration,
+    mut tick: impl FnMut(Tick) -> Option<String>,
+) -> End {
+    let mut check_at = Instant::now();
+    let mut print_at = check_at + print_interval;
+    loop {
+        let now = Instant::now();
+        let due = match told.recv_timeout(check_at.min(print_at).saturating_duration_since(now)) {
+            Ok(Told::End) | Err(RecvTimeoutError::Disconnected) => return End::Asked,
+            Ok(Told::Reload) => Tick::Reload,
+            Err(RecvTimeoutError::Timeout) if print_at <= check_at => {
+                print_at = Instant::now() + print_interval;
+                Tick::Print
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                check_at = Instant::now() + CHECK_INTERVAL;
+                Tick::Check
+            }
+        };
+        if let Some(why) = tick(due) {
+            return End::Died(why);
+        }
     }
 }
 
@@ -339,17 +371,27 @@ mod tests {
 
     #[test]
     fn a_part_that_dies_ends_the_agent_by_its_name() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let (end, _) = runtime.block_on(async {
-            let signals = Signals::listen().expect("signals");
-            let mut checks = [None, Some("stage window died".to_owned())].into_iter();
-            let tick = |tick| match tick {
-                Tick::Check => checks.next().flatten(),
-                _ => None,
-            };
-            wait_for_end(signals, Duration::from_secs(60), tick).await
-        });
+        let mut checks = [None, Some("stage window died".to_owned())].into_iter();
+        let tick = |tick| match tick {
+            Tick::Check => checks.next().flatten(),
+            _ => None,
+        };
+        let (_teller, told) = channel();
+        let end = wait_for_end(&told, Duration::from_secs(60), tick);
         assert_eq!(end, End::Died("stage window died".to_owned()));
         assert_eq!(end.to_string(), "stopping: stage window died");
+    }
+
+    #[test]
+    fn what_it_is_told_comes_before_what_is_due() {
+        let (teller, told) = channel();
+        let mut done = Vec::new();
+        [Told::Reload, Told::End].map(|told| teller.send(told).expect("a receiver"));
+        let tick = |tick| {
+            done.push(format!("{tick:?}"));
+            None
+        };
+        assert_eq!(wait_for_end(&told, Duration::ZERO, tick), End::Asked);
+        assert_eq!(done, ["Reload"]);
     }
 }

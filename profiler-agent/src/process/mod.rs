@@ -426,7 +426,7 @@ impl Processes {
                 continue;
             }
             self.make_room();
-            let process = self.read(sampled, now);
+            let process = self.read_living(sampled, now);
             // Without a name there would be no label to stand in.
             if process.is_read && !process.program.exe.is_empty() {
                 self.by_pid.insert(pid, process);
@@ -538,12 +538,17 @@ impl Processes {
 
     /// Reads a process, unless it is gone or another one by now.
     fn read(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let unread = self.unread(sampled, now);
         // Most are gone for good: then this look is the only one.
         if !self.images.stat(sampled.pid).is_some_and(|stat| is_sampled(stat, sampled)) {
             self.counts.gone += 1;
-            return unread;
+            return self.unread(sampled, now);
         }
+        self.read_living(sampled, now)
+    }
+
+    /// The same, of one that was there a moment ago.
+    fn read_living(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
+        let unread = self.unread(sampled, now);
         let mappings_read_ns = clock::boot_ns();
         let mappings = self.images.mappings(sampled.pid);
         let Some(Identity { program, owner, is_by_id }) = self.identify(sampled) else {
