@@ -6,6 +6,7 @@ mod patience;
 
 use std::{
     fs,
+    io::Write as _,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -143,4 +144,42 @@ fn without_syslog_kernel_frames_have_no_names() {
     let are_shown = setting("kptr_restrict").trim() == "0"
         && setting("perf_event_paranoid").trim().parse::<i32>().is_ok_and(|level| level <= 1);
     assert_eq!(is_unnamed(&without), !are_shown, "{without}");
+}
+
+/// A setting of the kernel, as it was before when dropped.
+struct Setting {
+    path: PathBuf,
+    before: String,
+}
+
+impl Setting {
+    fn change(name: &str, value: &str) -> Self {
+        let path = Path::new("/proc/sys/kernel").join(name);
+        let before = fs::read_to_string(&path).expect("it is there");
+        fs::write(&path, value).expect("root may set it");
+        Self { path, before }
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(&self.path, &self.before) {
+            eprintln!("{} stays changed: {error}", self.path.display());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_kernel_that_refuses_events_without_sys_admin_is_told_with_its_setting() {
+    let directory = open_directory();
+    let program = Running::start(&mut Command::new(burn(directory.path())));
+    let _level = Setting::change("perf_event_paranoid", "3");
+    match record_without(None, program.0.id()) {
+        Ok(_) => {
+            let name = "a_kernel_that_refuses_events_without_sys_admin_is_told_with_its_setting";
+            writeln!(std::io::stdout(), "SKIP {name}: this kernel has no such level").expect("it is open");
+        }
+        Err(ended) => assert!(ended.contains("kernel.perf_event_paranoid is 3"), "{ended}"),
+    }
 }
