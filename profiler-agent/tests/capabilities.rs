@@ -1,5 +1,7 @@
 //! What each capability gives, as the table in docs/config.md says it: taken away one by one.
 
+#[path = "support/kernel.rs"]
+mod kernel;
 #[allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 #[path = "support/patience.rs"]
 mod patience;
@@ -64,7 +66,7 @@ fn record_without(missing: Option<&str>, pid: u32) -> Result<String, String> {
     let bounds: String = kept.map(|name| format!(",+{name}")).collect();
     let ended = Command::new("setpriv")
         .args(["--inh-caps=-all", &format!("--bounding-set=-all{bounds}")])
-        .args(["prlimit", "--memlock=8388608:8388608", env!("CARGO_BIN_EXE_profiler-agent")])
+        .args(["prlimit", kernel::locked_memory(), env!("CARGO_BIN_EXE_profiler-agent")])
         .args(["--cpu-budget", "off", "record", "-F", "199", "-d", "2s", "-p", &pid.to_string(), "-o"])
         .arg(&output)
         .env("PROFILER_CACHE_DIR", directory.path().join("cache"))

@@ -70,7 +70,7 @@ const SHORT_LIVED: usize = 8;
 fn a_container_that_is_killed_at_once_keeps_its_samples() {
     // Where everything takes longer, they live for seconds.
     let hz = if support::is_emulated() { "199" } else { "999" };
-    let agent = Agent::start(&["-F", hz, "--window", "2s"]);
+    let agent = Agent::start(&["-F", hz, "--window", "2s", "--cpu-budget", "1%"]);
     let containerd = Containerd::start();
     let containers: Vec<_> = (0..SHORT_LIVED)
         .map(|number| {

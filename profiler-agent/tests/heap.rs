@@ -33,7 +33,7 @@ const WAYS: [(&str, (u32, u32)); 3] = [("session", (6, 13)), ("multi", (6, 6)), 
 fn has_way(test: &str, way: Option<&str>) -> bool {
     let since =
         WAYS.iter().filter(|(kind, _)| way.is_none_or(|way| way == *kind)).map(|(_, since)| *since).min();
-    if since.is_some_and(|since| support::kernel() >= since) {
+    if since.is_some_and(|since| support::kernel::version() >= since) {
         return true;
     }
     let flags: Vec<&str> = way.into_iter().flat_map(|way| ["--test-heap-kind", way]).collect();

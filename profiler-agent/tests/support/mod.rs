@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+pub mod kernel;
 pub mod patience;
 
 use std::{
@@ -476,12 +477,13 @@ pub fn testprogs() -> PathBuf {
         .join("testprogs")
 }
 
-/// Version of the kernel, its first two numbers.
-pub fn kernel() -> (u32, u32) {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
-    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit());
-    let mut next = || numbers.next().and_then(|number| number.parse().ok()).expect("a number");
-    (next(), next())
+/// Whether this kernel can profile heaps; the test that is named is skipped where it cannot.
+pub fn has_heap_profiles(test: &str) -> bool {
+    let has = kernel::version() >= (5, 15);
+    if !has {
+        skip(test, "heaps are profiled from Linux 5.15 on");
+    }
+    has
 }
 
 /// Whether this is a machine on which everything takes longer.
