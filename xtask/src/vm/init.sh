@@ -23,7 +23,7 @@ parameter() {
 case "$(parameter cgroup)" in
 v1)
     mount -t tmpfs cgroup /sys/fs/cgroup
-    for controllers in cpu,cpuacct cpuset memory perf_event pids freezer; do
+    for controllers in cpu,cpuacct cpuset memory perf_event pids freezer devices blkio; do
         mkdir -p "/sys/fs/cgroup/$controllers"
         mount -t cgroup -o "$controllers" cgroup "/sys/fs/cgroup/$controllers"
     done
@@ -39,6 +39,8 @@ esac
 
 # Debian's kernels begin with 3, a level of their own that refuses events to all but CAP_SYS_ADMIN.
 echo 2 > /proc/sys/kernel/perf_event_paranoid
+# Programs may be given more locked memory than they begin with, which before 5.11 is 64 KiB.
+ulimit -H -l unlimited
 ip link set lo up
 uname -a
 
