@@ -646,8 +646,8 @@ impl Pipeline {
         drop(self.stop_drain);
         let stages = [self.drain, self.worker, self.encoder].into_iter().chain(self.unwinder);
         let failure = detached.and(join_in_order(stages, STAGE_DEADLINE + self.symbols_deadline)).err();
-        // Nobody asks for names any more; what is not saved within the deadline is symbolized again by the next agent.
-        let failure = failure.or(join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE).err());
+        let symbolizers = join_in_order(self.view.shared.symbols.close(), STAGE_DEADLINE);
+        let failure = failure.or(unless_still_reading(symbolizers).err());
         self.stop_uploads.send_replace(Some((Instant::now() + FLUSH_DEADLINE).into()));
         for exporter in self.view.shared.exporters.iter() {
             exporter.queue.close();
@@ -774,6 +774,18 @@ fn join_in_order(
         }
     }
     result
+}
+
+/// Nobody asks for names any more, and no sample waits for them: a symbolizer that is still in a large file has lost nothing,
+/// the next agent reads it again.
+fn unless_still_reading(symbolizers: Result<(), StageError>) -> Result<(), StageError> {
+    match symbolizers {
+        Err(StageError::Hangs { stage, deadline }) => {
+            info!(%stage, ?deadline, "names were still being read at the end; the next agent reads them again");
+            Ok(())
+        }
+        ended => ended,
+    }
 }
 
 fn join(thread: JoinHandle<()>, deadline: Duration) -> Result<(), StageError> {
@@ -1443,6 +1455,17 @@ mod tests {
         let expect = StageError::Hangs { stage: "hangs".to_owned(), deadline };
         assert_eq!(join_in_order([hangs, behind], deadline), Err(expect));
         drop(sender);
+    }
+
+    #[test]
+    fn a_symbolizer_that_still_reads_at_the_end_is_no_failure_and_one_that_panics_is() {
+        let hangs = StageError::Hangs { stage: "symbolize".to_owned(), deadline: STAGE_DEADLINE };
+        assert_eq!(unless_still_reading(Err(hangs)), Ok(()));
+        let panic = StageError::Panic { stage: "symbolize".to_owned() };
+        assert_eq!(
+            unless_still_reading(Err(panic)),
+            Err(StageError::Panic { stage: "symbolize".to_owned() })
+        );
     }
 
     #[test]

@@ -1,11 +1,14 @@
 //! What each capability gives, as the table in docs/config.md says it: taken away one by one.
 
+#[path = "support/kernel.rs"]
+mod kernel;
 #[allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 #[path = "support/patience.rs"]
 mod patience;
 
 use std::{
     fs,
+    io::Write as _,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -63,7 +66,7 @@ fn record_without(missing: Option<&str>, pid: u32) -> Result<String, String> {
     let bounds: String = kept.map(|name| format!(",+{name}")).collect();
     let ended = Command::new("setpriv")
         .args(["--inh-caps=-all", &format!("--bounding-set=-all{bounds}")])
-        .args(["prlimit", "--memlock=8388608:8388608", env!("CARGO_BIN_EXE_profiler-agent")])
+        .args(["prlimit", kernel::locked_memory(), env!("CARGO_BIN_EXE_profiler-agent")])
         .args(["--cpu-budget", "off", "record", "-F", "199", "-d", "2s", "-p", &pid.to_string(), "-o"])
         .arg(&output)
         .env("PROFILER_CACHE_DIR", directory.path().join("cache"))
@@ -143,4 +146,42 @@ fn without_syslog_kernel_frames_have_no_names() {
     let are_shown = setting("kptr_restrict").trim() == "0"
         && setting("perf_event_paranoid").trim().parse::<i32>().is_ok_and(|level| level <= 1);
     assert_eq!(is_unnamed(&without), !are_shown, "{without}");
+}
+
+/// A setting of the kernel, as it was before when dropped.
+struct Setting {
+    path: PathBuf,
+    before: String,
+}
+
+impl Setting {
+    fn change(name: &str, value: &str) -> Self {
+        let path = Path::new("/proc/sys/kernel").join(name);
+        let before = fs::read_to_string(&path).expect("it is there");
+        fs::write(&path, value).expect("root may set it");
+        Self { path, before }
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(&self.path, &self.before) {
+            eprintln!("{} stays changed: {error}", self.path.display());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root and BPF"]
+fn a_kernel_that_refuses_events_without_sys_admin_is_told_with_its_setting() {
+    let directory = open_directory();
+    let program = Running::start(&mut Command::new(burn(directory.path())));
+    let _level = Setting::change("perf_event_paranoid", "3");
+    match record_without(None, program.0.id()) {
+        Ok(_) => {
+            let name = "a_kernel_that_refuses_events_without_sys_admin_is_told_with_its_setting";
+            writeln!(std::io::stdout(), "SKIP {name}: this kernel has no such level").expect("it is open");
+        }
+        Err(ended) => assert!(ended.contains("kernel.perf_event_paranoid is 3"), "{ended}"),
+    }
 }

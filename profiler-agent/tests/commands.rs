@@ -1,5 +1,7 @@
 //! The commands, the switch, the lock and the reload of a running agent.
 
+#[path = "support/kernel.rs"]
+mod kernel;
 #[path = "support/spawned.rs"]
 mod spawned;
 
@@ -269,7 +271,8 @@ fn reduced(capabilities: &str, script: &str) -> Spawned {
     let mut command = Command::new("unshare");
     let drop = format!(
         "{script} exec setpriv --inh-caps=-all --bounding-set=-all,{capabilities} \
-         prlimit --memlock=8388608:8388608 \"$@\""
+         prlimit {} \"$@\"",
+        kernel::locked_memory()
     );
     command.args(["--mount", "--propagation", "private", "sh", "-c", &drop, "sh", AGENT]);
     Spawned::start_by(command, &["-F", "99", "--window", "1s"], &[])

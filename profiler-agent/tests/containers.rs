@@ -68,7 +68,9 @@ const SHORT_LIVED: usize = 8;
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_container_that_is_killed_at_once_keeps_its_samples() {
-    let agent = Agent::start(&["-F", "999", "--window", "2s"]);
+    // Where everything takes longer, they live for seconds.
+    let hz = if support::is_emulated() { "199" } else { "999" };
+    let agent = Agent::start(&["-F", hz, "--window", "2s", "--cpu-budget", "1%"]);
     let containerd = Containerd::start();
     let containers: Vec<_> = (0..SHORT_LIVED)
         .map(|number| {

@@ -33,7 +33,7 @@ const WAYS: [(&str, (u32, u32)); 3] = [("session", (6, 13)), ("multi", (6, 6)), 
 fn has_way(test: &str, way: Option<&str>) -> bool {
     let since =
         WAYS.iter().filter(|(kind, _)| way.is_none_or(|way| way == *kind)).map(|(_, since)| *since).min();
-    if since.is_some_and(|since| support::kernel() >= since) {
+    if since.is_some_and(|since| support::kernel::version() >= since) {
         return true;
     }
     let flags: Vec<&str> = way.into_iter().flat_map(|way| ["--test-heap-kind", way]).collect();
@@ -72,10 +72,8 @@ fn run(program: &str, variables: &[(&str, &str)]) -> Run {
 /// The same with more flags for the agent.
 fn run_with(program: &str, variables: &[(&str, &str)], flags: &[&str]) -> Run {
     let rule = format!("exe={program}@{}", size().rate);
-    // Where all takes long, names would wait for the agent's share of the CPU, and the places are told by them.
-    let names: &[&str] = if support::is_emulated() { &["--cpu-budget", "off"] } else { &[] };
     let own = ["--window", "2s", "--heap", &rule, "--heap-budget", "off"];
-    let agent = Agent::start(&[&own, names, flags].concat());
+    let agent = Agent::start(&[&own[..], flags].concat());
     let mut run = run_under(&agent, program, variables);
     let hits = agent.metric("profiler_agent_heap_hits_total");
     let log = agent.stop();

@@ -34,6 +34,7 @@ fn endless_unwind_information_is_one_counted_error_and_nobody_elses() {
     let sound = Program::start("deep_gcc", &[]);
     let agent = Agent::start(&["-F", "99", "--cpu-budget", "off", "--window", "2s"]);
     agent.wait_for_tables();
+    agent.wait_for_names();
     let from = SystemTime::now() + WINDOW;
     let enough = |program: &Program| {
         let selector = format!("{{pid=\"{}\"}}", program.pid());

@@ -3,13 +3,9 @@
 
 mod support;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, path::Path, process::Command};
 
-use support::{Agent, Program, run};
+use support::{Agent, Program};
 
 /// CPU time of a program that shares are taken of, in nanoseconds.
 const ENOUGH_NS: i64 = 1_500_000_000;
@@ -25,8 +21,9 @@ while (Date.now() < end) jitOuter(1000000)
 /// Waits for enough samples of an executable, and gives the share that has a function under a certain caller.
 fn share(agent: &Agent, exe: &str, function: &str, caller: &str) -> f64 {
     let selector = format!("{{exe=\"{exe}\"}}");
+    let from = agent.counted_from(&selector, function);
     let merged = agent.wait_for("enough samples", || {
-        let merged = agent.merge(&selector);
+        let merged = agent.merge_since(&selector, from);
         (merged.total > ENOUGH_NS).then_some(merged)
     });
     merged.share_below(function, caller)
@@ -70,33 +67,19 @@ fn generated_code_without_a_map_says_which_switch_would_name_it() {
     agent.stop();
 }
 
-fn stripped_go(directory: &Path) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testprogs/goburn");
-    let path = directory.join("gostripped");
-    let output = Command::new("go")
-        .args(["build", "-ldflags", "-s -w", "-o"])
-        .arg(&path)
-        .arg(".")
-        .current_dir(source)
-        .output()
-        .expect("go is installed");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    path
-}
-
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_stripped_go_program_has_its_names_and_a_restart_has_those_of_c() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let cache = directory.path().join("cache");
     let arguments = ["-F", "99", "--window", "2s", "--cache-dir", cache.to_str().expect("a plain path")];
-    let _go = Program::start_command(&mut Command::new(stripped_go(directory.path())));
+    let _go = Program::start("goburn_stripped", &[]);
     let _burn = Program::start("burn", &[]);
     let metric = |agent: &Agent, name: &str| agent.metric(&format!("profiler_agent_name_store_{name}_total"));
 
     let agent = Agent::start(&arguments);
-    let of_go = share(&agent, "gostripped", "main.goHot", "main.goOuter");
-    assert!(of_go > 0.85, "{of_go:.2}:\n{:#?}", agent.merge("{exe=\"gostripped\"}"));
+    let of_go = share(&agent, "goburn_stripped", "main.goHot", "main.goOuter");
+    assert!(of_go > 0.85, "{of_go:.2}:\n{:#?}", agent.merge("{exe=\"goburn_stripped\"}"));
     let of_c = share(&agent, "burn", "hot_loop", "outer_work");
     assert!(of_c > 0.8, "{of_c:.2}:\n{:#?}", agent.merge("{exe=\"burn\"}"));
     assert_eq!(metric(&agent, "hits"), Some(0.0), "nothing was kept before");
@@ -110,33 +93,14 @@ fn a_stripped_go_program_has_its_names_and_a_restart_has_those_of_c() {
     agent.stop();
 }
 
-/// A program with one hot function, whose build id is what it is told.
-fn claim(directory: &Path, exe: &str, function: &str, build_id: &str) -> Program {
-    let source = directory.join(format!("{exe}.c"));
-    let text = format!(
-        "#include <unistd.h>
-        __attribute__((noinline)) unsigned {function}(unsigned n) {{
-            volatile unsigned s = 0; for (unsigned i = 0; i < n; i++) s = s * 31 + i; return s; }}
-        int main(void) {{ if (write(1, \"ready\\n\", 6) != 6) return 1;
-            for (int i = 0; i < 1000000; i++) {function}(1000000); return 0; }}"
-    );
-    fs::write(&source, text).expect("write a source");
-    let path = directory.join(exe);
-    let id = format!("-Wl,--build-id=0x{build_id}");
-    run("cc", &["-O1", &id, "-o", path.to_str().expect("plain"), source.to_str().expect("plain")]);
-    Program::start_command(&mut Command::new(path))
-}
-
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_program_that_claims_the_build_id_of_another_names_only_itself() {
-    let directory = tempfile::tempdir().expect("a temporary directory");
-    let build_id = "c1a1".repeat(10);
-    // The forger is there first; both have the same code at the same addresses.
-    let _forger = claim(directory.path(), "forger", "poison_hot", &build_id);
+    // The forger is there first; both have the same code at the same addresses, and the same build id.
+    let _forger = Program::start("forger", &[]);
     let agent = Agent::start(&["-F", "99", "--window", "2s"]);
     let of_forger = share(&agent, "forger", "poison_hot", "");
-    let _victim = claim(directory.path(), "victim", "honest_hot", &build_id);
+    let _victim = Program::start("victim", &[]);
     let of_victim = share(&agent, "victim", "honest_hot", "");
     assert!(of_forger > 0.9 && of_victim > 0.9, "{of_forger:.2}, {of_victim:.2}");
     let others = agent.merge("{exe!=\"forger\"}");

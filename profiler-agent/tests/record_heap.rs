@@ -73,6 +73,11 @@ fn top(arguments: &[&str]) -> Vec<String> {
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_command_is_recorded_from_its_first_allocation_to_what_it_holds_at_its_end() {
+    if !support::has_heap_profiles(
+        "a_command_is_recorded_from_its_first_allocation_to_what_it_holds_at_its_end",
+    ) {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
     let program = testprogs().join("heap_truth");
     let program = program.to_str().expect("text");
@@ -101,6 +106,9 @@ fn a_command_is_recorded_from_its_first_allocation_to_what_it_holds_at_its_end()
 #[test]
 #[ignore = "needs root and BPF"]
 fn what_a_command_starts_is_recorded_too_and_the_commands_status_is_given() {
+    if !support::has_heap_profiles("what_a_command_starts_is_recorded_too_and_the_commands_status_is_given") {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
     let program = testprogs().join("heap_truth");
     let script = format!("(sleep 2; echo go) | {} 400 > truth; exit 7", program.display());
@@ -123,6 +131,9 @@ fn what_a_command_starts_is_recorded_too_and_the_commands_status_is_given() {
 #[test]
 #[ignore = "needs root and BPF"]
 fn what_was_started_by_a_process_that_ended_at_once_is_recorded_too() {
+    if !support::has_heap_profiles("what_was_started_by_a_process_that_ended_at_once_is_recorded_too") {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
     let program = testprogs().join("heap_truth");
     let script = format!(
@@ -140,6 +151,9 @@ fn what_was_started_by_a_process_that_ended_at_once_is_recorded_too() {
 #[test]
 #[ignore = "needs root and BPF"]
 fn a_recording_keeps_to_the_budget_and_says_so() {
+    if !support::has_heap_profiles("a_recording_keeps_to_the_budget_and_says_so") {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
     let program = testprogs().join("heap_pairs");
     let program = program.to_str().expect("text");
@@ -155,6 +169,9 @@ fn a_recording_keeps_to_the_budget_and_says_so() {
 #[test]
 #[ignore = "needs root and BPF"]
 fn the_difference_of_two_recordings_puts_the_leak_first() {
+    if !support::has_heap_profiles("the_difference_of_two_recordings_puts_the_leak_first") {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
     let program = testprogs().join("leak");
     if !program.exists() {
@@ -181,6 +198,9 @@ fn the_difference_of_two_recordings_puts_the_leak_first() {
 #[test]
 #[ignore = "needs root and BPF"]
 fn interpreters_and_virtual_machines_run_on_and_are_recorded() {
+    if !support::has_heap_profiles("interpreters_and_virtual_machines_run_on_and_are_recorded") {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
     let python = "x = [bytes(100 + i % 4000) for i in range(20000)]; print(sum(map(len, x)))";
     let node = "const x = []; for (let i = 0; i < 2000; i++) x.push(Buffer.allocUnsafeSlow(20000 + i)); \

@@ -44,8 +44,11 @@ struct Unframed {
     flags: &'static [&'static str],
 }
 
+/// A build id that two programs claim to be theirs.
+const CLAIMED: &str = "-Wl,--build-id=0xc1a1c1a1c1a1c1a1c1a1c1a1c1a1c1a1c1a1c1a1";
+
 /// Those whose compiler is not installed are skipped.
-const UNFRAMED: [Unframed; 18] = [
+const UNFRAMED: [Unframed; 20] = [
     Unframed { name: "deep_gcc", compiler: "gcc", source: "deep.c", flags: &[] },
     Unframed { name: "deep_clang", compiler: "clang", source: "deep.c", flags: &[] },
     Unframed { name: "recurse", compiler: "gcc", source: "recurse.c", flags: &[] },
@@ -61,6 +64,8 @@ const UNFRAMED: [Unframed; 18] = [
     Unframed { name: "grow", compiler: "gcc", source: "grow.c", flags: &[] },
     Unframed { name: "depth", compiler: "gcc", source: "depth.c", flags: &[] },
     Unframed { name: "shapes", compiler: "gcc", source: "shapes.c", flags: &["-ldl"] },
+    Unframed { name: "forger", compiler: "gcc", source: "claim.c", flags: &["-DHOT=poison_hot", CLAIMED] },
+    Unframed { name: "victim", compiler: "gcc", source: "claim.c", flags: &["-DHOT=honest_hot", CLAIMED] },
     // Two versions whose frames differ: a table of the one is wrong for the other.
     Unframed {
         name: "libplugin_1.so",

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     os::fd::{AsFd as _, BorrowedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use aya::{
@@ -29,7 +29,7 @@ use crate::{
     sys::{
         btf::{Btf, BtfError},
         cgroup, cpu,
-        perf_event::CpuEvent,
+        perf_event::{self, CpuEvent},
     },
     targets::Targets,
 };
@@ -73,6 +73,16 @@ pub(crate) enum BpfError {
     #[error("open the sampling event of CPU {cpu}")]
     PerfEvent {
         cpu: u32,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "open the sampling event of CPU {cpu}: kernel.perf_event_paranoid is {level}, and above 2 kernels of Debian and \
+         Ubuntu refuse events to all without CAP_SYS_ADMIN; set it to 2, or give the agent that capability"
+    )]
+    Paranoid {
+        cpu: u32,
+        level: i32,
         #[source]
         source: io::Error,
     },
@@ -203,7 +213,7 @@ impl Programs {
     fn start_clocks(&mut self) -> Result<(), BpfError> {
         self.open_clocks()?;
         for (&cpu, clock) in &self.clocks {
-            clock.enable().map_err(|source| BpfError::PerfEvent { cpu, source })?;
+            clock.enable().map_err(|source| event_failed(cpu, source))?;
         }
         Ok(())
     }
@@ -220,7 +230,7 @@ impl Programs {
         }
         let fd = fault_program(&mut self.ebpf)?.fd().map_err(fault_failed)?.as_fd();
         for cpu in new {
-            let event = start_page_faults(cpu, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
+            let event = start_page_faults(cpu, fd).map_err(|source| event_failed(cpu, source))?;
             events.insert(cpu, event);
         }
         Ok(())
@@ -238,8 +248,7 @@ impl Programs {
     fn open_clocks(&mut self) -> Result<(), BpfError> {
         let fd = sample_program(&mut self.ebpf)?.fd().map_err(sample_failed)?.as_fd();
         for cpu in cpu::online(&self.sys_root).map_err(BpfError::Cpus)? {
-            let clock =
-                open_clock(cpu, self.period_ns, fd).map_err(|source| BpfError::PerfEvent { cpu, source })?;
+            let clock = open_clock(cpu, self.period_ns, fd).map_err(|source| event_failed(cpu, source))?;
             self.clocks.insert(cpu, clock);
         }
         Ok(())
@@ -422,6 +431,15 @@ fn raw_tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut 
 
 fn failed(program: &'static str, source: ProgramError) -> BpfError {
     BpfError::Program { program, source }
+}
+
+fn event_failed(cpu: u32, source: io::Error) -> BpfError {
+    let is_refused = source.raw_os_error() == Some(libc::EACCES);
+    let level = perf_event::paranoia(Path::new("/proc")).filter(|_| is_refused);
+    match level {
+        Some(level) if level > perf_event::PARANOIA_MAX => BpfError::Paranoid { cpu, level, source },
+        _ => BpfError::PerfEvent { cpu, source },
+    }
 }
 
 fn sample_program(ebpf: &mut Ebpf) -> Result<&mut PerfEvent, BpfError> {

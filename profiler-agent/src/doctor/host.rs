@@ -9,7 +9,10 @@ use std::{
 use super::{Finding, Host, kernel};
 use crate::{
     languages::{self, Language},
-    sys::capabilities::{self, Capability},
+    sys::{
+        capabilities::{self, Capability},
+        perf_event,
+    },
 };
 
 /// Processes looked at for runtimes.
@@ -145,8 +148,18 @@ fn locked_memory(proc: &Path) -> Finding {
 }
 
 fn perf_paranoia(proc: &Path) -> Finding {
-    let level = read(proc, "sys/kernel/perf_event_paranoid").unwrap_or_else(|| "-".to_owned());
-    Finding::info("perf_event_paranoid", format!("{level}; does not matter to who has CAP_PERFMON"))
+    const WHAT: &str = "perf_event_paranoid";
+    let Some(level) = perf_event::paranoia(proc) else { return Finding::info(WHAT, "-") };
+    let status = read(proc, "self/status").unwrap_or_default();
+    let effective = capabilities::effective(&status).unwrap_or(0);
+    if level <= perf_event::PARANOIA_MAX || capabilities::has(effective, Capability::SysAdmin) {
+        return Finding::info(WHAT, format!("{level}; does not matter to who has CAP_PERFMON"));
+    }
+    Finding::partly(
+        WHAT,
+        format!("{level}; kernels of Debian and Ubuntu refuse events to all without CAP_SYS_ADMIN"),
+        "sysctl kernel.perf_event_paranoid=2, or give the container CAP_SYS_ADMIN",
+    )
 }
 
 /// The kernel shows all addresses as zeros to whom it hides them from. To others, some of the first are zeros too.

@@ -112,7 +112,10 @@ pub(crate) fn examine(host: Host<'_>) -> Report {
 
 /// What the agent does, and what it needs for that: names of findings.
 const TOOLS: [(&str, &[&str]); 6] = [
-    ("on-CPU profiles (cpu)", &["kernel", "type information", "CAP_BPF", "CAP_PERFMON", "lockdown", "BPF"]),
+    (
+        "on-CPU profiles (cpu)",
+        &["kernel", "type information", "CAP_BPF", "CAP_PERFMON", "perf_event_paranoid", "lockdown", "BPF"],
+    ),
     (
         "whole user stacks of other users' processes",
         &["CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", "pid namespace"],
@@ -260,6 +263,16 @@ mod tests {
         check(|machine| machine.file("proc/self/status", &without_bpf), "CAP_BPF", Verdict::Yes, true);
         let without_both = capabilities("0000017fffdfffff");
         check(|machine| machine.file("proc/self/status", &without_both), "CAP_BPF", Verdict::No, false);
+        // What Debian begins with matters to who has CAP_PERFMON and not CAP_SYS_ADMIN.
+        let paranoid = ("proc/sys/kernel/perf_event_paranoid", "3\n");
+        let without_admin = capabilities("000001ffffdfffff");
+        check(|machine| machine.file(paranoid.0, paranoid.1), "perf_event_paranoid", Verdict::Info, true);
+        check(
+            |machine| machine.file(paranoid.0, paranoid.1).file("proc/self/status", &without_admin),
+            "perf_event_paranoid",
+            Verdict::Partly,
+            true,
+        );
         check(|machine| machine.without("proc/modules"), "kernel symbols", Verdict::Yes, true);
         check(|machine| machine.without("proc/kallsyms"), "kernel symbols", Verdict::Partly, true);
         check(|machine| machine.without("sys/kernel/btf/vmlinux"), "type information", Verdict::No, false);

@@ -86,12 +86,17 @@ pub(crate) fn effective(status: &str) -> Option<u64> {
 
 /// Those of [`Capability::USED`] that a mask does not have, nor CAP_SYS_ADMIN in their place.
 pub(crate) fn missing_from(effective: u64) -> Vec<Capability> {
-    let has = |capability: Capability| effective & (1 << capability as u32) != 0;
     let by_admin = |capability| {
         use Capability::{Bpf, CheckpointRestore, Perfmon};
-        matches!(capability, Bpf | Perfmon | CheckpointRestore) && has(Capability::SysAdmin)
+        matches!(capability, Bpf | Perfmon | CheckpointRestore) && has(effective, Capability::SysAdmin)
     };
-    Capability::USED.into_iter().filter(|&capability| !has(capability) && !by_admin(capability)).collect()
+    let is_missing = |capability: &Capability| !has(effective, *capability) && !by_admin(*capability);
+    Capability::USED.into_iter().filter(is_missing).collect()
+}
+
+/// Whether a mask has a capability.
+pub(crate) fn has(effective: u64, capability: Capability) -> bool {
+    effective & (1 << capability as u32) != 0
 }
 
 #[cfg(test)]

@@ -3,9 +3,19 @@
 //! aya opens perf events too, but without `exclude_idle`, and it enables them at once.
 
 use std::{
-    io,
+    fs, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    path::Path,
 };
+
+/// Above this `kernel.perf_event_paranoid`, Debian's and Ubuntu's kernels refuse events to all without CAP_SYS_ADMIN. Those
+/// of kernel.org have no such level.
+pub(crate) const PARANOIA_MAX: i32 = 2;
+
+/// `kernel.perf_event_paranoid`; `None` where it cannot be read.
+pub(crate) fn paranoia(proc: &Path) -> Option<i32> {
+    fs::read_to_string(proc.join("sys/kernel/perf_event_paranoid")).ok()?.trim().parse().ok()
+}
 
 /// `perf_event_attr` up to the fields used here. Source: include/uapi/linux/perf_event.h, PERF_ATTR_SIZE_VER3 (Linux 3.7).
 #[repr(C)]

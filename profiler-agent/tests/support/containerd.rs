@@ -20,7 +20,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     cgroups::Cgroups,
-    support::{run, testprogs},
+    support::{is_emulated, patience, run, testprogs},
 };
 
 /// How long the daemon may take to answer for the first time.
@@ -116,7 +116,7 @@ impl Containerd {
     }
 
     fn wait_until_it_answers(&self) {
-        let end = Instant::now() + PATIENCE;
+        let end = patience::end_of(PATIENCE);
         while let Err(error) = self.try_call::<Empty>("Status", &Empty {}) {
             assert!(Instant::now() < end, "containerd never answers: {error}\n{}", self.log());
             std::thread::sleep(Duration::from_millis(50));
@@ -188,6 +188,9 @@ fn unmount_below(directory: &Path) {
 /// lower an OOM score. Source: containerd/docs/cri/config.md, version 2.
 fn configuration(directory: &Path) -> String {
     let directory = directory.display();
+    // The virtual machines' kernels have no module of a layered file system, and their root is what the kernel unpacked,
+    // which no process can leave by pivot_root(2).
+    let (snapshotter, no_pivot_root) = if is_emulated() { ("native", true) } else { ("overlayfs", false) };
     format!(
         r#"version = 2
 root = "{directory}/root"
@@ -203,10 +206,13 @@ restrict_oom_score_adj = true
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "{directory}/cni"
 conf_dir = "{directory}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+snapshotter = "{snapshotter}"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 Root = "{directory}/runc"
+NoPivotRoot = {no_pivot_root}
 "#
     )
 }

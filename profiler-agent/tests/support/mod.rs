@@ -2,7 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
-mod patience;
+pub mod kernel;
+pub mod patience;
 
 use std::{
     fs,
@@ -26,6 +27,7 @@ pub struct Agent {
     pub backend: SocketAddr,
     pub data_dir: tempfile::TempDir,
     log: PathBuf,
+    started: SystemTime,
     client: reqwest::Client,
     runtime: tokio::runtime::Runtime,
 }
@@ -43,7 +45,9 @@ impl Agent {
         let data_dir = tempfile::tempdir().expect("a temporary directory");
         let (agent, backend) = (free_address(), free_address());
         let log = data_dir.path().join("agent.log");
-        let script = format!("{commands} exec \"$0\" \"$@\"");
+        // Where everything takes longer, it would be far behind the programs of a test with its fair share.
+        let before_all = if is_emulated() { "nice -n -10" } else { "" };
+        let script = format!("{commands} exec {before_all} \"$0\" \"$@\"");
         let child = Command::new("unshare")
             .args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_profiler-agent")])
             .args(["--listen", &agent.to_string(), "--backend-listen", &backend.to_string()])
@@ -52,6 +56,7 @@ impl Agent {
             .arg("--run-dir")
             .arg(data_dir.path().join("run"))
             .args(arguments)
+            .args(patient(arguments))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(fs::File::create(&log).expect("a log file"))
@@ -59,7 +64,8 @@ impl Agent {
             .expect("the agent starts");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let client = reqwest::Client::new();
-        let agent = Self { child, agent, backend, data_dir, log, client, runtime };
+        let started = SystemTime::now();
+        let agent = Self { child, agent, backend, data_dir, log, started, client, runtime };
         agent.wait_for("the agent and its backend answer", || {
             let ready = agent.get(agent.agent, "/readyz")?;
             let types = agent.get(agent.backend, "/api/v1/types")?;
@@ -203,6 +209,19 @@ impl Agent {
         }
     }
 
+    /// From when on shares of what a selector selects count: where everything takes longer than a program needs for the
+    /// samples of a test, from when a function of it has its name, elsewhere from the beginning.
+    pub fn counted_from(&self, selector: &str, function: &str) -> SystemTime {
+        if !is_emulated() {
+            return self.started;
+        }
+        self.wait_for(&format!("{function} in {selector}"), || {
+            self.merge(selector).mentions(function).then_some(())
+        });
+        self.wait_for_names();
+        SystemTime::now()
+    }
+
     /// The merged profile as a pprof file in the data directory.
     pub fn merge_to_file(&self, selector: &str, name: &str) -> PathBuf {
         self.write(name, &self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]))
@@ -250,6 +269,11 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Where everything takes longer, names and tables would wait for the agent's share of the CPU longer than a test does.
+fn patient(arguments: &[&str]) -> &'static [&'static str] {
+    if is_emulated() && !arguments.contains(&"--cpu-budget") { &["--cpu-budget", "off"] } else { &[] }
 }
 
 /// Ends a child as Ctrl-C does.
@@ -453,12 +477,13 @@ pub fn testprogs() -> PathBuf {
         .join("testprogs")
 }
 
-/// Version of the kernel, its first two numbers.
-pub fn kernel() -> (u32, u32) {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("procfs");
-    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit());
-    let mut next = || numbers.next().and_then(|number| number.parse().ok()).expect("a number");
-    (next(), next())
+/// Whether this kernel can profile heaps; the test that is named is skipped where it cannot.
+pub fn has_heap_profiles(test: &str) -> bool {
+    let has = kernel::version() >= (5, 15);
+    if !has {
+        skip(test, "heaps are profiled from Linux 5.15 on");
+    }
+    has
 }
 
 /// Whether this is a machine on which everything takes longer.

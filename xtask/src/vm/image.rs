@@ -38,6 +38,10 @@ impl Image {
         self.insert(Path::new(path), Entry { mode: LINK | 0o777, content: to.as_bytes().to_vec() });
     }
 
+    pub(super) fn folder(&mut self, path: &Path) {
+        self.insert(path, Entry { mode: DIRECTORY | 0o755, content: Vec::new() });
+    }
+
     /// A file of the host at its own path, and the libraries it is linked with if it is a program.
     pub(super) fn program(&mut self, file: &Path) -> Result<()> {
         self.program_as(file, file)

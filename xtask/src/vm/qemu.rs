@@ -2,33 +2,43 @@
 
 use std::{path::Path, process::Command};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use crate::{cargo_test, command, tally::Tally};
 
 /// Of real time, for a machine on a busy host.
-const PATIENCE_SECONDS: &str = "1800";
+const PATIENCE_SECONDS: &str = "3600";
 
 /// Nanoseconds of the machine's time for one instruction, as a power of 2: 250 million instructions a second, which is
 /// about what emulation does on a quiet host.
 const NS_PER_INSTRUCTION_LOG2: u32 = 2;
 
-/// The root file system is in memory as well.
-const MEMORY_MIB: u32 = 2048;
+/// All that can be emulated, but for the fast copying of bytes: emulated, each byte is an instruction.
+const CPU: &str = "max,-erms,-fsrm";
 
-/// Boots a kernel and runs test files in it; gives what came of each that ended.
-pub(super) fn run(
-    kernel: &Path,
-    archive: &Path,
-    cgroup: &str,
-    tests: &[&str],
-) -> Result<Vec<(String, Tally)>> {
+/// The root file system is in memory as well.
+const MEMORY_MIB: u32 = 4096;
+
+/// What is booted.
+pub(super) struct Machine<'a> {
+    pub(super) kernel: &'a Path,
+    /// Its root file system.
+    pub(super) archive: &'a Path,
+    /// Version of the control groups that it mounts.
+    pub(super) cgroup: &'a str,
+    /// They take turns: together they execute as many instructions as one alone.
+    pub(super) processors: u32,
+}
+
+/// Boots a machine and runs test files in it; gives what came of each that ended before the machine did.
+pub(super) fn run(machine: &Machine<'_>, tests: &[&str]) -> Result<Vec<(String, Tally)>> {
+    let &Machine { kernel, archive, cgroup, processors } = machine;
     let mut console = Console::default();
     let parameters =
         format!("console=ttyS0 quiet panic=-1 profiler.cgroup={cgroup} profiler.tests={}", tests.join(","));
     let mut qemu = Command::new("timeout");
     qemu.args(["--foreground", "--kill-after=5", PATIENCE_SECONDS, "qemu-system-x86_64"])
-        .args(["-accel", "tcg", "-cpu", "max", "-smp", "1"])
+        .args(["-accel", "tcg", "-cpu", CPU, "-smp", &processors.to_string()])
         .args(["-icount", &format!("shift={NS_PER_INSTRUCTION_LOG2},sleep=off")])
         // Its wall clock too, or certificates and windows would run by the host's.
         .args(["-rtc", "clock=vm"])
@@ -41,7 +51,9 @@ pub(super) fn run(
         .args(["-append", &parameters])
         .stdin(std::process::Stdio::null());
     let succeeded = command::run_reading(&mut qemu, |line| console.read(line.trim_end()))?;
-    ensure!(succeeded, "the machine did not end within {PATIENCE_SECONDS} s, or not by itself");
+    if !succeeded {
+        println!("FAILED: the machine did not end within {PATIENCE_SECONDS} s, or not by itself");
+    }
     Ok(console.ran)
 }
 
