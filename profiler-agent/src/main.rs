@@ -386,7 +386,9 @@ mod tests {
     fn what_it_is_told_comes_before_what_is_due() {
         let (teller, told) = channel();
         let mut done = Vec::new();
-        [Told::Reload, Told::End].map(|told| teller.send(told).expect("a receiver"));
+        for told in [Told::Reload, Told::End] {
+            teller.send(told).expect("a receiver");
+        }
         let tick = |tick| {
             done.push(format!("{tick:?}"));
             None
