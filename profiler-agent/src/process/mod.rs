@@ -259,7 +259,7 @@ impl Processes {
             let process = self.unread(sampled, Instant::now());
             self.by_pid.insert(sampled.pid, process);
         } else {
-            self.follow_into_container(sampled);
+            self.follow_into_cgroup(sampled);
         }
         self.by_pid.get(&sampled.pid).expect("it was there or has just been inserted")
     }
@@ -633,19 +633,20 @@ impl Processes {
                 (process.series, process.program, process.cgroup_id) = (series, program, sampled.cgroup_id);
             }
             None if now - process.labels_read >= MOVED_INTERVAL => self.read_labels_again(sampled, now),
-            None => self.follow_into_container(sampled),
+            None => self.follow_into_cgroup(sampled),
         }
     }
 
-    /// A runtime's process has come to a container's cgroup and becomes what runs there: until its labels are read again,
-    /// or cannot be, the sample's cgroup is believed where it is a container's.
-    fn follow_into_container(&mut self, sampled: Sampled<'_>) {
+    /// A runtime's process has come to a container's cgroup, or a manager's to a unit's, and becomes what runs there: until its
+    /// labels are read again, or cannot be, the sample's cgroup is believed where it says whose it is.
+    fn follow_into_cgroup(&mut self, sampled: Sampled<'_>) {
         let Some(process) = self.by_pid.get(&sampled.pid) else { return };
         if process.cgroup_id == sampled.cgroup_id {
             return;
         }
-        let owner = self.names.of_gone(sampled.cgroup_id).filter(|owner| owner.container_id.is_some());
-        let Some(owner) = owner else { return };
+        let owner = self.names.exact(sampled.cgroup_id).or_else(|| self.names.of_gone(sampled.cgroup_id));
+        let says_whose = |owner: &Arc<Owner>| owner.container_id.is_some() || owner.unit.is_some();
+        let Some(owner) = owner.filter(says_whose) else { return };
         let series = self.series(&process.program, sampled.comm, owner);
         if let Some(process) = self.by_pid.get_mut(&sampled.pid) {
             process.series = series;
@@ -750,15 +751,25 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_has_come_to_a_container_is_labeled_by_it_before_it_is_read_again() {
+    fn a_process_that_has_come_to_a_container_or_unit_is_labeled_by_it_before_it_is_read_again() {
         let mut processes = processes();
-        let owner = Owner { container_id: Some("web".into()), ..Owner::default() };
-        processes.names.note(2, &Arc::new(owner));
+        let container = Owner { container_id: Some("web".into()), ..Owner::default() };
+        let unit = Owner { unit: Some("web.service".into()), ..Owner::default() };
+        let nobodys = Owner::default();
+        for (id, owner) in [(2, container), (3, unit), (4, nobodys)] {
+            processes.names.note(id, &Arc::new(owner));
+        }
         let pid = std::process::id();
         let exe = processes.get(sampled(pid, 0, "runtime")).series.get("exe").map(str::to_owned);
-        let moved = Sampled { cgroup_id: 2, ..sampled(pid, 0, "program") };
-        let series = &processes.get_before_exec(moved).series;
-        assert_eq!((series.get("container"), series.get("exe")), (Some("web"), exe.as_deref()));
+        let mut moved = |cgroup_id| {
+            let moved = Sampled { cgroup_id, ..sampled(pid, 0, "program") };
+            let series = &processes.get_before_exec(moved).series;
+            assert_eq!(series.get("exe"), exe.as_deref());
+            ["container", "unit"].map(|label| series.get(label).map(str::to_owned))
+        };
+        assert_eq!(moved(2), [Some("web".to_owned()), None]);
+        assert_eq!(moved(3), [None, Some("web.service".to_owned())]);
+        assert_eq!(moved(4), [None, Some("web.service".to_owned())], "it says nothing");
     }
 
     #[test]
