@@ -52,11 +52,11 @@ const IDLE: Duration = Duration::from_secs(5);
 /// A thread that has read files gives their pages and its free memory back this often.
 const RELEASE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A batch that is done sooner has read little.
-const MUCH_WORK: Duration = Duration::from_millis(1);
-
 /// It does so at once when there are so many pages of files.
 const FILE_BYTES_MAX: u64 = 4 << 20;
+
+/// A batch that is done sooner has read little.
+const MUCH_WORK: Duration = Duration::from_millis(1);
 
 /// A code address, at the look-up position: one was subtracted from return addresses already.
 ///
