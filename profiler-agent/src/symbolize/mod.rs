@@ -33,7 +33,7 @@ use crate::background::{Background, Payer, Task};
 use crate::executable::{Executable, ExecutableCache, ExecutableId};
 use crate::memory::MemoryPlan;
 use crate::process::GeneratedCode;
-use crate::sys::{memory, sigbus};
+use crate::sys::{file_pages, memory, sigbus};
 pub(crate) use debuginfod::{DebugInfod, DebugInfodCounts, Fetcher};
 use generated::GeneratedSymbols;
 pub(crate) use kernel::BUILT_IN as KERNEL;
@@ -427,7 +427,7 @@ struct Releases {
 
 impl Releases {
     fn new() -> Self {
-        Self { at: Instant::now(), has_worked: false, file_bytes: memory::file_bytes() }
+        Self { at: Instant::now(), has_worked: false, file_bytes: file_pages::file_bytes() }
     }
 
     fn release_if_due(&mut self) {
@@ -435,14 +435,14 @@ impl Releases {
             return;
         }
         let is_late = self.at.elapsed() >= RELEASE_INTERVAL;
-        if !is_late && memory::file_bytes() < self.file_bytes + FILE_BYTES_MAX {
+        if !is_late && file_pages::file_bytes() < self.file_bytes + FILE_BYTES_MAX {
             return;
         }
         if is_late {
             memory::release_free();
         }
-        if memory::release_file_pages() {
-            self.file_bytes = memory::file_bytes();
+        if file_pages::release_file_pages() {
+            self.file_bytes = file_pages::file_bytes();
             if is_late {
                 (self.at, self.has_worked) = (Instant::now(), false);
             }

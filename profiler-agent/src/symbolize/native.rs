@@ -25,7 +25,7 @@ use super::symtab::Ranges;
 use super::unpack::unpack;
 use super::{NewFrame, Reason, go, nesting};
 use crate::executable::{BuildId, Elf, Executable, ExecutableCache, ExecutableId, SymbolSections};
-use crate::sys::{heap, memory, sigbus};
+use crate::sys::{file_pages, heap, sigbus};
 
 /// Files whose symbols are loaded at a time, per thread. Their pages are the page cache's; the index over them, sections
 /// that are compressed in the file, and the DWARF of units that were asked for are our own: 26 MB after 2000 addresses
@@ -594,7 +594,7 @@ impl NativeSymbols {
 
     /// Forgets how an executable is symbolized: with the next address it is looked at anew.
     pub(super) fn reload(&mut self, executable: &Executable) {
-        let _unmapping = memory::mapping_files();
+        let _unmapping = file_pages::mapping_files();
         if let Some(mut entry) = self.entries.remove(&executable.id())
             && let Some(store) = self.store.as_deref()
         {
@@ -656,7 +656,7 @@ impl NativeSymbols {
         executable: &Arc<Executable>,
         addrs: &[u64],
     ) -> Vec<Result<Vec<NewFrame>, Reason>> {
-        let _mapping = memory::mapping_files();
+        let _mapping = file_pages::mapping_files();
         self.make_room(executable.id());
         let before = heap::held_bytes();
         let found = self.symbolize_named(executable, addrs);
@@ -726,7 +726,7 @@ impl NativeSymbols {
 
     /// Releases the symbols of files that nothing was asked of for a while, and saves names that wait for it.
     pub(super) fn release_idle(&mut self, now: Instant) {
-        let _unmapping = memory::mapping_files();
+        let _unmapping = file_pages::mapping_files();
         let store = self.store.as_deref();
         self.entries.retain(|_, entry| {
             let stays = entry.is_worth_its_memory(now);
@@ -791,7 +791,7 @@ fn bytes_of(found: &[Result<Vec<NewFrame>, Reason>]) -> usize {
 
 impl Drop for NativeSymbols {
     fn drop(&mut self) {
-        let _unmapping = memory::mapping_files();
+        let _unmapping = file_pages::mapping_files();
         self.entries.clear();
     }
 }
@@ -805,7 +805,8 @@ enum Attempt {
 
 /// One call of blazesym over bytes that nobody vouches for. A panic leaves `loaded` in an unknown state: drop it.
 fn attempt(loaded: &mut Loaded, addrs: &[u64]) -> Attempt {
-    match sigbus::guard(|| catch_unwind(AssertUnwindSafe(|| loaded.symbolize(addrs)))) {
+    let symbolize = || catch_unwind(AssertUnwindSafe(|| loaded.symbolize(addrs)));
+    match file_pages::bounded(|| sigbus::guard(symbolize)) {
         Err(sigbus::FileShrank) => Attempt::Shrank,
         Ok(Err(_panic)) => Attempt::Panicked,
         Ok(Ok(Err(LoadedError::Shrank))) => Attempt::Shrank,

@@ -8,6 +8,7 @@ pub(crate) mod cgroup;
 pub(crate) mod clock;
 pub(crate) mod cpu;
 pub(crate) mod file_map;
+pub(crate) mod file_pages;
 pub(crate) mod heap;
 pub(crate) mod hold;
 pub(crate) mod limits;
