@@ -29,6 +29,8 @@ struct Table {
     by_content: HashMap<Identity, Identity>,
     /// Copies of one executable (an image layer each) lead to the same entry. Only a shortcut: emptied at 4 × `max`.
     by_file: HashMap<FileKey, Identity>,
+    /// By device and inode, the version that was met last of a file. Only a shortcut, emptied with that one.
+    by_inode: HashMap<(u64, u64), FileKey>,
     next_id: u32,
     clock: u64,
 }
@@ -81,14 +83,31 @@ impl ExecutableCache {
         proc_root: &Path,
         mapped: &MappedFile<'_>,
     ) -> Result<Arc<Executable>, ExecutableError> {
-        let (file, stat) = mapped.open(proc_root)?;
-        let key = FileKey::new(&stat);
+        if let Some(known) = self.held(mapped) {
+            return Ok(known);
+        }
+        let found = mapped.find(proc_root)?;
+        let key = FileKey::new(&found.stat);
         if let Some(known) = self.lock().by_file(&key) {
             return Ok(known);
         }
+        let file = mapped.open(&found)?;
         let id = self.lock().take_id();
         let read = Executable::read(id, mapped.path, file, key, self.age_min)?;
         self.lock().insert(key, read, self.max)
+    }
+
+    /// The executable, if the very file that is mapped is the one it holds open and has not changed: while it is open, no
+    /// other file has its inode, and the process's mapping need not be followed, which is a walk through `/proc`.
+    fn held(&self, mapped: &MappedFile<'_>) -> Option<Arc<Executable>> {
+        let (major, minor) = mapped.device;
+        let inode = (rustix::fs::makedev(major, minor), mapped.inode);
+        let (key, known) = {
+            let mut table = self.lock();
+            let key = *table.by_inode.get(&inode)?;
+            (key, table.by_file(&key)?)
+        };
+        (known.version() == Some(key)).then_some(known)
     }
 
     /// Executables open now.
@@ -130,8 +149,10 @@ impl Table {
         }
         if self.by_file.len() >= max.saturating_mul(4) {
             self.by_file.clear();
+            self.by_inode.clear();
         }
         self.by_file.insert(key, identity.clone());
+        self.by_inode.insert(key.inode(), key);
         self.clock += 1;
         let place = match self.by_identity.entry(identity) {
             Entry::Occupied(known) => known.into_mut(),
@@ -154,6 +175,8 @@ impl Table {
         };
         self.by_identity.remove(&identity);
         self.by_file.retain(|_, other| *other != identity);
+        let by_file = &self.by_file;
+        self.by_inode.retain(|_, key| by_file.contains_key(key));
         self.by_content.retain(|_, other| *other != identity);
         if let Entry::Occupied(mut alike) = self.alike.entry(identity.resemblance()) {
             *alike.get_mut() -= 1;
@@ -211,6 +234,7 @@ mod tests {
     struct Mapping {
         path: PathBuf,
         range: Range<Addr>,
+        device: (u32, u32),
         inode: u64,
         _map: Map,
     }
@@ -232,19 +256,28 @@ mod tests {
         let start =
             unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_PRIVATE, fd, 0) };
         assert_ne!(start, libc::MAP_FAILED);
-        let addr = start as u64;
+        let (addr, stat) = (start as u64, file.metadata().unwrap());
         Mapping {
             path: path.into(),
             range: Addr(addr)..Addr(addr + bytes as u64),
-            inode: file.metadata().unwrap().ino(),
+            device: (rustix::fs::major(stat.dev()), rustix::fs::minor(stat.dev())),
+            inode: stat.ino(),
             _map: Map(start, bytes),
         }
     }
 
     fn open(cache: &ExecutableCache, mapping: &Mapping) -> Result<Arc<Executable>, ExecutableError> {
-        let Mapping { path, range, inode, _map } = mapping;
-        let pid = std::process::id();
-        cache.open(Path::new("/proc"), &MappedFile { pid, range: range.clone(), inode: *inode, path })
+        open_below(Path::new("/proc"), cache, mapping)
+    }
+
+    fn open_below(
+        proc_root: &Path,
+        cache: &ExecutableCache,
+        mapping: &Mapping,
+    ) -> Result<Arc<Executable>, ExecutableError> {
+        let Mapping { path, range, device, inode, _map } = mapping;
+        let (pid, range, device, inode) = (std::process::id(), range.clone(), *device, *inode);
+        cache.open(proc_root, &MappedFile { pid, range, device, inode, path })
     }
 
     /// A copy of this program that differs from all others in its last byte.
@@ -331,6 +364,38 @@ mod tests {
         assert!(!one.has_changed() && !copy.has_changed());
     }
 
+    #[test]
+    fn a_file_that_is_held_open_is_known_by_its_inode_as_long_as_it_stays_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = ExecutableCache::of_new_files(8);
+        let path = program(dir.path(), "program", 1);
+        let mut mapping = map(&path);
+        let unmapped = |mapping: &Mapping| open_below(dir.path(), &cache, mapping);
+        assert!(unmapped(&mapping).is_err(), "nobody has read it yet");
+        let known = open(&cache, &mapping).unwrap();
+        assert_eq!(unmapped(&mapping).unwrap().id(), known.id());
+
+        mapping.device.1 += 1;
+        assert!(unmapped(&mapping).is_err(), "the same inode of another file system");
+        mapping.device.1 -= 1;
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[2], file.metadata().unwrap().len()).unwrap();
+        assert!(unmapped(&mapping).is_err(), "it may be another content");
+    }
+
+    #[test]
+    fn a_copy_that_another_file_stands_for_is_not_known_by_its_inode() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = ExecutableCache::of_new_files(8);
+        let [one, copy] = ["one", "copy"].map(|name| map(&program(dir.path(), name, 1)));
+        let held = open(&cache, &one).unwrap();
+        let copied = open(&cache, &copy).unwrap();
+        assert_eq!(cache.settle_copies(&copied).id(), held.id());
+        assert_eq!(open_below(dir.path(), &cache, &one).unwrap().id(), held.id());
+        assert!(open_below(dir.path(), &cache, &copy).is_err(), "nothing keeps its inode");
+        assert_eq!(open(&cache, &copy).unwrap().id(), held.id());
+    }
+
     /// Only who may follow the mapping itself still reaches a file that lost its name.
     #[test]
     fn a_deleted_and_replaced_file_is_the_mapped_one_or_none() {
@@ -392,6 +457,7 @@ mod tests {
         let mapped = MappedFile {
             pid: std::process::id(),
             range: Addr(0x1000)..Addr(0x2000),
+            device: (0, 0),
             inode: 1,
             path: Path::new("/nowhere"),
         };

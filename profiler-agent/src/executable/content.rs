@@ -54,6 +54,11 @@ impl FileKey {
         }
     }
 
+    /// Device and inode: one file's as long as that is open.
+    pub(super) fn inode(&self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+
     /// The version of an open file now.
     pub(crate) fn of(file: &File) -> io::Result<Self> {
         Ok(Self::new(&rustix::fs::fstat(file)?))

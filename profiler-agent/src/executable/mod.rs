@@ -256,6 +256,7 @@ pub(crate) mod testing {
                 let mapped = MappedFile {
                     pid: std::process::id(),
                     range: Addr(range.start)..Addr(range.end),
+                    device: (0, 0),
                     inode,
                     path,
                 };

@@ -16,30 +16,42 @@ use crate::addr::Addr;
 pub(crate) struct MappedFile<'a> {
     pub(crate) pid: u32,
     pub(crate) range: Range<Addr>,
-    /// 0 when unknown.
+    /// Of the file system, major and minor. Some give others to `stat` (btrfs).
+    pub(crate) device: (u32, u32),
     pub(crate) inode: u64,
     /// As the process names it, unescaped and without ` (deleted)`.
     pub(crate) path: &'a Path,
 }
 
+/// A handle of a regular file that cannot be read yet.
+pub(super) struct Found {
+    handle: OwnedFd,
+    pub(super) stat: rustix::fs::Stat,
+}
+
 impl MappedFile<'_> {
-    /// Opens the file for reading, never anything but a regular one: a device may act on being opened, and a pipe
-    /// would block.
+    /// Finds the file without opening it for reading, and only a regular one: a device may act on being opened, and a
+    /// pipe would block.
     ///
     /// First the mapping itself, which is right even when the file is deleted, replaced or in another mount
     /// namespace (CAP_SYS_ADMIN, or CAP_CHECKPOINT_RESTORE from Linux 5.9); else the path inside the root of the
     /// process, taken only if it still is the mapped inode.
     ///
     /// Source: proc_pid_map_files(5), openat2(2) RESOLVE_IN_ROOT.
-    pub(super) fn open(&self, proc_root: &Path) -> Result<(File, rustix::fs::Stat), ExecutableError> {
+    pub(super) fn find(&self, proc_root: &Path) -> Result<Found, ExecutableError> {
         match self.open_mapping(proc_root) {
-            Ok(handle) => self.reopen(handle, None),
+            Ok(handle) => self.found(handle, None),
             Err(denied) if denied.kind() == io::ErrorKind::PermissionDenied => {
                 let handle = self.open_in_root(proc_root).map_err(|source| self.open_error(source))?;
-                self.reopen(handle, Some(self.inode))
+                self.found(handle, Some(self.inode))
             }
             Err(source) => Err(self.open_error(source)),
         }
+    }
+
+    /// Opens what was found for reading.
+    pub(super) fn open(&self, found: &Found) -> Result<File, ExecutableError> {
+        reopen(&found.handle).map_err(|source| self.open_error(source))
     }
 
     fn process_dir(&self, proc_root: &Path) -> PathBuf {
@@ -56,21 +68,17 @@ impl MappedFile<'_> {
         path_in_root(&self.process_dir(proc_root).join("root"), self.path)
     }
 
-    /// Turns a path handle into a readable file, once it is known to be a regular one.
-    fn reopen(
-        &self,
-        handle: OwnedFd,
-        expected_inode: Option<u64>,
-    ) -> Result<(File, rustix::fs::Stat), ExecutableError> {
-        let opened = open_regular(&handle).map_err(|source| self.open_error(source))?;
-        let Some((file, stat)) = opened else {
+    /// What a path handle leads to, once it is known to be a regular file.
+    fn found(&self, handle: OwnedFd, expected_inode: Option<u64>) -> Result<Found, ExecutableError> {
+        let stat = regular(&handle).map_err(|source| self.open_error(source))?;
+        let Some(stat) = stat else {
             return Err(ExecutableError::NotRegular { pid: self.pid, path: self.path.into() });
         };
         if let Some(mapped) = expected_inode.filter(|&mapped| mapped != stat.st_ino) {
             let (pid, path) = (self.pid, self.path.into());
             return Err(ExecutableError::Replaced { pid, path, mapped, found: stat.st_ino });
         }
-        Ok((file, stat))
+        Ok(Found { handle, stat })
     }
 
     fn open_error(&self, source: io::Error) -> ExecutableError {
@@ -83,7 +91,8 @@ impl MappedFile<'_> {
 ///
 /// Source: openat2(2), RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS.
 pub(crate) fn open_in_root(root: &Path, path: &Path) -> io::Result<Option<(File, rustix::fs::Stat)>> {
-    open_regular(&path_in_root(root, path)?)
+    let handle = path_in_root(root, path)?;
+    regular(&handle)?.map(|stat| Ok((reopen(&handle)?, stat))).transpose()
 }
 
 fn path_in_root(root: &Path, path: &Path) -> io::Result<OwnedFd> {
@@ -92,17 +101,18 @@ fn path_in_root(root: &Path, path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
-/// The readable file behind a path handle; `None` when it is not a regular one.
-fn open_regular(handle: &OwnedFd) -> io::Result<Option<(File, rustix::fs::Stat)>> {
+/// What a path handle leads to; `None` when it is no regular file.
+fn regular(handle: &OwnedFd) -> io::Result<Option<rustix::fs::Stat>> {
     let stat = rustix::fs::fstat(handle)?;
-    if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-        return Ok(None);
-    }
+    Ok(rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file().then_some(stat))
+}
+
+/// The readable file behind a path handle.
+fn reopen(handle: &OwnedFd) -> io::Result<File> {
     // The link of our own descriptor leads to exactly the file that was looked at.
     let link = format!("/proc/self/fd/{}", handle.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = rustix::fs::open(link, flags, Mode::empty())?;
-    Ok(Some((File::from(file), stat)))
+    Ok(File::from(rustix::fs::open(link, flags, Mode::empty())?))
 }
 
 #[cfg(test)]
@@ -121,9 +131,10 @@ mod tests {
     }
 
     fn open_in_root(proc_root: &Path, path: &str, inode: u64) -> Result<File, ExecutableError> {
-        let mapped = MappedFile { pid: 7, range: Addr(0)..Addr(1), inode, path: Path::new(path) };
+        let (range, device, path) = (Addr(0)..Addr(1), (0, 0), Path::new(path));
+        let mapped = MappedFile { pid: 7, range, device, inode, path };
         let handle = mapped.open_in_root(proc_root).map_err(|source| mapped.open_error(source))?;
-        mapped.reopen(handle, Some(inode)).map(|(file, _)| file)
+        mapped.open(&mapped.found(handle, Some(inode))?)
     }
 
     #[test]

@@ -172,11 +172,12 @@ impl ImageReader {
 
     /// The range of an entry, with what lies behind it.
     pub(super) fn mapping(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Mapping {
-        let &MapsEntry { start, end, offset, device: _, inode, path } = entry;
-        Mapping { start, end, offset, backing: self.backing(pid, start, end, inode, path) }
+        let &MapsEntry { start, end, offset, .. } = entry;
+        Mapping { start, end, offset, backing: self.backing(pid, entry) }
     }
 
-    fn backing(&mut self, pid: u32, start: Addr, end: Addr, inode: u64, path: &[u8]) -> Backing {
+    fn backing(&mut self, pid: u32, entry: &MapsEntry<'_>) -> Backing {
+        let &MapsEntry { start, end, offset: _, device, inode, path } = entry;
         if inode == 0 {
             // `[anon:NAME]` is what a process calls its own memory: prctl(2), PR_SET_VMA_ANON_NAME.
             let is_anonymous = path.is_empty() || path.starts_with(b"[anon");
@@ -190,7 +191,7 @@ impl ImageReader {
             };
         }
         let path = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(path)));
-        let mapped = MappedFile { pid, range: start..end, inode, path };
+        let mapped = MappedFile { pid, range: start..end, device, inode, path };
         match self.executables.open(&self.proc_root, &mapped) {
             Ok(executable) => Backing::Executable(executable),
             Err(error) => {

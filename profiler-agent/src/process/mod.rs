@@ -421,14 +421,12 @@ impl Processes {
         while let Some(New { exec, was_known }) = self.fresh.take(now, is_idle) {
             let Exec { pid, start_ns, cgroup_id } = exec;
             let sampled = Sampled { pid, start_ns, cgroup_id, comm: "" };
-            let is_there = |stat| is_sampled(stat, sampled) && !stat.is_exiting();
-            if self.by_pid.contains_key(&pid) || !self.images.stat(pid).is_some_and(is_there) {
+            if self.by_pid.contains_key(&pid) {
                 continue;
             }
-            self.make_room();
-            let process = self.read_living(sampled, now);
             // Without a name there would be no label to stand in.
-            if process.is_read && !process.program.exe.is_empty() {
+            if let Some(process) = self.read_living(sampled, now).filter(|it| !it.program.exe.is_empty()) {
+                self.make_room();
                 self.by_pid.insert(pid, process);
                 if was_known {
                     // Not at the exec: its libraries were not mapped then, and its tables would be made twice.
@@ -539,26 +537,23 @@ impl Processes {
     /// Reads a process, unless it is gone or another one by now.
     fn read(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
         // Most are gone for good: then this look is the only one.
-        if !self.images.stat(sampled.pid).is_some_and(|stat| is_sampled(stat, sampled)) {
+        let is_there = self.images.stat(sampled.pid).is_some_and(|stat| is_sampled(stat, sampled));
+        let process = if is_there { self.read_living(sampled, now) } else { None };
+        process.unwrap_or_else(|| {
             self.counts.gone += 1;
-            return self.unread(sampled, now);
-        }
-        self.read_living(sampled, now)
+            self.unread(sampled, now)
+        })
     }
 
-    /// The same, of one that was there a moment ago.
-    fn read_living(&mut self, sampled: Sampled<'_>, now: Instant) -> Process {
-        let unread = self.unread(sampled, now);
+    /// The same, of one that was there a moment ago; `None` when it is gone.
+    fn read_living(&mut self, sampled: Sampled<'_>, now: Instant) -> Option<Process> {
         let mappings_read_ns = clock::boot_ns();
         let mappings = self.images.mappings(sampled.pid);
-        let Some(Identity { program, owner, is_by_id }) = self.identify(sampled) else {
-            self.counts.gone += 1;
-            return unread;
-        };
+        let Identity { program, owner, is_by_id } = self.identify(sampled)?;
         let series = self.series(&program, sampled.comm, owner);
         let exe = series.get("exe").unwrap_or_default();
         let generated = Arc::new(GeneratedCode::new(sampled.pid, sampled.start_ns, exe));
-        Process {
+        Some(Process {
             series,
             program,
             mappings: mappings.into(),
@@ -566,8 +561,8 @@ impl Processes {
             generated,
             is_read: true,
             is_labeled_by_id: is_by_id,
-            ..unread
-        }
+            ..self.unread(sampled, now)
+        })
     }
 
     /// Reads what a process runs and whose it is, and then whether it is still the one that was sampled.
