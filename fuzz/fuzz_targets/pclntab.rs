@@ -3,7 +3,6 @@
 #![no_main]
 
 #[path = "../../profiler-agent/src/symbolize/pclntab.rs"]
-#[expect(dead_code, reason = "the agent uses all of it")]
 mod pclntab;
 
 use libfuzzer_sys::fuzz_target;

@@ -2,14 +2,16 @@
 
 use anyhow::Result;
 
-use crate::{command, tally::Tally, tools};
+use crate::{command, fuzz, tally::Tally, tools};
 
 /// Sources outside the workspace that rustfmt covers too.
 const OTHER_SOURCES: [&str; 2] = ["testprogs/rust_burn.rs", "testprogs/rust_deep.rs"];
 
 pub(crate) fn format() -> Result<Tally> {
     command::run(command::cargo().args(["fmt", "--all", "--check"]))?;
-    command::run(command::cargo().args(["fmt", "--manifest-path", "profiler-ebpf/Cargo.toml", "--check"]))?;
+    for manifest in ["profiler-ebpf/Cargo.toml", "fuzz/Cargo.toml"] {
+        command::run(command::cargo().args(["fmt", "--manifest-path", manifest, "--check"]))?;
+    }
     let mut rustfmt = std::process::Command::new("rustfmt");
     rustfmt.current_dir(crate::project::root()).args(["--edition", "2024", "--check"]);
     command::run(rustfmt.args(OTHER_SOURCES))?;
@@ -19,6 +21,7 @@ pub(crate) fn format() -> Result<Tally> {
 pub(crate) fn clippy() -> Result<Tally> {
     let arguments = ["clippy", "--release", "--workspace", "--all-targets", "--locked", "--", "-Dwarnings"];
     command::run(command::cargo().args(arguments))?;
+    fuzz::check()?;
     Ok(Tally::PASSED)
 }
 

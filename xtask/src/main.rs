@@ -7,6 +7,7 @@ mod command;
 mod debian;
 mod dist;
 mod ebpf;
+mod fuzz;
 mod lint;
 mod project;
 mod sha256;
@@ -60,6 +61,8 @@ enum Task {
     },
     /// Run the root tests on other kernels: Debian's, under qemu without hardware support.
     Vm(vm::Options),
+    /// Feed parsers with made-up bytes: libFuzzer and AddressSanitizer, by a nightly Rust.
+    Fuzz(fuzz::Options),
     /// Pack a release: an archive and its checksum in target/dist.
     Dist,
 }
@@ -80,6 +83,7 @@ fn main() -> Result<ExitCode> {
         Task::Testprogs => testprogs::build().map(drop)?,
         Task::Bench { bench } => bench::run(&bench)?,
         Task::Vm(options) => return Ok(exit_code(vm::run(&options)?)),
+        Task::Fuzz(options) => return Ok(exit_code(fuzz::run(&options)?)),
         Task::Dist => dist::build()?,
     }
     Ok(ExitCode::SUCCESS)

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 use self::{inputs::Inputs, toolchain::Toolchain};
 use crate::{project, sha256, tally::Tally};
 
-pub(crate) use self::rustc::wrapper;
+pub(crate) use self::{rustc::wrapper, toolchain::cargo as nightly_cargo};
 
 /// The register layouts there are objects for, as `target_arch` names them.
 const ARCHES: [&str; 2] = ["x86_64", "aarch64"];

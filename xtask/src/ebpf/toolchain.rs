@@ -74,6 +74,11 @@ fn installed_nightly() -> Option<(String, PathBuf)> {
     })
 }
 
+/// The pinned nightly's cargo, for what needs a nightly but no more.
+pub(crate) fn cargo() -> Result<Command> {
+    Ok(nightly_cargo(&nightly()?.1))
+}
+
 fn nightly_cargo(sysroot: &Path) -> Command {
     let mut cargo = Command::new(sysroot.join("bin/cargo"));
     for (name, _) in env::vars_os() {
