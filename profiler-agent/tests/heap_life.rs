@@ -205,7 +205,9 @@ fn children_are_profiled_from_their_fork_on() {
     let before = SystemTime::now();
     let agent = Agent::start(&["--window", "2s", "--heap", "exe=heap_life@4KiB@off"]);
     wait_for_profile(&agent, program.pid());
-    // Forks are told once the process has its unwind tables, which it gets with the scan at the start.
+    // Forks are told once the process has its unwind tables, which it gets with the scan at the start. A child may also be met
+    // in the first look at all processes.
+    agent.wait_for_tables();
     agent.wait_for("forks are told", || {
         let pid = ask(&mut program, "child 100");
         agent.log().contains(&format!("profiling the heap pid={pid} ")).then_some(())
