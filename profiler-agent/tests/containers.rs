@@ -13,14 +13,16 @@ use containerd::Containerd;
 use serde_json::Value;
 use support::Agent;
 
-/// CPU time after which a program has been sampled often enough: about a thousand times.
+/// CPU time after which a program has been sampled often enough, counted from when its names are there: about a thousand
+/// times.
 const ENOUGH_NS: u64 = 2_000_000_000;
 /// The unit's service as systemd would name its cgroup.
 const UNIT: &str = "system.slice/burn-test.service";
 
-/// A process, and the labels that are its own.
+/// A process, from when on its names count, and the labels that are its own.
 struct Subject<'a> {
     pid: u32,
+    from: SystemTime,
     container_id: &'a str,
     unit: &'a str,
 }
@@ -36,16 +38,14 @@ fn samples_of_containers_of_a_unit_and_of_neither_are_under_their_own_labels_onl
     let neither = containerd.cgroups().start("neither", "burn");
 
     let [first, second, third, fourth] = [killed.pid, lasting.pid, unit.pid(), neither.pid()];
-    let consumed_ns = wait_for_cpu_time(&agent, first);
+    let (from, consumed_ns) = wait_until_sampled(&agent, first);
     containerd.kill(&killed);
-    for pid in [second, third, fourth] {
-        wait_for_cpu_time(&agent, pid);
-    }
+    let others = [second, third, fourth].map(|pid| wait_until_sampled(&agent, pid).0);
     let subjects = [
-        Subject { pid: first, container_id: &killed.id, unit: "" },
-        Subject { pid: second, container_id: &lasting.id, unit: "" },
-        Subject { pid: third, container_id: "", unit: "burn-test.service" },
-        Subject { pid: fourth, container_id: "", unit: "" },
+        Subject { pid: first, from, container_id: &killed.id, unit: "" },
+        Subject { pid: second, from: others[0], container_id: &lasting.id, unit: "" },
+        Subject { pid: third, from: others[1], container_id: "", unit: "burn-test.service" },
+        Subject { pid: fourth, from: others[2], container_id: "", unit: "" },
     ];
     drop((unit, neither));
     containerd.kill(&lasting);
@@ -108,16 +108,24 @@ fn labels_in(agent: &Agent, selector: &str) -> String {
     format!("{labels}; cgroups not found: {unknown:?}")
 }
 
-/// Waits until a process has consumed enough CPU time, and gives it in nanoseconds.
-fn wait_for_cpu_time(agent: &Agent, pid: u32) -> u64 {
-    agent.wait_for("the process has run for long enough", || {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process is there");
-        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
-        // proc_pid_stat(5): utime and stime are fields 14 and 15, in ticks of 10 ms; the name is field 2.
-        let ticks = fields.split_ascii_whitespace().skip(11).take(2);
-        let consumed_ns = ticks.map(|ticks| ticks.parse::<u64>().expect("ticks")).sum::<u64>() * 10_000_000;
-        (consumed_ns > ENOUGH_NS).then_some(consumed_ns)
-    })
+/// Waits until a process has consumed enough CPU time since its names count; gives from when on they do, and all that it has
+/// consumed, in nanoseconds.
+fn wait_until_sampled(agent: &Agent, pid: u32) -> (SystemTime, u64) {
+    let from = agent.counted_from(&format!("{{comm=\"burn\",pid=\"{pid}\"}}"), "hot_loop");
+    let before_ns = if support::is_emulated() { consumed_ns(pid) } else { 0 };
+    let consumed_ns = agent.wait_for("the process has run for long enough", || {
+        let consumed_ns = consumed_ns(pid);
+        (consumed_ns - before_ns > ENOUGH_NS).then_some(consumed_ns)
+    });
+    (from, consumed_ns)
+}
+
+fn consumed_ns(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process is there");
+    let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+    // proc_pid_stat(5): utime and stime are fields 14 and 15, in ticks of 10 ms; the name is field 2.
+    let ticks = fields.split_ascii_whitespace().skip(11).take(2);
+    ticks.map(|ticks| ticks.parse::<u64>().expect("ticks")).sum::<u64>() * 10_000_000
 }
 
 /// Selects by what the agent has found out about a process.
@@ -136,7 +144,7 @@ fn check_labels(agent: &Agent, subject: &Subject<'_>) {
 }
 
 fn check_names(agent: &Agent, subject: &Subject<'_>) {
-    let merged = agent.merge(&labels_of(subject));
+    let merged = agent.merge_since(&labels_of(subject), subject.from);
     let share = merged.share_below("hot_loop", "outer_work");
     assert!(share >= 0.75, "{}: hot_loop has {share:.2} of the time:\n{merged:#?}", labels_of(subject));
 }

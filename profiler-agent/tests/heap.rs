@@ -9,7 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use support::{Agent, Merged, Program, code_of, testprogs};
+use support::{Agent, HEAP_KINDS, Merged, Program, code_of, testprogs};
 
 /// Mean bytes between samples, and rounds of the program.
 struct Size {
@@ -26,13 +26,13 @@ fn size() -> Size {
     }
 }
 
-/// Ways to probe functions, and the kernel that has it first.
-const WAYS: [(&str, (u32, u32)); 3] = [("session", (6, 13)), ("multi", (6, 6)), ("perf", (5, 15))];
-
 /// Whether this kernel has a way to probe, or any. One that is too old has the agent say so, and profile nobody's heap.
 fn has_way(test: &str, way: Option<&str>) -> bool {
-    let since =
-        WAYS.iter().filter(|(kind, _)| way.is_none_or(|way| way == *kind)).map(|(_, since)| *since).min();
+    let since = HEAP_KINDS
+        .iter()
+        .filter(|(kind, _)| way.is_none_or(|way| way == *kind))
+        .map(|(_, since)| *since)
+        .min();
     if since.is_some_and(|since| support::kernel::version() >= since) {
         return true;
     }
@@ -232,7 +232,7 @@ fn allocations_of_glibc_are_found_where_they_are_made_and_held() {
 #[test]
 #[ignore = "needs root and BPF"]
 fn every_way_to_probe_functions_finds_the_same() {
-    for (kind, _) in WAYS {
+    for (kind, _) in HEAP_KINDS {
         if !has_way("every way to probe", Some(kind)) {
             continue;
         }

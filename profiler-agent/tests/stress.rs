@@ -21,16 +21,20 @@ use support::{Agent, Program, testprogs};
 const MEMORY_MAX: u64 = 128 << 20;
 /// Share of the CPU time that must be under the right executable.
 const RIGHT: f64 = 0.95;
-const EXECS_PER_SECOND: u32 = 50;
-
 /// A minute by `PROFILER_TEST_LONG=1 cargo xtask test root`.
 fn seconds() -> u32 {
     if std::env::var_os("PROFILER_TEST_LONG").is_some() { 60 } else { 15 }
 }
 
-/// Children or threads that are started a second: a tenth where everything takes longer.
-fn a_second(number: u32) -> String {
-    (if support::is_emulated() { number / 10 } else { number }).to_string()
+/// Children, threads or programs that are started a second: a tenth where everything takes longer.
+fn a_second(number: u32) -> u32 {
+    if support::is_emulated() { number / 10 } else { number }
+}
+
+/// Milliseconds between a crowd member's moments of work, which are ten times as long where everything takes longer: the
+/// crowd would leave nothing of the CPU.
+fn pause_ms(pause: u32) -> String {
+    (if support::is_emulated() { pause * 20 } else { pause }).to_string()
 }
 
 #[test]
@@ -38,10 +42,10 @@ fn a_second(number: u32) -> String {
 fn a_thousand_processes_and_forks_a_second_are_accounted_for_and_labeled() {
     let memory = MemoryCgroup::new("churn");
     let agent = Agent::start_after(&memory.moves(), &["-F", "99", "--window", "2s"]);
-    let crowd = Program::start("crowd", &["1000", "1", "100"]);
+    let crowd = Program::start("crowd", &["1000", "1", &pause_ms(100)]);
     let before = agent_cpu_s(&agent);
-    let storm = Program::start("fork_storm", &[&a_second(1000), &seconds().to_string()]);
-    let execs = exec_for(seconds());
+    let storm = Program::start("fork_storm", &[&a_second(1000).to_string(), &seconds().to_string()]);
+    let execs = exec_for(seconds(), a_second(50));
     let forked = storm.output();
     let cpu_s = agent_cpu_s(&agent) - before;
     drop(crowd);
@@ -72,7 +76,8 @@ fn a_storm_of_threads_is_one_process() {
         agent.counted_from("{exe=\"fork_storm\"}", "child_work");
     }
     let known = agent.metric("profiler_agent_unwind_processes").expect("metrics");
-    let storm = Program::start("fork_storm", &[&a_second(2000), &(seconds() / 3).to_string(), "threads"]);
+    let (number, seconds) = (a_second(2000).to_string(), (seconds() / 3).to_string());
+    let storm = Program::start("fork_storm", &[&number, &seconds, "threads"]);
     let selector = format!("{{pid=\"{}\"}}", storm.pid());
     let started = storm.output();
     let at_most = agent.metric("profiler_agent_unwind_processes").expect("metrics");
@@ -94,7 +99,8 @@ fn twenty_thousand_threads_in_two_thousand_cgroups_fit_into_the_memory_there_is(
     let cgroups = Cgroups::new();
     let directory = cgroups.directory("crowd.slice");
     let before = agent_cpu_s(&agent);
-    let crowd = Program::start("crowd", &["2000", "10", "1000", directory.to_str().expect("a plain path")]);
+    let directory = directory.to_str().expect("a plain path");
+    let crowd = Program::start("crowd", &["2000", "10", &pause_ms(1000), directory]);
     let end_of_phase = Instant::now() + Duration::from_secs(seconds().into());
     agent.wait_for("the crowd has been sampled for long enough", || {
         (Instant::now() > end_of_phase).then_some(())
@@ -127,15 +133,15 @@ fn end(agent: Agent, memory: &MemoryCgroup) {
     assert!(!account.contains("UNACCOUNTED"), "{account}");
 }
 
-/// Starts programs that are soon gone at an even rate; gives how many.
-fn exec_for(seconds: u32) -> u32 {
+/// Starts programs that are soon gone, so many a second; gives how many.
+fn exec_for(seconds: u32, per_second: u32) -> u32 {
     let start = Instant::now();
     let short = testprogs().join("short");
     let failed = AtomicBool::new(false);
     let mut started = 0;
     thread::scope(|scope| {
-        while started < EXECS_PER_SECOND * seconds && !failed.load(Relaxed) {
-            let due = start + Duration::from_secs(1) * started / EXECS_PER_SECOND;
+        while started < per_second * seconds && !failed.load(Relaxed) {
+            let due = start + Duration::from_secs(1) * started / per_second;
             thread::sleep(due.saturating_duration_since(Instant::now()));
             let mut command = Command::new(&short);
             command.arg("5").stdin(Stdio::null()).stdout(Stdio::null());

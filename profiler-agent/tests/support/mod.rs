@@ -486,6 +486,19 @@ pub fn has_heap_profiles(test: &str) -> bool {
     has
 }
 
+/// Ways to probe an allocator's functions, and the kernel that has it first.
+pub const HEAP_KINDS: [(&str, (u32, u32)); 3] = [("session", (6, 13)), ("multi", (6, 6)), ("perf", (5, 15))];
+
+/// Whether this kernel has one of [`HEAP_KINDS`]; what a test does with it is skipped where it does not.
+pub fn has_heap_kind(test: &str, kind: &str) -> bool {
+    let (_, since) = HEAP_KINDS.into_iter().find(|(name, _)| *name == kind).expect("one of them");
+    let has = kernel::version() >= since;
+    if !has {
+        skip(&format!("{test}: {kind}"), &format!("Linux {}.{} is the first to have it", since.0, since.1));
+    }
+    has
+}
+
 /// Whether this is a machine on which everything takes longer.
 pub fn is_emulated() -> bool {
     std::env::var_os("PROFILER_TEST_PATIENCE").is_some()

@@ -39,13 +39,9 @@ const INIT: &[u8] = include_bytes!("init.sh");
 const TESTS: &str = "/tests";
 
 /// Test files that are not run, and why. All others pass on every kernel.
-const LACKS: [(&str, &str); 6] = [
+const LACKS: [(&str, &str); 2] = [
     ("browser", "it needs Chromium"),
-    ("budget", "a thousand samples a second leave no time to emulated processors"),
-    ("containers", "names of what runs in containers come too late on an emulated processor"),
-    ("heap_life", "its programs allocate faster than an emulated processor is probed"),
-    ("record_heap", "it has not been made to pass under emulation"),
-    ("stress", "it has not been made to pass under emulation"),
+    ("budget", "on 7.2 its totals are off by 3.1 to 14 %, where 3 % is accepted; on 6.12 they are not"),
 ];
 
 /// Those that take minutes each, which are not run where one kernel is for others.

@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::{cargo_test, command, tally::Tally};
 
 /// Of real time, for a machine on a busy host.
-const PATIENCE_SECONDS: &str = "3600";
+const PATIENCE_SECONDS: &str = "7200";
 
 /// Nanoseconds of the machine's time for one instruction, as a power of 2: 250 million instructions a second, which is
 /// about what emulation does on a quiet host.
