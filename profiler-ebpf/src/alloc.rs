@@ -8,7 +8,8 @@ use core::{arch::asm, ffi::c_void};
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray},
+    programs::ProbeContext,
 };
 use profiler_common::{
     heap::{
@@ -76,6 +77,10 @@ pub struct HeapScratch {
     scratch: Scratch,
 }
 
+/// Empty, and one of its own for each program. That a program has a tail call, though to nowhere, is what counts: see [`probed`].
+#[map]
+pub static HEAP_NO_PROGRAM: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
 /// What the program answers at the entry of a function: its return is of no interest.
 const SKIP_RETURN: u32 = 1;
 /// The program is to run at the function's return too.
@@ -117,11 +122,19 @@ pub fn returned(ctx: *mut c_void) {
     }
 }
 
+/// The probe that was hit; `None` for one of which the agent knows nothing, counted.
+///
+/// The tail call leads nowhere. That it is there keeps the program's variables on the thread's own stack: from 6.13 on they
+/// are in memory of the CPU (kernel/bpf/verifier.c: `bpf_enable_priv_stack`), unless a program has tail calls, and a thread
+/// that preempts this one in the middle of the program, which nothing prevents in a uprobe (kernel/trace/bpf_trace.c:
+/// `uprobe_prog_run`), would overwrite them: pointers, which the kernel then follows.
 #[inline(always)]
 fn probed(ctx: *mut c_void) -> Option<(u32, &'static Point)> {
     let index = attach_cookie(ctx) as u32;
     let point = HEAP_POINTS.get(index);
     if point.is_none() {
+        // SAFETY: the array is empty, so that the program goes on here.
+        unsafe { HEAP_NO_PROGRAM.tail_call(&ProbeContext::new(ctx), 0) };
         count(HeapCounter::Stray, 1);
     }
     Some((index, point?))

@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap as StdHashMap, HashSet},
     ffi::CString,
     io,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
     sync::Arc,
 };
@@ -40,6 +40,9 @@ const HEAP_MAPS: [(&str, u32); 8] = [
 
 const LIVE: &str = "HEAP_LIVE";
 const FAMILY: &str = "FAMILY";
+/// Made anew for each program: the kernel binds it to the type and attachment of the first one that refers to it
+/// (kernel/bpf/core.c: `bpf_prog_map_compatible`).
+const NO_PROGRAM: &str = "HEAP_NO_PROGRAM";
 
 const SESSION: &str = "heap_probe";
 const ENTRY: &str = "heap_entry";
@@ -328,7 +331,10 @@ fn load_program(
     };
     let btf = btf.ok_or(BpfError::Missing { what: "type information" })?.to_bytes();
     let btf = bpf::load_btf(&btf).map_err(refused)?;
-    link(&mut object, maps).map_err(|source| HeapLoadError::Link { program: name, source })?;
+    let no_program = object.maps.get(NO_PROGRAM).ok_or(BpfError::Missing { what: NO_PROGRAM })?.clone();
+    let no_program = MapData::create(no_program, NO_PROGRAM, None)
+        .map_err(|source| BpfError::Map { map: NO_PROGRAM, source })?;
+    link(&mut object, maps, &no_program).map_err(|source| HeapLoadError::Link { program: name, source })?;
     let program = object.programs.get(name).ok_or(BpfError::Missing { what: name })?;
     let function = object.functions.get(&program.function_key()).ok_or(BpfError::Missing { what: name })?;
     let instructions: Vec<u8> = function.instructions.iter().flat_map(instruction_bytes).collect();
@@ -345,10 +351,18 @@ fn load_program(
 }
 
 /// Writes the maps' descriptors into the instructions, and puts called functions behind their callers.
-fn link(object: &mut Object, fds: &StdHashMap<String, OwnedFd>) -> Result<(), EbpfRelocationError> {
+fn link(
+    object: &mut Object,
+    fds: &StdHashMap<String, OwnedFd>,
+    no_program: &MapData,
+) -> Result<(), EbpfRelocationError> {
     let sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
     let maps = object.maps.clone();
-    let fds = maps.iter().filter_map(|(name, map)| Some((name.as_str(), fds.get(name)?.as_raw_fd(), map)));
+    let fd = |name: &str| match name {
+        NO_PROGRAM => Some(no_program.fd().as_fd().as_raw_fd()),
+        _ => fds.get(name).map(AsRawFd::as_raw_fd),
+    };
+    let fds = maps.iter().filter_map(|(name, map)| Some((name.as_str(), fd(name)?, map)));
     object.relocate_maps(fds, &sections)?;
     object.relocate_calls(&sections)?;
     object.sanitize_functions(aya::features());
@@ -373,4 +387,26 @@ fn instruction_bytes(instruction: &aya_obj::generated::bpf_insn) -> [u8; 8] {
     let [a, b, c, d] = instruction.imm.to_ne_bytes();
     let registers = instruction.dst_reg() | instruction.src_reg() << 4;
     [instruction.code, registers, off_low, off_high, a, b, c, d]
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use aya_obj::generated::{BPF_CALL, BPF_JMP, bpf_func_id::BPF_FUNC_tail_call};
+
+    use super::*;
+    use crate::bpf::load::OBJECT;
+
+    #[test]
+    fn programs_that_may_be_preempted_have_their_variables_on_the_threads_own_stack() {
+        let object = Object::parse(OBJECT).expect("the object of this build");
+        for name in [SESSION, ENTRY, RETURN] {
+            let function = &object.functions[&object.programs[name].function_key()];
+            let is_tail_call = |instruction: &&aya_obj::generated::bpf_insn| {
+                u32::from(instruction.code) == BPF_JMP | BPF_CALL
+                    && instruction.src_reg() == 0
+                    && instruction.imm.cast_unsigned() == BPF_FUNC_tail_call as u32
+            };
+            assert_eq!(function.instructions.iter().filter(is_tail_call).count(), 1, "{name}");
+        }
+    }
 }
