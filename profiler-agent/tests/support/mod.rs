@@ -20,6 +20,9 @@ use serde_json::Value;
 /// How long anything may take before a test gives up; never how long it waits when all is well.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How long the windows of tests are that look back by them.
+pub const WINDOW: Duration = Duration::from_secs(2);
+
 /// A running agent with its backend, on free ports, with a data directory of its own.
 pub struct Agent {
     child: Child,
@@ -134,14 +137,14 @@ impl Agent {
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
-    /// The same of windows that ended after a moment.
+    /// The same of windows that began after a moment.
     pub fn merge_since(&self, selector: &str, moment: SystemTime) -> Merged {
         let what = [("query", selector), ("format", "json"), ("max_nodes", "100000")];
         let body = self.query_since("/api/v1/merge", &what, moment);
         Merged::parse(&serde_json::from_slice(&body).expect("JSON"))
     }
 
-    /// A query of windows that ended after a moment.
+    /// A query of windows that began after a moment.
     fn query_since(&self, path: &str, parameters: &[(&str, &str)], moment: SystemTime) -> Vec<u8> {
         let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
         let to = (since_epoch + Duration::from_secs(3600)).as_millis().to_string();
@@ -175,8 +178,8 @@ impl Agent {
     /// Waits until a window is stored that began after a moment: then so are all that ended before it.
     pub fn wait_for_window_after(&self, moment: SystemTime) {
         let since_epoch = moment.duration_since(SystemTime::UNIX_EPOCH).expect("after 1970");
-        // Windows of the tests are 2 s long; one that begins later than this began after the moment.
-        let from = since_epoch + Duration::from_secs(2);
+        // One that begins later than this began after the moment.
+        let from = since_epoch + WINDOW;
         let to = (from + Duration::from_secs(3600)).as_millis().to_string();
         let from = from.as_millis().to_string();
         self.wait_for("a later window is stored", || {
@@ -227,7 +230,7 @@ impl Agent {
         self.write(name, &self.query("/api/v1/merge", &[("query", selector), ("format", "pprof")]))
     }
 
-    /// The same of windows that ended after a moment.
+    /// The same of windows that began after a moment.
     pub fn merge_to_file_since(&self, selector: &str, name: &str, moment: SystemTime) -> PathBuf {
         let what = [("query", selector), ("format", "pprof")];
         self.write(name, &self.query_since("/api/v1/merge", &what, moment))
