@@ -45,7 +45,7 @@ const LACKS: [(&str, &str); 2] = [
 ];
 
 /// Those that take minutes each, which are not run where one kernel is for others.
-const LONG: [&str; 4] = ["heap", "hostile", "own_names", "stress"];
+const LONG: [&str; 5] = ["containers", "heap", "hostile", "own_names", "stress"];
 
 /// Those that are about more than one processor. Where all run on two, each takes longer: they share what one can do.
 const ON_TWO_PROCESSORS: [&str; 2] = ["budget", "hotplug"];
