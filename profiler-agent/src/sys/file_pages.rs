@@ -20,12 +20,12 @@ use std::{
     sync::{
         OnceLock,
         atomic::{
-            AtomicU32, AtomicU64,
+            AtomicBool, AtomicU32, AtomicU64,
             Ordering::{Acquire, Relaxed, Release},
         },
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::page::page_bytes;
@@ -41,6 +41,11 @@ const FILE_BYTES_MIN: u64 = 1 << 20;
 /// Threads that map or unmap files now, or [`RELEASING`] and one of them, or none, which gives pages back.
 static FILES: AtomicU32 = AtomicU32::new(0);
 const RELEASING: u32 = 1 << 31;
+
+/// A thread in the midst of a file has pages to give back, which it may not while others map files, too.
+static WANTED: AtomicBool = AtomicBool::new(false);
+/// How long others wait for it between two of their files: it looks every [`LOOK_INTERVAL`].
+const WANTED_MAX: Duration = Duration::from_millis(5);
 
 /// Where [`file_bytes`] stood after pages were given back last.
 static SETTLED_BYTES: AtomicU64 = AtomicU64::new(0);
@@ -59,6 +64,12 @@ pub(crate) struct MappingFiles {
 
 /// To be held by those who do.
 pub(crate) fn mapping_files() -> MappingFiles {
+    if HELD.get() == 0 && WANTED.load(Relaxed) {
+        let end = Instant::now() + WANTED_MAX;
+        while WANTED.load(Relaxed) && Instant::now() < end {
+            thread::sleep(LOOK_INTERVAL / 4);
+        }
+    }
     while FILES.fetch_update(Acquire, Relaxed, |files| (files & RELEASING == 0).then_some(files + 1)).is_err()
     {
         // For as long as some calls of madvise take.
@@ -221,6 +232,7 @@ struct Armed<'a>(&'a Timer);
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
         self.0.set(Duration::ZERO);
+        WANTED.store(false, Relaxed);
     }
 }
 
@@ -251,12 +263,14 @@ extern "C" fn on_tick(_signal: libc::c_int) {
     let place = unsafe { libc::__errno_location() };
     // SAFETY: it is there for as long as the thread. What was interrupted may be about to look at it.
     let errno = unsafe { place.read() };
-    if HELD.get() > 0
-        && file_bytes() >= SETTLED_BYTES.load(Relaxed).saturating_add(GROWTH_MAX)
-        && FILES.compare_exchange(HELD.get(), HELD.get() | RELEASING, Acquire, Relaxed).is_ok()
-    {
-        release_pages();
-        FILES.store(HELD.get(), Release);
+    let held = HELD.get();
+    if held > 0 && file_bytes() >= SETTLED_BYTES.load(Relaxed).saturating_add(GROWTH_MAX) {
+        let is_alone = FILES.compare_exchange(held, held | RELEASING, Acquire, Relaxed).is_ok();
+        if is_alone {
+            release_pages();
+            FILES.store(held, Release);
+        }
+        WANTED.store(!is_alone, Relaxed);
     }
     // SAFETY: as above.
     unsafe { place.write(errno) };
@@ -264,7 +278,7 @@ extern "C" fn on_tick(_signal: libc::c_int) {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, io::Write as _, os::fd::AsRawFd as _, time::Instant};
+    use std::{fs, io::Write as _, os::fd::AsRawFd as _};
 
     use super::*;
 
