@@ -28,12 +28,7 @@ fn size() -> Size {
 
 /// Whether this kernel has a way to probe, or any. One that is too old has the agent say so, and profile nobody's heap.
 fn has_way(test: &str, way: Option<&str>) -> bool {
-    let since = HEAP_KINDS
-        .iter()
-        .filter(|(kind, _)| way.is_none_or(|way| way == *kind))
-        .map(|(_, since)| *since)
-        .min();
-    if since.is_some_and(|since| support::kernel::version() >= since) {
+    if support::kernel::version() >= support::heap_kind_since(way) {
         return true;
     }
     let flags: Vec<&str> = way.into_iter().flat_map(|way| ["--test-heap-kind", way]).collect();

@@ -15,7 +15,6 @@ use std::{
     io::{self, Read as _},
     marker::PhantomData,
     mem::MaybeUninit,
-    os::fd::FromRawFd as _,
     ptr,
     sync::{
         OnceLock,
@@ -27,6 +26,8 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+use rustix::fs::{Mode, OFlags};
 
 use super::page::page_bytes;
 
@@ -99,9 +100,9 @@ pub(crate) fn bounded<T>(read: impl FnOnce() -> T) -> T {
 /// Resident pages of files, this program's own among them, in bytes. Source: proc_pid_statm(5), `shared`.
 pub(crate) fn file_bytes() -> u64 {
     let mut text = [0; 128];
-    let Ok(length) = read_own(c"/proc/self/statm", |mut file| file.read(&mut text)) else { return 0 };
-    let mut numbers = text.get(..length).unwrap_or_default().split(|&byte| byte == b' ').map(decimal);
-    numbers.nth(2).unwrap_or_default() * page_bytes()
+    let read = open_own(c"/proc/self/statm").and_then(|mut file| file.read(&mut text));
+    let mut numbers = text.get(..read.unwrap_or_default()).unwrap_or_default().split(|&byte| byte == b' ');
+    numbers.nth(2).and_then(|pages| number(pages, 10)).unwrap_or_default() * page_bytes()
 }
 
 /// Unmaps the pages of files that are mapped shared, whole and for reading: those that blazesym reads. The mappings stay,
@@ -129,24 +130,22 @@ fn release_pages() {
 
 /// Start and end of each large mapping of a file that is shared and for reading. Takes no memory but its stack's.
 fn each_mapping(mut each: impl FnMut(u64, u64)) -> io::Result<()> {
-    read_own(c"/proc/self/maps", |mut file| {
-        let (mut buffer, mut filled) = ([0_u8; 8192], 0);
-        loop {
-            let space = buffer.get_mut(filled..).unwrap_or_default();
-            let read = file.read(space)?;
-            if read == 0 {
-                // The end, or a line that is longer than any path may be.
-                return Ok(());
-            }
-            filled += read;
-            let lines = buffer.get(..filled).unwrap_or_default();
-            let whole = lines.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-            let of_files = lines.get(..whole).unwrap_or_default().split(|&byte| byte == b'\n');
-            of_files.filter_map(shared_file).for_each(|(start, end)| each(start, end));
-            buffer.copy_within(whole..filled, 0);
-            filled -= whole;
+    let mut file = open_own(c"/proc/self/maps")?;
+    let (mut buffer, mut filled) = ([0_u8; 8192], 0);
+    loop {
+        let read = file.read(buffer.get_mut(filled..).unwrap_or_default())?;
+        if read == 0 {
+            // The end, or a line that is longer than any path may be.
+            return Ok(());
         }
-    })
+        filled += read;
+        let lines = buffer.get(..filled).unwrap_or_default();
+        let whole = lines.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        let of_files = lines.get(..whole).unwrap_or_default().split(|&byte| byte == b'\n');
+        of_files.filter_map(shared_file).for_each(|(start, end)| each(start, end));
+        buffer.copy_within(whole..filled, 0);
+        filled -= whole;
+    }
 }
 
 /// Start and end of a mapping that is shared, for reading, and of a large file from its start. Neither a segment of a program
@@ -155,33 +154,20 @@ fn shared_file(line: &[u8]) -> Option<(u64, u64)> {
     let mut fields = line.split(|&byte| byte == b' ').filter(|field| !field.is_empty());
     let (range, permissions, offset) = (fields.next()?, fields.next()?, fields.next()?);
     let path = fields.nth(2)?;
-    let mut ends = range.split(|&byte| byte == b'-').map(hexadecimal);
-    let (start, end) = (ends.next()?, ends.next()?);
+    let mut ends = range.split(|&byte| byte == b'-').map(|end| number(end, 16));
+    let (start, end) = (ends.next()??, ends.next()??);
     let is_file = path.starts_with(b"/") && !path.starts_with(b"/dev/");
-    let is_wanted = is_file && permissions == b"r--s" && hexadecimal(offset) == 0;
+    let is_wanted = is_file && permissions == b"r--s" && number(offset, 16) == Some(0);
     (is_wanted && end.checked_sub(start)? >= FILE_BYTES_MIN).then_some((start, end))
 }
 
-fn hexadecimal(digits: &[u8]) -> u64 {
-    let digits = digits.iter().map_while(|&digit| char::from(digit).to_digit(16));
-    digits.fold(0, |number, digit| number << 4 | u64::from(digit))
+fn number(digits: &[u8], radix: u32) -> Option<u64> {
+    u64::from_str_radix(std::str::from_utf8(digits).ok()?, radix).ok()
 }
 
-fn decimal(digits: &[u8]) -> u64 {
-    let digits = digits.iter().map_while(|&digit| char::from(digit).to_digit(10));
-    digits.fold(0, |number, digit| number.wrapping_mul(10).wrapping_add(u64::from(digit)))
-}
-
-/// Opens a file of `/proc` for reading by bare system calls, as a signal handler may: `File` would, too, but does not say so.
-fn read_own<T>(path: &CStr, read: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
-    // SAFETY: the path ends with a zero byte.
-    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: open gave this descriptor, which nobody else has.
-    let file = unsafe { File::from_raw_fd(fd) };
-    read(&file)
+/// Opens a file of `/proc` for reading. One system call and no memory, as a signal handler may.
+fn open_own(path: &CStr) -> io::Result<File> {
+    Ok(File::from(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?))
 }
 
 /// A timer, and the signal that it sends to this thread.

@@ -480,21 +480,28 @@ pub fn testprogs() -> PathBuf {
         .join("testprogs")
 }
 
+/// Ways to probe an allocator's functions, and the kernel that has it first.
+pub const HEAP_KINDS: [(&str, (u32, u32)); 3] = [("session", (6, 13)), ("multi", (6, 6)), ("perf", (5, 15))];
+
+/// The first kernel that has one of [`HEAP_KINDS`], or any.
+pub fn heap_kind_since(kind: Option<&str>) -> (u32, u32) {
+    let kinds = HEAP_KINDS.into_iter().filter(|(name, _)| kind.is_none_or(|kind| kind == *name));
+    kinds.map(|(_, since)| since).min().expect("one of them")
+}
+
 /// Whether this kernel can profile heaps; the test that is named is skipped where it cannot.
 pub fn has_heap_profiles(test: &str) -> bool {
-    let has = kernel::version() >= (5, 15);
+    let since = heap_kind_since(None);
+    let has = kernel::version() >= since;
     if !has {
-        skip(test, "heaps are profiled from Linux 5.15 on");
+        skip(test, &format!("heaps are profiled from Linux {}.{} on", since.0, since.1));
     }
     has
 }
 
-/// Ways to probe an allocator's functions, and the kernel that has it first.
-pub const HEAP_KINDS: [(&str, (u32, u32)); 3] = [("session", (6, 13)), ("multi", (6, 6)), ("perf", (5, 15))];
-
 /// Whether this kernel has one of [`HEAP_KINDS`]; what a test does with it is skipped where it does not.
 pub fn has_heap_kind(test: &str, kind: &str) -> bool {
-    let (_, since) = HEAP_KINDS.into_iter().find(|(name, _)| *name == kind).expect("one of them");
+    let since = heap_kind_since(Some(kind));
     let has = kernel::version() >= since;
     if !has {
         skip(&format!("{test}: {kind}"), &format!("Linux {}.{} is the first to have it", since.0, since.1));
